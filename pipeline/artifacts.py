@@ -1,0 +1,142 @@
+"""Versioned JSON files between the stages: strict reading, atomic writing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.errors import InputError
+
+Artifact = TypeVar("Artifact")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` that takes its place, fsynced, when the block ends well.
+
+    When the block raises, the temporary file is removed and what stood at `path` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays at the end because writers such as nibabel choose the format by it.
+    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise InputError(f"cannot write ({error.strerror or error})", where=path, fix=_write_fix(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_fix(error: OSError) -> str:
+    return "Free some space or choose another folder" if error.errno == 28 else "Check the folder and its permissions"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@cache
+def _adapter(kind: type[Artifact]) -> TypeAdapter[Artifact]:
+    return TypeAdapter(kind)
+
+
+def to_json(artifact: Any) -> str:
+    """The artifact as JSON a person can read; short lists stay on one line."""
+    plain = _adapter(type(artifact)).dump_python(artifact, mode="json")
+    return _render(plain, "") + "\n"
+
+
+def _render(value: Any, indent: str) -> str:
+    flat = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or not value or (isinstance(value, list) and len(indent + flat) <= 100):
+        return flat
+    inner = indent + "  "
+    if isinstance(value, dict):
+        rows = [f"{inner}{json.dumps(str(key))}: {_render(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(inner + _render(item, inner) for item in value) + f"\n{indent}]"
+
+
+def write_artifact(path: Path, artifact: Any) -> None:
+    """Write a dataclass as JSON, atomically."""
+    write_text(path, to_json(artifact))
+
+
+def read_artifact(path: Path, kind: type[Artifact]) -> Artifact:
+    """Read a dataclass strictly: unknown, missing and mistyped keys are all named at once.
+
+    Raises:
+        InputError: The file is missing, is not JSON, has another schema version, or does not fit `kind`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        plain = json.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read ({error})", where=path) from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"is not valid JSON ({error})", where=path) from error
+    _check_version(path, plain, kind)
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise InputError(_describe(error), where=path, fix="Correct the file, or write it anew") from error
+    except InputError as error:
+        raise InputError(error.what, where=path, fix=error.fix) from error
+
+
+def _check_version(path: Path, plain: Any, kind: type[Any]) -> None:
+    expected = getattr(kind, "SCHEMA_VERSION", None)
+    if expected is None:
+        return
+    found = plain.get("schema_version") if isinstance(plain, dict) else None
+    if found != expected:
+        raise InputError(
+            f"has schema version {found}, this voxfit reads version {expected}",
+            where=path,
+            fix=f"Write a new {path.name} with this version",
+        )
+
+
+def _describe(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "(whole file)"
+        text = item["msg"].replace("Unexpected keyword argument", "unknown key").replace("Field required", "missing")
+        problems.append(f"{key}: {text[:1].lower()}{text[1:]}")
+    return "; ".join(problems)
+
+
+def content_hash(*parts: Any) -> str:
+    """A short stable hash of plain values, for keys of what was computed from them."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,361 @@
+"""Options of every command: the single truth behind flags, YAML files and Python calls.
+
+Precedence: flag > YAML > plan > default. "auto" means that the plan, or the machine, decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from pipeline.errors import InputError
+
+Auto = Literal["auto"]
+
+
+class Checked:
+    """A config whose cross-field problems are all reported in one error."""
+
+    def __post_init__(self) -> None:
+        problems = self.problems()
+        if problems:
+            raise InputError("; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, each as `dotted.key: problem`."""
+        return []
+
+
+def _at_least(config: object, minimum: float, *names: str, prefix: str = "") -> list[str]:
+    """A problem for each of the named values that is a number below `minimum`."""
+    values = {name: getattr(config, name) for name in names}
+    return [
+        f"{prefix}{name}: must be at least {minimum:g}, got {value}"
+        for name, value in values.items()
+        if not isinstance(value, str) and value < minimum
+    ]
+
+
+def _within_unit(config: object, *names: str, prefix: str = "") -> list[str]:
+    """A problem for each of the named values outside 0 to 1."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"{prefix}{name}: must be 0 to 1, got {value}" for name, value in values.items() if not 0 <= value <= 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(Checked):
+    """Show what a dataset holds and every problem found in it."""
+
+    path: str
+    """A dataset: MSD or nnU-Net folder, dataset.json, CSV or JSON list."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    num_workers: int | Auto = "auto"
+    """Processes that read cases; auto takes the CPUs this job was allotted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Checked):
+    """What a person may decide instead of the planner."""
+
+    patch_size: tuple[int, int, int] | Auto = "auto"
+    """Patch along i, j, k; auto takes the largest that fits the budget."""
+    target_spacing: tuple[float, float, float] | Auto = "auto"
+    """Voxel size in millimetres along i, j, k; auto follows the data."""
+    batch_size: int | Auto = 1
+    """Patches per device and iteration; auto fills the budget once the patch covers the volume."""
+    effective_batch: int = 2
+    """Patches per optimiser step, reached by accumulation."""
+    block: Literal["plain", "residual"] = "plain"
+    """Convolution block of the U-Net."""
+    norm: Literal["group", "instance", "batch"] = "group"
+    """Normalisation; group does not depend on the batch size."""
+    base_features: int = 32
+    """Channels of the highest-resolution stage."""
+    max_features: int = 320
+    """Largest number of channels of any stage."""
+    deep_supervision: bool = True
+    """Give lower decoder stages a loss of their own."""
+    normalization: Literal["auto", "ct", "zscore", "none"] = "auto"
+    """Intensity normalisation; auto decides per channel from its name."""
+    precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
+    """Training precision; auto takes bf16 where the device has it."""
+
+    def problems(self) -> list[str]:
+        found = _at_least(self, 1, "batch_size", "effective_batch", "base_features")
+        if isinstance(self.batch_size, int) and self.batch_size > 0 and self.effective_batch % self.batch_size:
+            found.append(f"effective_batch: {self.effective_batch} is not a multiple of batch_size {self.batch_size}")
+        if self.max_features < self.base_features:
+            found.append(f"max_features: {self.max_features} is below base_features {self.base_features}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PlanOptions):
+    """Make plan.json from a dataset and a memory budget."""
+
+    dataset: str
+    """A dataset: MSD or nnU-Net folder, dataset.json, CSV or JSON list."""
+    out: str = "plan.json"
+    """Where the plan is written; fingerprint.json is written beside it."""
+    vram: str = "auto"
+    """Memory budget such as 24GiB; auto takes the GPU's, or 8GiB where there is none."""
+    skip_bad_cases: bool = False
+    """Leave out cases with problems instead of stopping at them (exit code 3)."""
+    num_workers: int | Auto = "auto"
+    """Processes that read cases; auto takes the CPUs this job was allotted."""
+
+    def problems(self) -> list[str]:
+        return super().problems() + _at_least(self, 1, "num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig(Checked):
+    """Crop, resample and normalise every case into the store."""
+
+    dataset: str
+    """The dataset that the plan was made from."""
+    plan: str
+    """plan.json."""
+    store: str
+    """Folder of the store; finished cases in it are kept."""
+    num_workers: int | Auto = "auto"
+    """Processes; auto takes the CPUs this job was allotted, fewer where memory is short."""
+    skip_bad_cases: bool = False
+    """Leave out cases that fail instead of stopping at them (exit code 3)."""
+
+    def problems(self) -> list[str]:
+        return _at_least(self, 1, "num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Checked):
+    """Optimiser, schedule and what goes with them."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd: Nesterov momentum 0.99 with a polynomial schedule; adamw: with a cosine schedule."""
+    lr: float | Auto = "auto"
+    """Peak learning rate; auto is 0.01 for sgd and 0.001 for adamw."""
+    weight_decay: float = 3e-5
+    """Weight decay; norms and biases are left out of it with adamw."""
+    momentum: float = 0.99
+    """Momentum of sgd."""
+    warmup_fraction: float = 0.02
+    """Share of all optimiser steps over which the learning rate rises from zero."""
+    gradient_clip_norm: float = 12.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    ema_decay: float = 0.0
+    """Decay per optimiser step of the averaged weights that are validated and predicted with; 0 is off."""
+
+    def problems(self) -> list[str]:
+        found = _at_least(self, 0, "weight_decay", "gradient_clip_norm", prefix="optim.")
+        found += _within_unit(self, "warmup_fraction", "ema_decay", "momentum", prefix="optim.")
+        if not isinstance(self.lr, str) and self.lr <= 0:
+            found.append(f"optim.lr: must be positive, got {self.lr}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig(Checked):
+    """Random changes to training patches; each is drawn on its own, with the given probability."""
+
+    enabled: bool = True
+    """Switch all of them off at once."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where they are computed; auto is the GPU in batch when there is one, data workers otherwise."""
+    mirror: float = 0.5
+    """Per allowed axis."""
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    """Axes (i, j, k) that may be mirrored; leave out left-right (0) where sides are classes."""
+    rotate: float = 0.2
+    """Rotation about all axes by up to 30 degrees; in the plane only when the patch is anisotropic."""
+    scale: float = 0.2
+    """Zoom by a factor of 0.7 to 1.4."""
+    noise: float = 0.1
+    """Gaussian noise with a variance of up to 0.1."""
+    blur: float = 0.1
+    """Gaussian blur with a sigma of 0.5 to 1 voxels."""
+    brightness: float = 0.15
+    """Multiplication by 0.75 to 1.25."""
+    contrast: float = 0.15
+    """Stretch about the mean by 0.75 to 1.25, clipped to the patch's range."""
+    low_resolution: float = 0.1
+    """Down to 0.5 to 1 of the resolution and up again."""
+    gamma: float = 0.2
+    """Gamma of 0.7 to 1.5, with mean and spread kept."""
+
+    def problems(self) -> list[str]:
+        names = ("mirror", "rotate", "scale", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
+        found = _within_unit(self, *names, prefix="augmentation.")
+        if not set(self.mirror_axes) <= {0, 1, 2}:
+            found.append(f"augmentation.mirror_axes: only 0, 1 and 2 exist, got {list(self.mirror_axes)}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig(Checked):
+    """Device, precision and processes."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the network runs."""
+    devices: int | Auto = "auto"
+    """Number of GPUs; auto is one."""
+    precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
+    """auto: the plan's, else bf16 where the device has it, fp16 with a scaler on older GPUs, float32 otherwise."""
+    num_workers: int | Auto = "auto"
+    """Data workers; auto follows the CPUs this job was allotted."""
+    num_threads: int | Auto = "auto"
+    """Threads of the network on a CPU; auto takes the allotted CPUs."""
+    recompute_stages: int | Auto = "auto"
+    """Stages, from the highest resolution, whose activations are recomputed; auto is the plan's."""
+
+    def problems(self) -> list[str]:
+        found = _at_least(self, 1, "devices", "num_threads", prefix="hardware.")
+        return found + _at_least(self, 0, "num_workers", "recompute_stages", prefix="hardware.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Checked):
+    """How to train, whatever the data and the fold."""
+
+    num_folds: int = 5
+    """Folds of the seeded split."""
+    patient_pattern: str = ""
+    """Regular expression on the case id whose first group is the patient; cases of a patient stay together."""
+    iterations_per_epoch: int = 250
+    """Training iterations (forward and backward passes) that make an epoch."""
+    batch_size: int | Auto = "auto"
+    """Patches per device and iteration; auto is the plan's."""
+    effective_batch: int | Auto = "auto"
+    """Patches per optimiser step, reached by accumulation; auto is the plan's."""
+    foreground_fraction: float = 0.33
+    """Share of patches that are centred on a foreground voxel."""
+    validate_every_n_epochs: int = 10
+    """Epochs between whole-volume validations; the last epoch is always validated."""
+    max_validation_cases: int = 0
+    """Cases of a validation during training; 0 takes all. The final one always takes all."""
+    seed: int = 0
+    """Seed of the split, the weights, the patches and the augmentation."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def problems(self) -> list[str]:
+        found = _at_least(self, 1, "iterations_per_epoch", "batch_size", "effective_batch", "validate_every_n_epochs")
+        found += _at_least(self, 0, "max_validation_cases")
+        return found + _at_least(self, 2, "num_folds") + _within_unit(self, "foreground_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainOptions):
+    """Train one fold, or all, into a run folder; the same command again resumes."""
+
+    plan: str
+    """plan.json."""
+    store: str
+    """Folder of the store that `voxfit preprocess` filled."""
+    run_dir: str
+    """The run's own folder: same folder and same options resume."""
+    fold: int | Literal["all"] = 0
+    """Fold held out for validation; "all" trains on every case and validates on none."""
+    max_epochs: int = 100
+    """Epochs."""
+
+    def problems(self) -> list[str]:
+        return super().problems() + _at_least(self, 1, "max_epochs") + _fold_problems(self.fold, self.num_folds)
+
+
+def _fold_problems(fold: int | str, num_folds: int) -> list[str]:
+    if isinstance(fold, str) or 0 <= fold < num_folds:
+        return []
+    return [f"fold: must be 0 to {num_folds - 1} with num_folds {num_folds}, got {fold}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(Checked):
+    """Segment volumes with a trained run."""
+
+    run_dir: str
+    """The run folder."""
+    input: str
+    """A NIfTI file, a folder of them (channels by suffix _0000, _0001), or a dataset."""
+    output: str
+    """Folder for the segmentations, one file per case."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which weights."""
+    overlap: float = 0.5
+    """Share of the window that neighbouring windows have in common."""
+    tta: Literal["none", "mirror"] = "none"
+    """Average over mirrored inputs: up to eight times the work."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the network runs."""
+    num_threads: int | Auto = "auto"
+    """Threads of the network on a CPU; auto takes the allotted CPUs."""
+    overwrite: bool = False
+    """Segment again what is already in the output folder."""
+
+    def problems(self) -> list[str]:
+        found = [] if 0 <= self.overlap < 1 else [f"overlap: must be from 0 to below 1, got {self.overlap}"]
+        return found + _at_least(self, 1, "num_threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Checked):
+    """Score predictions against labels, per case and class."""
+
+    predictions: str
+    """Folder of predicted segmentations."""
+    labels: str
+    """Folder of reference labels with the same file names, or a dataset."""
+    out: str = "metrics.json"
+    """Where the metrics are written; a CSV of the same name lies beside it."""
+    report: str = ""
+    """Write a self-contained HTML report here as well."""
+    images: str = ""
+    """Folder of images, or a dataset, for the slices in the report."""
+    run_dir: str = ""
+    """A run folder whose training curves go into the report."""
+    tolerance_mm: float = 1.0
+    """Tolerance of the normalised surface distance."""
+    num_workers: int | Auto = "auto"
+    """Processes; auto takes the CPUs this job was allotted."""
+
+    def problems(self) -> list[str]:
+        return _at_least(self, 0, "tolerance_mm") + _at_least(self, 1, "num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Checked):
+    """Plan, preprocess, train, predict, evaluate and report; the same command again continues where it was."""
+
+    dataset: str
+    """A dataset: MSD or nnU-Net folder, dataset.json, CSV or JSON list."""
+    work_dir: str
+    """Folder for everything that is made."""
+    vram: str = "auto"
+    """Memory budget such as 24GiB; auto takes the GPU's, or 8GiB where there is none."""
+    fold: int = 0
+    """Fold held out for validation, prediction and the report."""
+    max_epochs: int = 100
+    """Epochs."""
+    tta: Literal["none", "mirror"] = "none"
+    """Test-time augmentation of the prediction."""
+    skip_bad_cases: bool = False
+    """Leave out cases with problems instead of stopping at them (exit code 3)."""
+    num_workers: int | Auto = "auto"
+    """Processes that read, preprocess and evaluate cases; auto takes the CPUs this job was allotted."""
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+    def problems(self) -> list[str]:
+        found = _at_least(self, 1, "max_epochs", "num_workers")
+        return found + _fold_problems(self.fold, self.train.num_folds)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain nested values for YAML and JSON."""
+    plain: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        plain[item.name] = to_dict(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+    return plain

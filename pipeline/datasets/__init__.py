@@ -1,0 +1,1 @@
+"""Where cases come from: layouts, splits, integrity, fingerprint."""

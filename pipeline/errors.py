@@ -1,0 +1,61 @@
+"""Errors that a user can act on, and the exit code each one ends a command with.
+
+0 done; 1 a defect of ours; 2 input or options are wrong; 3 some cases failed, the rest is done;
+75 stopped on request and resumable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class VoxfitError(Exception):
+    """One short message: what is wrong, where (file, case, key), and what to do.
+
+    Args:
+        what: The problem, as a sentence without a full stop.
+        where: File, case or key that it was found in.
+        fix: What the user can do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | Path = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, str(where), fix
+        place = f"{self.where}: " if self.where else ""
+        remedy = f". {self.fix}" if self.fix else ""
+        super().__init__(f"{place}{what}{remedy}")
+
+
+class InputError(VoxfitError):
+    """A file, folder, option or plan that the user gave cannot be used."""
+
+
+class CasesFailedError(VoxfitError):
+    """Some cases failed and were left out; everything else is done.
+
+    Args:
+        failures: Reason by case id.
+        done: What was finished without them.
+        result: What the command returns when no case fails.
+    """
+
+    exit_code = 3
+
+    def __init__(self, failures: Mapping[str, str], *, done: str, result: object = None) -> None:
+        self.failures, self.result = dict(failures), result
+        lines = "".join(f"\n  {case_id}: {reason}" for case_id, reason in self.failures.items())
+        super().__init__(f"{done} without {len(self.failures)} case(s):{lines}")
+
+
+class StoppedError(VoxfitError):
+    """Stopped on request; the same command continues the work."""
+
+    exit_code = 75
+
+
+class TrainingDivergedError(VoxfitError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+    exit_code = 1

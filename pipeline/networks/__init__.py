@@ -1,0 +1,1 @@
+"""The 3D U-Net and what it is made of."""

@@ -1,0 +1,1 @@
+"""From a fingerprint and a memory budget to a plan."""

@@ -1,0 +1,1 @@
+"""From native images to the store: crop, resample, normalise."""

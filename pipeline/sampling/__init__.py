@@ -1,0 +1,1 @@
+"""Which patches a network sees, and how they are varied."""

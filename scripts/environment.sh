@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Make the virtual environment .venv in the checkout with the tested versions; does nothing when it is up to date.
+# A torch (2.8 or newer) that the Python at hand already has is kept, so that a site's own CUDA build is not replaced.
+# Usage: source scripts/environment.sh   (PYTHON=python3.12 chooses another interpreter)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python="${PYTHON:-python3}"
+stamp=".venv/installed-$(cat setup.cfg pyproject.toml constraints.txt | cksum | cut -d' ' -f1)"
+
+if [ ! -e "$stamp" ]; then
+    echo "Making the environment in .venv (once; a few minutes)"
+    constraints="$(mktemp)"
+    if "$python" -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8))' 2>/dev/null; then
+        echo "Keeping the torch that $python has"
+        [ -e .venv ] || "$python" -m venv --system-site-packages .venv
+        grep -v '^torch==' constraints.txt > "$constraints"
+    else
+        [ -e .venv ] || "$python" -m venv .venv
+        cp constraints.txt "$constraints"
+        .venv/bin/pip install --quiet --constraint "$constraints" torch
+    fi
+    .venv/bin/pip install --quiet --constraint "$constraints" --editable '.[dev]'
+    rm -f "$constraints" .venv/installed-*
+    touch "$stamp"
+fi
+export PATH="$PWD/.venv/bin:$PATH"

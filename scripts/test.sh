@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Lint, types and tests, in the checkout's own environment (made when it is missing).
+# Usage: bash scripts/test.sh            the default tests (about 4 minutes on 2 cores)
+#        bash scripts/test.sh --slow     the long ones as well, as CI does
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+selection="not slow"
+if [ "${1:-}" = "--slow" ]; then
+    selection="slow or not slow"
+    shift
+fi
+
+ruff check .
+ruff format --check .
+mypy
+# One thread a test process: two processes fill two cores, and results do not depend on the number of threads.
+OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile -m "$selection" --durations 15 -r s "$@"
