@@ -21,9 +21,9 @@ def allotted_cpus() -> int:
 
 
 def allotted_memory_bytes() -> int:
-    """Memory this process may use: the least of the machine's and the cgroup limits."""
+    """Memory this process may use: the least of the machine's, SLURM's and the cgroup limits."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *_cgroup_memory_limits()])
+    return min([machine, *_slurm_memory_limits(), *_cgroup_memory_limits()])
 
 
 def resolve_num_workers(option: int | str, *, bytes_per_worker: int = 0) -> int:
@@ -40,6 +40,15 @@ def _affinity_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _slurm_memory_limits() -> Iterable[int]:
+    """SLURM gives mebibytes, for the node or for each CPU, whichever was asked for."""
+    per_node, per_cpu = (os.environ.get(f"SLURM_MEM_PER_{unit}", "") for unit in ("NODE", "CPU"))
+    if per_node.isdigit():
+        yield int(per_node) << 20
+    if per_cpu.isdigit():
+        yield (int(per_cpu) << 20) * allotted_cpus()
 
 
 def _cgroup_cpu_quotas() -> Iterable[float]:

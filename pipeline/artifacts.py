@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,18 +25,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     When the block raises, the temporary file is removed and what stood at `path` is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     # The suffix stays at the end because writers such as nibabel choose the format by it.
     temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
     try:
         yield temporary
         _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
+        temporary.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write ({error.strerror or error})", where=path, fix=_write_fix(error)) from error
+        raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+    # Some network file systems cannot sync a folder; the file itself is safe by then.
+    with suppress(OSError):
+        _fsync(path.parent)
 
 
 def _fsync(path: Path) -> None:
@@ -46,8 +52,10 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_fix(error: OSError) -> str:
-    return "Free some space or choose another folder" if error.errno == 28 else "Check the folder and its permissions"
+def _unwritable(path: Path, error: OSError) -> InputError:
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "Free some space or choose another folder" if is_full else "Check the folder and its permissions"
+    return InputError(f"cannot write ({error.strerror or error})", where=path, fix=fix)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,13 +65,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 @cache
-def _adapter(kind: type[Artifact]) -> TypeAdapter[Artifact]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
 def to_json(artifact: Any) -> str:
     """The artifact as JSON a person can read; short lists stay on one line."""
-    plain = _adapter(type(artifact)).dump_python(artifact, mode="json")
+    plain = _adapter(cast(Hashable, type(artifact))).dump_python(artifact, mode="json")
     return _render(plain, "") + "\n"
 
 
@@ -98,11 +106,12 @@ def read_artifact(path: Path, kind: type[Artifact]) -> Artifact:
         raise InputError(f"is not valid JSON ({error})", where=path) from error
     _check_version(path, plain, kind)
     try:
-        return _adapter(kind).validate_json(text)
+        artifact: Artifact = _adapter(cast(Hashable, kind)).validate_json(text)
     except ValidationError as error:
         raise InputError(_describe(error), where=path, fix="Correct the file, or write it anew") from error
     except InputError as error:
         raise InputError(error.what, where=path, fix=error.fix) from error
+    return artifact
 
 
 def _check_version(path: Path, plain: Any, kind: type[Any]) -> None:

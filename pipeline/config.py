@@ -242,7 +242,7 @@ class TrainOptions(Checked):
 
     def problems(self) -> list[str]:
         found = _at_least(self, 1, "iterations_per_epoch", "batch_size", "effective_batch", "validate_every_n_epochs")
-        found += _at_least(self, 0, "max_validation_cases")
+        found += _at_least(self, 0, "max_validation_cases", "seed")
         return found + _at_least(self, 2, "num_folds") + _within_unit(self, "foreground_fraction")
 
 

@@ -1,0 +1,223 @@
+"""The command line: one table of commands, each a config dataclass and a function of `pipeline.api`."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from pipeline import config as options
+from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.log import configure_logging
+
+
+class Command(NamedTuple):
+    """A command: its options, the function that does it, and the one that shows its result as text."""
+
+    config: type[Any]
+    function: str
+    show: str = ""
+
+
+COMMANDS = {
+    "run": Command(options.RunConfig, "pipeline.api:run", "pipeline.api:describe_run"),
+    "inspect": Command(
+        options.InspectConfig, "pipeline.api:inspect", "pipeline.datasets.inspection:describe_inspection"
+    ),
+    "plan": Command(options.PlanConfig, "pipeline.api:plan", "pipeline.planning.explain:describe_plan"),
+    "preprocess": Command(options.PreprocessConfig, "pipeline.api:preprocess"),
+    "train": Command(options.TrainConfig, "pipeline.api:train"),
+    "predict": Command(options.PredictConfig, "pipeline.api:predict"),
+    "evaluate": Command(
+        options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
+    ),
+}
+PROGRAM = "voxfit"
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+UNION_ERROR = re.compile(
+    r'Parser key "(?P<key>[^"]+)":\s+Does not validate.*?Subtypes: \[(?P<kinds>[^\n]*)\]'
+    r".*?Given value: (?P<value>[^\n]*)",
+    re.DOTALL,
+)
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one short message instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and where to read more; exit code 2."""
+        print(f"error: {_shorten(message)}\nSee `{self.prog} --help`.", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and its subparsers by command, made from the config dataclasses."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[options.Checked])
+    parser = Parser(prog=PROGRAM, description=sys.modules["pipeline"].__doc__)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version(PROGRAM)}")
+    subcommands = parser.add_subcommands()
+    subparsers = {}
+    for name, command in COMMANDS.items():
+        sub = Parser(description=command.config.__doc__)
+        sub.add_argument("--config", action="config", help="YAML file; flags override it.")
+        if name == "inspect":
+            sub.add_argument("path", type=str, help="What to look at.")
+        sub.add_class_arguments(command.config, skip={"path"} if name == "inspect" else None)
+        subcommands.add_subcommand(name, sub, help=command.config.__doc__)
+        sub.prog = f"{PROGRAM} {name}"
+        subparsers[name] = sub
+    return parser, subparsers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, build the frozen config, import the command's module, run it; returns the exit code."""
+    try:
+        name, config = parse(sys.argv[1:] if arguments is None else arguments)
+        configure_logging()
+        return run_command(COMMANDS[name], config)
+    except VoxfitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command continues the work", file=sys.stderr)
+        return 75
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def run_command(command: Command, config: Any) -> int:
+    """Run a command and show its result; what was done is shown as well when some cases failed."""
+    try:
+        _show(command, _load(command.function)(config))
+    except CasesFailedError as error:
+        _show(command, error.result)
+        raise
+    return 0
+
+
+def _show(command: Command, result: Any) -> None:
+    if command.show and result is not None:
+        from rich.console import Console
+
+        # Batch jobs have no terminal to ask for a width: wide enough for every table of ours.
+        console = Console() if sys.stdout.isatty() else Console(width=120)
+        console.print(_load(command.show)(result), markup=False, highlight=False)
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Any]:
+    """The command's name and its config; ends the program with one message and code 2 where options are wrong."""
+    parser, subparsers = build_parsers()
+    name = next((word for word in arguments if not word.startswith("-")), "")
+    if name in subparsers:
+        config = COMMANDS[name].config
+        _refuse_unknown(subparsers[name], arguments, set(option_names(config)))
+        arguments = list(_spell_out(arguments, {f"--{key}" for key in _switches(config)}))
+    parsed = parser.parse_args(arguments)
+    values = vars(parser.instantiate(parsed)[parsed.subcommand])
+    values.pop("config", None)
+    return parsed.subcommand, COMMANDS[parsed.subcommand].config(**values)
+
+
+def option_names(config: type[Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all options of a config dataclass, groups included."""
+    for item in fields(config):
+        yield prefix + item.name
+        group = item.default_factory
+        if isinstance(group, type) and is_dataclass(group):
+            yield from option_names(group, f"{prefix}{item.name}.")
+
+
+def _refuse_unknown(parser: Parser, arguments: Sequence[str], known: set[str]) -> None:
+    """End with every misspelt flag and YAML key at once, each with the nearest name that exists."""
+    own = {"help", "config", "print_config"}
+    flags = [word[2:].split("=", 1)[0].rstrip("+") for word in arguments if word.startswith("--")]
+    problems = [("option --", flag) for flag in flags if flag not in known | own]
+    for path in _config_files(arguments):
+        problems += [(f"key in {path}: ", key) for key in _yaml_keys(path) if key not in known]
+    if problems:
+        parser.error("; ".join(f"unknown {kind}{name}{_suggest(name, known)}" for kind, name in problems))
+
+
+def _suggest(name: str, known: set[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    after = [value for word, value in pairwise(arguments) if word == "--config"]
+    joined = [word.split("=", 1)[1] for word in arguments if word.startswith("--config=")]
+    return [path for path in map(Path, after + joined) if path.is_file()]
+
+
+def _yaml_keys(path: Path) -> Iterator[str]:
+    import yaml
+
+    try:
+        yield from _dotted(yaml.safe_load(path.read_text(encoding="utf-8")), "")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"is not valid YAML ({' '.join(str(error).split())})", where=path) from error
+
+
+def _dotted(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"{prefix}{key}"
+            yield from _dotted(item, f"{prefix}{key}.")
+
+
+def _switches(config: type[Any]) -> set[str]:
+    return {item.name for item in fields(config) if item.type in ("bool", bool)}
+
+
+def _spell_out(arguments: Sequence[str], switches: set[str]) -> Iterator[str]:
+    """Write `--switch` as `--switch true` and `--key 1 2 3` or `--key 1,2,3` as `--key [1,2,3]`."""
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        yield word
+        if word in switches and (not words or words[0].lower() not in ("true", "false")):
+            yield "true"
+        if word.startswith("--") and words:
+            yield from _number_list(words)
+
+
+def _number_list(words: list[str]) -> Iterator[str]:
+    numbers: list[str] = []
+    while words and all(NUMBER.fullmatch(part) for part in words[0].split(",")):
+        numbers += words.pop(0).split(",")
+    if numbers:
+        yield numbers[0] if len(numbers) == 1 else f"[{','.join(numbers)}]"
+
+
+def _shorten(message: str) -> str:
+    """One line for what jsonargparse says over several about unions, and option names as they are typed."""
+    found = UNION_ERROR.search(message)
+    if found:
+        kinds = re.sub(r"<class '(\w+)'>", r"\1", found["kinds"])
+        kinds = re.sub(r"tuple\[(\w+), \1, \1\]", r"three values of \1", kinds)
+        kinds = re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", kinds).replace(", ", " or ")
+        return f"{found['key']}: expected {kinds}, got {found['value']}"
+    message = re.sub(r"arguments are required: \w+\.", "arguments are required: --", message)
+    message = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", message)
+    message = message.replace("Parser key ", "").replace("Expected a ", "expected ")
+    return " ".join(message.split())
+
+
+def _load(target: str) -> Any:
+    module, function = target.split(":")
+    return getattr(import_module(module), function)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""A dataset and what is wrong with it, for a person, for a program, and for a command that must decide."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from pipeline.datasets.case import Dataset
+from pipeline.datasets.dataset import read_dataset
+from pipeline.datasets.examination import Examined
+from pipeline.datasets.integrity import Problem, find_problems
+from pipeline.errors import InputError
+from pipeline.log import get_logger
+
+MAX_CASES_SHOWN = 40
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a dataset holds and what is wrong with it.
+
+    Attributes:
+        dataset: As read.
+        problems: All of them, by case id.
+        as_json: How `describe_inspection` shows it.
+    """
+
+    dataset: Dataset
+    problems: tuple[Problem, ...]
+    as_json: bool = False
+
+
+def inspect_dataset(path: str, *, num_workers: int, as_json: bool = False) -> Inspection:
+    """Read a dataset and check every case in `num_workers` processes."""
+    dataset = read_dataset(path)
+    return Inspection(dataset, find_problems(dataset, num_workers=num_workers), as_json)
+
+
+def describe_inspection(inspection: Inspection) -> str:
+    """The inspection as text for a person, or as JSON for a program."""
+    dataset, problems = inspection.dataset, inspection.problems
+    if inspection.as_json:
+        facts = {"name": dataset.name, "channels": dataset.channel_names, "labels": dataset.labels}
+        cases = [case.case_id for case in dataset.cases]
+        return json.dumps({**facts, "cases": cases, "problems": [asdict(problem) for problem in problems]}, indent=1)
+    lines = [
+        f"{dataset.name}: {len(dataset.cases)} training cases, {len(dataset.test_cases)} test cases",
+        f"channels: {', '.join(dataset.channel_names)}",
+        f"labels: {', '.join(f'{name} = {value}' for name, value in dataset.labels.items())}",
+        f"problems: {len(problems) or 'none'}",
+    ]
+    return "\n".join([*lines, *(f"  {_describe_problem(problem)}" for problem in problems)])
+
+
+def _describe_problem(problem: Problem) -> str:
+    return f"{problem.case_id}: {problem.message}{' (a warning)' if problem.is_warning else ''}"
+
+
+def find_bad_cases(
+    dataset: Dataset, examined: Sequence[Examined] | None = None, *, num_workers: int, skip: bool
+) -> dict[str, str]:
+    """Reasons by case id, all problems of a case in one line; what is only a warning goes to the log.
+
+    Args:
+        dataset: The dataset.
+        examined: What `examine_cases` found already; the cases are read when it is left out.
+        num_workers: Processes.
+        skip: Whether the caller goes on without bad cases.
+
+    Raises:
+        InputError: There are bad cases and `skip` is off; all are listed.
+    """
+    reasons: dict[str, str] = {}
+    for problem in find_problems(dataset, num_workers=num_workers, examined=examined):
+        if problem.is_warning:
+            get_logger("inspect").warning("%s: %s", problem.case_id, problem.message)
+            continue
+        reasons[problem.case_id] = "; ".join(filter(None, [reasons.get(problem.case_id), problem.message]))
+    if reasons and not skip:
+        shown = "".join(f"\n  {case}: {reason}" for case, reason in list(reasons.items())[:MAX_CASES_SHOWN])
+        more = len(reasons) - MAX_CASES_SHOWN
+        rest = f"\n  and {more} more: see `voxfit inspect`" if more > 0 else ""
+        raise InputError(
+            f"{len(reasons)} case(s) have problems:{shown}{rest}\n",
+            where=dataset.name,
+            fix="Repair them, or leave them out with --skip_bad_cases",
+        )
+    return reasons

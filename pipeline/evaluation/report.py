@@ -1,0 +1,123 @@
+"""The report: one HTML file with curves, tables, distributions and slices that asks nothing of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+
+from pipeline.artifacts import write_text
+from pipeline.evaluation.figures import class_colors, draw_curves, draw_distributions, read_curves
+from pipeline.evaluation.shown_cases import choose_shown_cases, mean_over_classes
+from pipeline.evaluation.slices import ReportCase, draw_slices
+from pipeline.evaluation.summary import Metrics
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+# Name in the metrics, heading, digits after the point.
+COLUMNS = (
+    ("dice", "Dice", 3),
+    ("iou", "IoU", 3),
+    ("nsd", "NSD", 3),
+    ("hd95_mm", "HD95 (mm)", 2),
+    ("assd_mm", "ASSD (mm)", 2),
+    ("relative_volume_error", "rel. volume error", 3),
+)
+MOST_CLASS_COLUMNS = 8
+
+
+class Cell(NamedTuple):
+    """A number in a table: as text, and as what it is sorted by."""
+
+    text: str
+    value: float
+
+
+def write_report(
+    path: Path,
+    metrics: Metrics,
+    *,
+    title: str = "Evaluation",
+    facts: Mapping[str, str] | None = None,
+    curves_csv: Path | None = None,
+    cases: Sequence[ReportCase] = (),
+) -> None:
+    """Write the report as one self-contained HTML file, atomically.
+
+    Args:
+        path: The file, `.html`.
+        metrics: From `evaluate_folder`.
+        title: Heading, such as the dataset's name.
+        facts: What to say of dataset, plan and run, in order.
+        curves_csv: A run's `metrics.csv`.
+        cases: Volumes of `choose_shown_cases(metrics)`; those that are not given are not shown.
+
+    Raises:
+        InputError: `curves_csv` cannot be read, or the report cannot be written.
+    """
+    colors = class_colors(list(metrics.labels))
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        facts=dict(facts or {}),
+        metrics=metrics,
+        colors=colors,
+        headline=[(heading, _cell(metrics.overall[name], digits).text) for name, heading, digits in COLUMNS[:5]],
+        columns=[heading for _, heading, _ in COLUMNS],
+        class_rows=_class_rows(metrics),
+        case_headings=_case_headings(metrics),
+        case_rows=_case_rows(metrics),
+        curves=draw_curves(read_curves(curves_csv), colors) if curves_csv is not None else "",
+        distributions=draw_distributions(metrics, colors) if metrics.cases else "",
+        slices=_slices(metrics, cases, colors),
+    )
+    write_text(path, html)
+
+
+def _cell(value: float, digits: int) -> Cell:
+    return Cell("–" if np.isnan(value) else f"{value:.{digits}f}", value)
+
+
+def _class_rows(metrics: Metrics) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name, summary in metrics.by_class.items():
+        cells = []
+        for metric, _, digits in COLUMNS:
+            item = summary.metrics[metric]
+            cells.append((_cell(item.mean, digits).text, _cell(item.std, digits).text, _cell(item.median, digits).text))
+        rows.append({"name": name, "value": metrics.labels[name], "cells": cells, "summary": summary})
+    return rows
+
+
+def _class_columns(metrics: Metrics) -> list[str]:
+    """Classes with a column of their own in the table of cases: all, or none where they would not fit."""
+    return list(metrics.labels) if 1 < len(metrics.labels) <= MOST_CLASS_COLUMNS else []
+
+
+def _case_headings(metrics: Metrics) -> list[str]:
+    dice = ["Dice, mean" if len(metrics.labels) > 1 else "Dice", *(f"Dice, {name}" for name in _class_columns(metrics))]
+    return [*dice, *(heading for _, heading, _ in COLUMNS[2:5])]
+
+
+def _case_rows(metrics: Metrics) -> list[tuple[str, list[Cell]]]:
+    rows = []
+    for case in metrics.cases:
+        dice = [mean_over_classes(case, "dice"), *(case.classes[name].dice for name in _class_columns(metrics))]
+        others = [_cell(mean_over_classes(case, metric), digits) for metric, _, digits in COLUMNS[2:5]]
+        rows.append((case.case_id, [*(_cell(value, 3) for value in dice), *others]))
+    return rows
+
+
+def _slices(metrics: Metrics, cases: Sequence[ReportCase], colors: Mapping[str, str]) -> list[dict[str, Any]]:
+    given = {case.case_id: case for case in cases}
+    scores = {case.case_id: case for case in metrics.cases}
+    shown: list[dict[str, Any]] = []
+    for item in choose_shown_cases(metrics):
+        if item.case_id not in given:
+            continue
+        picture = draw_slices(given[item.case_id], labels=metrics.labels, colors=colors)
+        by_class = [(name, _cell(score.dice, 3).text) for name, score in scores[item.case_id].classes.items()]
+        shown.append({"case": item, "dice": _cell(item.mean_dice, 3).text, "by_class": by_class, "picture": picture})
+    return shown

@@ -1,0 +1,162 @@
+"""The metrics artifact: scores per case and class, what they sum up to, and its JSON and CSV files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from pipeline.artifacts import write_artifact, write_text
+from pipeline.errors import CasesFailedError
+from pipeline.evaluation.metrics import METRIC_NAMES, ClassScores, Score
+from pipeline.plan import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseScores(Record):
+    """All classes of one case."""
+
+    case_id: str
+    classes: dict[str, ClassScores]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Record):
+    """One metric over the cases in which it has a value.
+
+    Attributes:
+        mean, median: NaN without any such case.
+        std: Sample standard deviation (n - 1); NaN below two cases.
+        num_cases: Cases with a value.
+    """
+
+    mean: Score
+    median: Score
+    std: Score
+    num_cases: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSummary(Record):
+    """One class over all cases.
+
+    Attributes:
+        metrics: By metric name.
+        num_missed: Cases that have the class, and no voxel of it was predicted.
+        num_invented: Cases without the class, and some voxel of it was predicted.
+        num_absent: Cases without the class, rightly predicted so: they count in no metric but the volume error.
+    """
+
+    metrics: dict[str, Summary]
+    num_missed: int
+    num_invented: int
+    num_absent: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics(Record):
+    """Everything `voxfit evaluate` found.
+
+    Attributes:
+        tolerance_mm: Of the normalised surface distance.
+        labels: Value in the files by class name, without background.
+        overall: By metric name, the mean over classes of each class's mean over its cases: every class weighs the
+            same, however rare it is.
+        by_class: By class name.
+        cases: By rising case id.
+        failures: Reason by case id, for cases that could not be scored.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    schema_version: int = 1
+    tolerance_mm: float
+    labels: dict[str, int]
+    overall: dict[str, Score]
+    by_class: dict[str, ClassSummary]
+    cases: tuple[CaseScores, ...]
+    failures: dict[str, str]
+
+
+def make_metrics(
+    cases: Sequence[CaseScores], *, labels: Mapping[str, int], tolerance_mm: float, failures: Mapping[str, str]
+) -> Metrics:
+    """Sum up scored cases.
+
+    Args:
+        cases: Each with all classes of `labels`, in any order.
+        labels: Value by class name, without background.
+        tolerance_mm: As scored with.
+        failures: Reason by case id.
+    """
+    ordered = tuple(sorted(cases, key=lambda case: case.case_id))
+    by_class = {name: _sum_up_class([case.classes[name] for case in ordered]) for name in labels}
+    overall = {
+        metric: _mean([summary.metrics[metric].mean for summary in by_class.values()]) for metric in METRIC_NAMES
+    }
+    return Metrics(
+        tolerance_mm=tolerance_mm,
+        labels=dict(labels),
+        overall=overall,
+        by_class=by_class,
+        cases=ordered,
+        failures=dict(sorted(failures.items())),
+    )
+
+
+def _sum_up_class(scores: Sequence[ClassScores]) -> ClassSummary:
+    present = [(score.prediction_ml > 0, score.reference_ml > 0) for score in scores]
+    return ClassSummary(
+        metrics={name: _sum_up([getattr(score, name) for score in scores]) for name in METRIC_NAMES},
+        num_missed=present.count((False, True)),
+        num_invented=present.count((True, False)),
+        num_absent=present.count((False, False)),
+    )
+
+
+def _sum_up(values: Sequence[float]) -> Summary:
+    known = np.array([value for value in values if not np.isnan(value)])
+    return Summary(
+        mean=_mean(known),
+        median=float(np.median(known)) if len(known) else float("nan"),
+        std=float(np.std(known, ddof=1)) if len(known) > 1 else float("nan"),
+        num_cases=len(known),
+    )
+
+
+def _mean(values: Sequence[float] | np.typing.NDArray[np.float64]) -> float:
+    """Mean of the values that are not NaN; NaN when there is none."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def write_metrics(path: Path, metrics: Metrics) -> None:
+    """Write `path` as JSON (NaN as null), and a CSV of the same name beside it: a row per case and class."""
+    write_artifact(path, metrics)
+    write_text(path.with_suffix(".csv"), _to_csv(metrics))
+
+
+def _to_csv(metrics: Metrics) -> str:
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["case_id", "class", *METRIC_NAMES])
+    for case in metrics.cases:
+        for name, scores in case.classes.items():
+            values = [getattr(scores, metric) for metric in METRIC_NAMES]
+            writer.writerow([case.case_id, name, *("" if np.isnan(v) else f"{v:.6g}" for v in values)])
+    return text.getvalue()
+
+
+def check_complete(metrics: Metrics) -> None:
+    """Raise when a case could not be scored.
+
+    Raises:
+        CasesFailedError: It lists every such case with its reason (exit code 3).
+    """
+    if metrics.failures:
+        raise CasesFailedError(metrics.failures, done=f"{len(metrics.cases)} case(s) evaluated", result=metrics)

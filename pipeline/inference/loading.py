@@ -1,0 +1,90 @@
+"""What prediction needs of a run folder: plan, checkpoint, weights, and the axes that training mirrored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor, nn
+
+from pipeline.artifacts import read_artifact
+from pipeline.config import AugmentationConfig
+from pipeline.errors import InputError
+from pipeline.plan import Plan
+
+PLAN_FIX = "Put back the plan.json that the run was trained with, or pass the network it was trained with"
+
+
+def read_plan(run_dir: Path) -> Plan:
+    """The plan that a run was trained with.
+
+    Raises:
+        InputError: The folder is no run, or its plan cannot be read.
+    """
+    path = run_dir / "plan.json"
+    if not path.is_file():
+        raise InputError("is no run folder: it has no plan.json", where=run_dir, fix="Give the folder of a training")
+    return read_artifact(path, Plan)
+
+
+def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
+    """The file of a run's checkpoint, "best" or "last".
+
+    Raises:
+        InputError: The run has no such checkpoint (the message names what it has).
+    """
+    folder = run_dir / "checkpoints"
+    path = folder / f"{checkpoint}.ckpt"
+    if path.is_file():
+        return path
+    others = sorted(item.stem for item in folder.glob("*.ckpt"))
+    fix = f"Use --checkpoint {others[0]}" if others else "Train the run first"
+    raise InputError(f"the run has no checkpoint {path.name}", where=run_dir, fix=fix)
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> None:
+    """Load weights into a network that must have exactly these.
+
+    Raises:
+        InputError: One line on the first difference in shape, or on the keys that are missing or too many.
+    """
+    expected = network.state_dict()
+    for key in expected:
+        if key in weights and weights[key].shape != expected[key].shape:
+            found, wanted = list(weights[key].shape), list(expected[key].shape)
+            what = f"the checkpoint's {key} is {found}, the network's {wanted}"
+            raise InputError(f"{what}: another number of classes, channels or features", where=where, fix=PLAN_FIX)
+    missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    if missing or extra:
+        first = f"it lacks {missing[0]}" if missing else f"it also has {extra[0]}"
+        counts = f"{len(missing)} missing and {len(extra)} more"
+        raise InputError(f"the checkpoint is of another network: {first} ({counts})", where=where, fix=PLAN_FIX)
+    network.load_state_dict(dict(weights))
+
+
+def read_mirror_axes(run_dir: Path) -> tuple[int, ...]:
+    """The axes that training mirrored, from the run's `config.yaml`; the defaults where the run has none.
+
+    Raises:
+        InputError: Training did not mirror: a network that never saw a mirrored image is not to be asked about one.
+    """
+    default = AugmentationConfig()
+    group = _read_augmentation(run_dir / "config.yaml")
+    trained = group.get("enabled", default.enabled) and group.get("mirror", default.mirror)
+    axes = tuple(group.get("mirror_axes", default.mirror_axes)) if trained else ()
+    if not axes:
+        raise InputError("the run was trained without mirroring", where=run_dir, fix="Use --tta none")
+    return axes
+
+
+def _read_augmentation(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError("is not valid YAML", where=path, fix="Restore the file that training wrote") from error
+    group = config.get("augmentation") if isinstance(config, dict) else None
+    return group if isinstance(group, dict) else {}

@@ -1,0 +1,220 @@
+"""A trained network as a function from volumes to class values, and over many files."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.allocation import allotted_cpus
+from pipeline.datasets.dataset import Case, read_case_image
+from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.inference.loading import find_checkpoint, load_weights, read_mirror_axes, read_plan
+from pipeline.inference.sliding_window import sliding_window_scores
+from pipeline.io.nifti import write_label
+from pipeline.io.volume import Volume
+from pipeline.log import get_logger, track
+from pipeline.networks.precision import DeviceType, autocast, choose_device_type, choose_precision
+from pipeline.networks.unet import UNet
+from pipeline.networks.weights import read_weights
+from pipeline.plan import Plan, Precision
+from pipeline.preprocessing.preprocess import prepare_image
+from pipeline.preprocessing.restore import restore_label
+
+# The scores of a whole volume may take this share of a GPU's free memory; beyond it they are gathered on the host.
+SCORES_SHARE = 0.5
+
+
+class Predictor:
+    """Segments volumes as a plan says; load it once and use it for many.
+
+    Args:
+        network: Takes (B, C, *patch_size) and gives logits (B, K, *patch_size) in evaluation mode, which it is put in.
+        plan: How images are prepared, and what the classes mean. The window is the plan's patch.
+        device_type: Where the network runs.
+        precision: What it computes in.
+        overlap: Least share of a window that its neighbour covers as well.
+        tta_axes: Axes to mirror; logits are averaged.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        plan: Plan,
+        *,
+        device_type: DeviceType = "cpu",
+        precision: Precision = "32-true",
+        overlap: float = 0.5,
+        tta_axes: Sequence[int] = (),
+    ) -> None:
+        self.network = network.eval().to(device_type)
+        self.plan, self.device_type, self.precision = plan, device_type, precision
+        self.overlap, self.tta_axes = overlap, tuple(tta_axes)
+
+    @classmethod
+    def from_run(
+        cls,
+        run_dir: Path,
+        *,
+        checkpoint: Literal["best", "last"] = "best",
+        accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+        num_threads: int | Literal["auto"] = "auto",
+        overlap: float = 0.5,
+        tta: Literal["none", "mirror"] = "none",
+        network: nn.Module | None = None,
+    ) -> Predictor:
+        """Load a trained run.
+
+        Args:
+            run_dir: The run folder: `plan.json`, `checkpoints/`, and for mirroring `config.yaml`.
+            checkpoint: Which weights; averaged (EMA) ones where the checkpoint has them.
+            accelerator: "auto" takes a GPU where there is one.
+            num_threads: Of the network on a CPU, for the whole process; "auto" takes the allotted CPUs.
+            overlap: Least share of a window that its neighbour covers as well.
+            tta: "mirror" averages over all combinations of the axes that training mirrored.
+            network: A network of one's own that the run was trained with; None builds the plan's U-Net.
+
+        Raises:
+            InputError: The run has no plan or no such checkpoint, the weights are another network's, there is no GPU,
+                or mirroring is asked of a run that was trained without.
+        """
+        plan = read_plan(run_dir)
+        weights = read_weights(find_checkpoint(run_dir, checkpoint))
+        device_type = choose_device_type(accelerator)
+        network = network if network is not None else UNet(plan.num_channels, plan.num_classes, plan.network)
+        load_weights(network, weights, where=run_dir)
+        choice = choose_precision(plan.precision, device_type=device_type)
+        if device_type == "cpu":
+            torch.set_num_threads(allotted_cpus() if num_threads == "auto" else num_threads)
+        get_logger("predict").info("network on %s in %s (%s)", device_type, *choice)
+        axes = read_mirror_axes(run_dir) if tta == "mirror" else ()
+        return cls(network, plan, device_type=device_type, precision=choice.precision, overlap=overlap, tta_axes=axes)
+
+    def predict(self, volume: Volume) -> Volume:
+        """Segment one volume.
+
+        Args:
+            volume: (C, I, J, K) intensities in RAS order, as read; the plan's preparation is applied here.
+
+        Returns:
+            (1, I, J, K) class values on the volume's own grid, with its source.
+
+        Raises:
+            InputError: The number of channels is not the plan's, or the network gives no finite values.
+        """
+        if volume.num_channels != self.plan.num_channels:
+            names = ", ".join(channel.name for channel in self.plan.channels)
+            raise InputError(
+                f"has {volume.num_channels} channel(s), the network takes {self.plan.num_channels} ({names})",
+                where=volume.source.path if volume.source else "",
+                fix="Give one file per channel (_0000, _0001, ...) or one file with all of them as fourth axis",
+            )
+        prepared = prepare_image(volume, self.plan)
+        scores = self.predict_scores(torch.from_numpy(prepared.array))
+        label = restore_label(scores.numpy(), prepared, self.plan)
+        return Volume(label[None], volume.grid, volume.source)
+
+    def predict_scores(self, image: Tensor) -> Tensor:
+        """Logits (num_classes, I, J, K) in float32 on the CPU of a prepared image (C, I, J, K).
+
+        Where 16 bits overflow, the volume is computed once more in float32, which the log says.
+
+        Raises:
+            InputError: The logits are not finite in float32 either.
+        """
+        scores = self._slide(image, self.precision)
+        if not _is_finite(scores) and self.precision != "32-true":
+            get_logger("predict").warning("values are not finite in %s: once more in float32", self.precision)
+            scores = self._slide(image, "32-true")
+        if not _is_finite(scores):
+            raise InputError("the network gives values that are not finite", fix="Use the run's other checkpoint")
+        return scores
+
+    def predict_files(self, cases: Sequence[Case], output: Path, *, overwrite: bool = False) -> list[Path]:
+        """Segment cases into `output/<case_id>.nii.gz`, each on the grid of its own first image, each atomically.
+
+        A case that fails does not end the others. Outputs that exist are kept unless `overwrite`.
+
+        Returns:
+            The files of all cases, kept ones included.
+
+        Raises:
+            InputError: The folder cannot be written to, the disk is full, or the only case failed.
+            CasesFailedError: Some of several cases failed; it lists them, and its result are the other files.
+        """
+        _make_folder(output)
+        files = {case.case_id: output / f"{case.case_id}.nii.gz" for case in cases}
+        open_cases = [case for case in cases if overwrite or not files[case.case_id].exists()]
+        if len(open_cases) < len(cases):
+            get_logger("predict").info("%d output(s) are there already and are kept", len(cases) - len(open_cases))
+        failures: dict[str, str] = {}
+        for case in track(open_cases, description="predict", total=len(open_cases)):
+            try:
+                self._predict_file(case, files[case.case_id])
+            except (VoxfitError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                # The next case would need the space as well; and of a single case the error itself says most.
+                if _is_disk_full(error) or (len(cases) == 1 and isinstance(error, VoxfitError)):
+                    raise
+                failures[case.case_id] = _first_line(error)
+        if failures:
+            done = [path for case_id, path in files.items() if case_id not in failures]
+            raise CasesFailedError(failures, done=f"{len(done)} case(s) segmented", result=done)
+        return list(files.values())
+
+    def _predict_file(self, case: Case, path: Path) -> None:
+        volume = read_case_image(case)
+        label = self.predict(volume)
+        if label.source is None:
+            raise ValueError("a volume read from a file has no source")
+        write_label(path, label.array[0], label.source)
+
+    def _slide(self, image: Tensor, precision: Precision) -> Tensor:
+        with autocast(precision, self.device_type):
+            scores = sliding_window_scores(
+                self.network,
+                image.to(self._scores_device(image)),
+                window=self.plan.patch_size,
+                num_classes=self.plan.num_classes,
+                overlap=self.overlap,
+                tta_axes=self.tta_axes,
+                device=self.device_type,
+            )
+        return scores.cpu()
+
+    def _scores_device(self, image: Tensor) -> str:
+        """The GPU while the scores of the whole volume fit there, otherwise the host."""
+        if self.device_type == "cpu":
+            return "cpu"
+        num_bytes = 4 * (self.plan.num_classes + self.plan.num_channels + 1) * image[0].numel()
+        return "cuda" if num_bytes < SCORES_SHARE * torch.cuda.mem_get_info()[0] else "cpu"
+
+
+def _is_finite(scores: Tensor) -> bool:
+    return bool(np.isfinite([value.item() for value in scores.aminmax()]).all())
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder and try to write there, before anything is computed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot be written to ({error.strerror})", where=folder, fix="Choose another folder"
+        ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    return any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in (error, error.__cause__))
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).splitlines() or [""])[0]
+    return line if isinstance(error, VoxfitError) else f"{type(error).__name__}: {line}"

@@ -1,0 +1,73 @@
+"""The 3D U-Net that a NetworkPlan describes. Shapes: (B, C, I, J, K)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.networks.blocks import DecoderStage, Head, make_encoder_stage
+from pipeline.networks.recompute import recompute
+from pipeline.plan import NetworkPlan
+
+
+class UNet(nn.Module):
+    """A 3D U-Net with plain or residual blocks, without concatenation of skip and up-sampled tensors.
+
+    Args:
+        in_channels: Input channels.
+        num_classes: Classes, background included.
+        network: Stages, highest resolution first; the last one is the bottleneck.
+        recompute_stages: Number of stages, from the highest resolution, whose encoder and decoder activations are
+            recomputed in the backward pass instead of kept. Outputs and gradients stay the same.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, network: NetworkPlan, *, recompute_stages: int = 0) -> None:
+        super().__init__()
+        self.recompute_stages = recompute_stages
+        self.total_stride = network.total_stride
+        channels = (in_channels, *network.features_per_stage)
+        self.encoder = nn.ModuleList(
+            make_encoder_stage(channels[index], network, index) for index in range(network.num_stages)
+        )
+        self.decoder = nn.ModuleList(DecoderStage(network, index) for index in range(network.num_stages - 1))
+        self.heads = nn.ModuleList(
+            Head(network.features_per_stage[index], num_classes) for index in range(num_heads(network))
+        )
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Logits (B, K, I, J, K) of x (B, C, I, J, K).
+
+        In train mode with more than one head a list, highest resolution first.
+
+        Raises:
+            InputError: The size is not a multiple of the network's stride.
+        """
+        if any(size % stride for size, stride in zip(x.shape[2:], self.total_stride, strict=True)):
+            shape, stride = list(x.shape[2:]), list(self.total_stride)
+            raise InputError(f"size {shape} is not a multiple of the network's stride {stride}", where="patch_size")
+        skips = []
+        for index, stage in enumerate(self.encoder):
+            x = self._run(index, stage, x)
+            skips.append(x)
+        x = skips.pop()
+        wanted = len(self.heads) if self.training else 1
+        logits = []
+        for index in reversed(range(len(self.decoder))):
+            x = self._run(index, self.decoder[index], x, skips.pop())
+            if index < wanted:
+                logits.insert(0, self.heads[index](x))
+        return logits if len(logits) > 1 else logits[0]
+
+    def _run(self, index: int, stage: nn.Module, *inputs: Tensor) -> Tensor:
+        if index < self.recompute_stages and torch.is_grad_enabled():
+            return recompute(stage, *inputs)
+        return stage(*inputs)
+
+
+def num_heads(network: NetworkPlan) -> int:
+    """Heads that have a loss: with deep supervision one per decoder stage but the lowest, and at least one.
+
+    nnU-Net puts a head on the lowest decoder stage too and gives its loss weight zero; ours leaves it out.
+    """
+    return max(1, network.num_stages - 2) if network.deep_supervision else 1

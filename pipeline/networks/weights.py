@@ -1,0 +1,60 @@
+"""Weights of a finished or running training, read from its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import InputError
+
+NETWORK_PREFIX = "network."
+EMA_KEY = "ema_state_dict"
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The network's weights of a checkpoint, on the CPU; the averaged (EMA) ones where it has them.
+
+    Only tensors and plain values are unpickled, so a checkpoint from elsewhere cannot run code.
+
+    Args:
+        checkpoint: A `last.ckpt` or `best.ckpt` of a run.
+
+    Returns:
+        Tensors by the key that the network's own `load_state_dict` takes.
+
+    Raises:
+        InputError: The file is missing, torn, no checkpoint, or holds no network of ours.
+    """
+    content = _load(checkpoint)
+    averaged = content.get(EMA_KEY)
+    if averaged:
+        return dict(averaged)
+    state = content.get("state_dict")
+    weights = {
+        key[len(NETWORK_PREFIX) :]: value for key, value in (state or {}).items() if key.startswith(NETWORK_PREFIX)
+    }
+    if not weights:
+        raise InputError(
+            "holds no network weights", where=checkpoint, fix="Give a checkpoint written by `voxfit train`"
+        )
+    return weights
+
+
+def _load(checkpoint: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError("does not exist", where=checkpoint, fix="Check the run folder") from error
+    except Exception as error:
+        # torch.load has no error of its own: torn zips, foreign pickles and short files each raise another type.
+        raise InputError(
+            "is no readable checkpoint (torn, or not written by voxfit)",
+            where=checkpoint,
+            fix="Use the other checkpoint of the run",
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError("is no checkpoint", where=checkpoint, fix="Give a checkpoint written by `voxfit train`")
+    return content

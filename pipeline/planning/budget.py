@@ -1,0 +1,55 @@
+"""The memory budget: from the text a person wrote, or from the device that is present."""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.errors import InputError
+from pipeline.plan import GIB
+
+DEFAULT_BUDGET_BYTES = 8 * GIB
+# Vendors print "24GB" on a card that holds 24 GiB, so both spellings mean the binary unit.
+UNITS = {"": GIB, "G": GIB, "GB": GIB, "GIB": GIB, "M": 1024**2, "MB": 1024**2, "MIB": 1024**2}
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
+
+
+def parse_vram(text: str) -> int:
+    """A memory budget in bytes from text such as "24GiB", "24GB", "24" or "512 MiB".
+
+    A number without a unit counts GiB, and GB means GiB, as it does on a graphics card's box.
+
+    Raises:
+        InputError: The text is no positive amount of memory in a known unit.
+    """
+    match = _PATTERN.fullmatch(text)
+    unit = UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None or not float(match.group(1)):
+        raise InputError(f'"{text}" is not an amount of memory', where="vram", fix="Write it as 24GiB, or auto")
+    return int(float(match.group(1)) * unit)
+
+
+def budget_from_device() -> tuple[int, str]:
+    """The budget for `vram: auto` in bytes, and the sentence that says where it comes from."""
+    import torch
+
+    if not torch.cuda.is_available():
+        sentence = (
+            f"No GPU is present, so the budget is the default {DEFAULT_BUDGET_BYTES / GIB:.0f} GiB (--vram sets it)."
+        )
+        return DEFAULT_BUDGET_BYTES, sentence
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    total = int(device.total_memory)
+    return total, f"The budget is all {total / GIB:.1f} GiB of the {device.name} that is present."
+
+
+# What a device takes beside tensors: estimated, not yet measured on a GPU. The context is what CUDA, cuDNN and the
+# kernels of one process take; the shares are of the tensors' peak, for workspaces that convolutions ask for and for
+# what the caching allocator cannot hand out again in one piece.
+CONTEXT_BYTES = int(0.6 * GIB)
+WORKSPACE_SHARE = 0.05
+FRAGMENTATION_SHARE = 0.05
+
+
+def estimate_overhead_bytes(peak_bytes: int) -> int:
+    """What a device adds to `peak_bytes` of tensors; an estimate that is not yet measured on a GPU."""
+    return CONTEXT_BYTES + int(peak_bytes * (WORKSPACE_SHARE + FRAGMENTATION_SHARE))

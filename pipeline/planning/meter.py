@@ -1,0 +1,212 @@
+"""How much memory a training step takes, found by running that very step on tensors without storage.
+
+Works for any network, loss and optimiser, needs no GPU and allocates nothing. What it counts are tensor storages; what
+a device adds to them is estimated in `pipeline.planning.budget`. Shapes: images (B, C, I, J, K), targets (B, I, J, K).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.optim import Optimizer
+
+from pipeline.errors import InputError
+from pipeline.geometry import Shape3
+from pipeline.plan import Precision
+from pipeline.planning.fake_kernels import CorrectedFakeKernels
+from pipeline.planning.storages import StorageCounter
+
+Loss = Callable[[Any, Tensor], Tensor]
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+OptimizerName = Literal["sgd", "adamw"]
+
+PARTS = ("parameters", "gradients", "optimizer", "input", "activations", "loss", "working")
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The metered peak of one training step.
+
+    Attributes:
+        peak_bytes: Most bytes of tensor storages that were live at one time.
+        parts: Bytes at that moment by what holds them, all of `PARTS`; they add up to `peak_bytes`. "parameters" are
+            weights and buffers, "activations" what the network's forward pass left for the backward pass, logits
+            and half-precision weights included, "loss" what the loss left for it, and "working" everything that
+            comes and goes inside a pass.
+    """
+
+    peak_bytes: int
+    parts: dict[str, int]
+
+
+def meter_step(
+    network: nn.Module,
+    loss: Loss,
+    *,
+    patch_size: Shape3,
+    in_channels: int,
+    batch_size: int = 1,
+    precision: Precision = "bf16-mixed",
+    optimizer: OptimizerName | MakeOptimizer = "sgd",
+    accumulate_grad_batches: int = 1,
+) -> StepMemory:
+    """Meter one training step (forward, loss, backward, optimiser) without allocating anything.
+
+    Operators follow the CPU's autocast rules, so a network whose operators CUDA's autocast alone takes to float32
+    (such as plain `nn.GroupNorm`) takes more on a GPU than is metered; networks of this project do not depend on them.
+
+    Args:
+        network: Any network; neither changed nor run. It may lie on any device, "meta" included.
+        loss: Called with the network's output and a target (B, I, J, K) of int64 class indices.
+        patch_size: I, J, K.
+        in_channels: C.
+        batch_size: B.
+        precision: As in the plan; the mixed ones run under autocast.
+        optimizer: "sgd" (with momentum), "adamw", or a function that makes one from the parameters.
+        accumulate_grad_batches: Above one, gradients of earlier iterations are live during a step.
+
+    Raises:
+        InputError: The network or the loss branches on values of tensors, which fake ones do not have.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), CorrectedFakeKernels():
+            return count_step(
+                _fake_copy(network),
+                _fake_copy(loss) if isinstance(loss, nn.Module) else loss,
+                torch.empty(batch_size, in_channels, *patch_size),
+                torch.zeros(batch_size, *patch_size, dtype=torch.int64),
+                precision=precision,
+                optimizer=optimizer,
+                accumulate_grad_batches=accumulate_grad_batches,
+            )
+    except DataDependentOutputException as error:
+        raise InputError(
+            f"the step cannot be metered because it reads the value of a tensor ({error})",
+            where=type(network).__name__,
+            fix="Decide by shapes instead of values in the network and the loss, or set patch_size by hand",
+        ) from error
+
+
+def count_step(
+    network: nn.Module,
+    loss: Loss,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    precision: Precision,
+    optimizer: OptimizerName | MakeOptimizer = "sgd",
+    accumulate_grad_batches: int = 1,
+) -> StepMemory:
+    """Run and count a training step on CPU tensors, real or fake; the network is trained by it.
+
+    It is the step that every later one repeats: the optimiser has its state, and gradients of the step before are
+    there. Both come from an optimiser step on gradients of zero, which is counted too.
+
+    Args: as for `meter_step`, with the batch itself instead of its sizes.
+    """
+    counter = StorageCounter()
+    counter.claim([*network.parameters(), *network.buffers()], "parameters")
+    counter.claim([images, targets], "input")
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    step = _CountedStep(counter, network.train(), loss, _make_optimizer(optimizer, parameters), _autocast(precision))
+    with ExitStack() as stack:
+        for parameter in parameters:
+            handle = parameter.register_post_accumulate_grad_hook(step.claim_gradient)
+            stack.callback(handle.remove)
+        stack.enter_context(counter)
+        step.make_state(parameters)
+        step.run(images, targets, clear_gradients=accumulate_grad_batches == 1)
+        if step.forget_state_of_unused(parameters):
+            step.run(images, targets, clear_gradients=accumulate_grad_batches == 1)
+    parts = counter.peak_parts()
+    return StepMemory(counter.peak_bytes, {part: parts.get(part, 0) for part in PARTS})
+
+
+@dataclass(frozen=True)
+class _CountedStep:
+    counter: StorageCounter
+    network: nn.Module
+    loss: Loss
+    optimizer: Optimizer
+    autocast: AbstractContextManager[Any]
+    used: set[int] = field(default_factory=set)
+
+    def make_state(self, parameters: list[nn.Parameter]) -> None:
+        """Give the optimiser its state and the parameters gradients, as an iteration before would have."""
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.counter.claim((parameter.grad for parameter in parameters if parameter.grad is not None), "gradients")
+        self._step()
+
+    def forget_state_of_unused(self, parameters: list[nn.Parameter]) -> bool:
+        """Drop what parameters without a part in the loss never have; whether there were any."""
+        unused = [parameter for parameter in parameters if id(parameter) not in self.used]
+        for parameter in unused:
+            parameter.grad = None
+            self.optimizer.state.pop(parameter, None)
+        if unused:
+            self.counter.restart_peak()
+        return bool(unused)
+
+    def run(self, images: Tensor, targets: Tensor, *, clear_gradients: bool) -> None:
+        """One iteration in the order of Lightning's automatic optimisation: old gradients live through the forward."""
+        self.counter.part = "working"
+        with self.autocast:
+            value = self._forward(images, targets)
+        if clear_gradients:
+            self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self._step()
+
+    def claim_gradient(self, parameter: Tensor) -> None:
+        """Hook for when a parameter's gradient is complete."""
+        self.used.add(id(parameter))
+        if parameter.grad is not None:
+            self.counter.claim([parameter.grad], "gradients")
+
+    def _step(self) -> None:
+        self.optimizer.step()
+        state = (value for values in self.optimizer.state.values() for value in values.values())
+        self.counter.claim((value for value in state if isinstance(value, Tensor)), "optimizer")
+
+    def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        outputs = self.network(images)
+        self.counter.claim_live(made_as="working", part="activations")
+        value = self.loss(outputs, targets)
+        self.counter.claim_live(made_as="working", part="loss")
+        return value
+
+
+def _autocast(precision: Precision) -> AbstractContextManager[Any]:
+    if precision == "32-true":
+        return nullcontext()
+    return torch.autocast("cpu", torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
+
+
+def _make_optimizer(optimizer: OptimizerName | MakeOptimizer, parameters: list[nn.Parameter]) -> Optimizer:
+    """The foreach kinds, as PyTorch takes them by default on GPUs: they work on all parameters at once."""
+    if optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=0.01, momentum=0.99, nesterov=True, weight_decay=3e-5, foreach=True)
+    if optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.001, foreach=True)
+    return optimizer(parameters)
+
+
+def _fake_copy(module: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are fake CPU tensors; call it under `FakeTensorMode`."""
+    fakes = {id(tensor): _fake_like(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    # Tensors that are plain attributes are copied for real: fake mode cannot, and they become fake where they are used.
+    with unset_fake_temporarily():
+        return copy.deepcopy(module, fakes)
+
+
+def _fake_like(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake

@@ -1,0 +1,166 @@
+"""From a fingerprint and a memory budget to a plan, with the reasons in sentences."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+from pipeline.artifacts import content_hash, to_json
+from pipeline.config import PlanConfig
+from pipeline.datasets.fingerprint import ChannelStatistics, Fingerprint
+from pipeline.errors import InputError
+from pipeline.geometry import Shape3, format_shape
+from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NormalizationScheme, Plan
+from pipeline.planning.budget import estimate_overhead_bytes
+from pipeline.planning.candidates import Rung, choose_batch, choose_patch, patch_candidates
+from pipeline.planning.reasons import explain_choice
+from pipeline.planning.rung_meter import RungMeter
+from pipeline.planning.spacing import TargetGrid, make_target_grid
+from pipeline.planning.topology import MAX_STAGES, round_up_patch
+
+# nnU-Net's bound: with more, an iteration sees so much of a small dataset at once that the batches repeat themselves.
+LARGEST_DATASET_SHARE = 0.05
+_CT_WORD = re.compile(r"(?<![a-z0-9])ct(?![a-z0-9])", re.IGNORECASE)
+
+
+def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int, budget_note: str = "") -> Plan:
+    """The plan for a dataset under a memory budget.
+
+    Args:
+        fingerprint: What the dataset holds.
+        config: What the person fixed; "auto" leaves it to the planner.
+        budget_bytes: Memory that one training step may take on the device, overhead included.
+        budget_note: Where the budget comes from; becomes the plan's first note.
+
+    Raises:
+        InputError: No patch fits the budget, or a fixed patch or spacing cannot be used.
+    """
+    target = _target_grid(fingerprint, config)
+    meter = RungMeter(
+        config=config,
+        in_channels=len(fingerprint.channel_names),
+        num_classes=len(fingerprint.labels),
+        spacing=target.spacing,
+    )
+    patches = _patches(config, target)
+    rung = _choose_rung(meter, patches, config, budget_bytes)
+    if config.batch_size == "auto" and rung.patch_size == patches[0]:
+        rung = choose_batch(
+            rung,
+            meter.required_bytes,
+            budget_bytes,
+            effective_batch=config.effective_batch,
+            largest=_largest_batch(fingerprint, target, rung.patch_size),
+        )
+    return Plan(
+        dataset_name=fingerprint.dataset_name,
+        fingerprint_hash=content_hash(to_json(fingerprint)),
+        channels=_channel_plans(fingerprint, config),
+        labels=dict(fingerprint.labels),
+        ignore_value=fingerprint.ignore_value,
+        target_spacing=target.spacing,
+        anisotropic_axis=target.anisotropic_axis,
+        median_shape=target.median_shape,
+        patch_size=rung.patch_size,
+        batch_size=rung.batch_size,
+        accumulate_grad_batches=meter.accumulate_grad_batches(rung),
+        precision=config.precision,
+        recompute_stages=rung.recompute_stages,
+        network=meter.network_plan(rung.patch_size),
+        memory=_memory_plan(meter, rung, budget_bytes),
+        notes=(
+            *([budget_note] if budget_note else []),
+            target.reason,
+            *explain_choice(meter, rung, patches, target, budget_bytes),
+        ),
+    )
+
+
+def _target_grid(fingerprint: Fingerprint, config: PlanConfig) -> TargetGrid:
+    if not fingerprint.cases:
+        raise InputError("no case is left to plan with", where=fingerprint.dataset_name)
+    if isinstance(config.target_spacing, str):
+        return make_target_grid(fingerprint.cases)
+    if min(config.target_spacing) <= 0:
+        raise InputError(f"must be positive, got {list(config.target_spacing)}", where="target_spacing")
+    return make_target_grid(fingerprint.cases, spacing=config.target_spacing)
+
+
+def _patches(config: PlanConfig, target: TargetGrid) -> tuple[Shape3, ...]:
+    """Patches that come into question, the largest first; only the given one where one is given."""
+    if isinstance(config.patch_size, str):
+        return patch_candidates(target.median_shape, target.spacing)
+    given = config.patch_size
+    suitable = round_up_patch((max(1, given[0]), max(1, given[1]), max(1, given[2])), target.spacing)
+    if given != suitable:
+        raise InputError(
+            f"{format_shape(given)} is not a multiple of the stride of its network",
+            where="patch_size",
+            fix=f"The next larger that is: {format_shape(suitable)}",
+        )
+    return (given,)
+
+
+def _choose_rung(meter: RungMeter, patches: tuple[Shape3, ...], config: PlanConfig, budget_bytes: int) -> Rung:
+    batch_size = 1 if isinstance(config.batch_size, str) else config.batch_size
+    rungs = [Rung(patch_size=patch, batch_size=batch_size) for patch in patches]
+    rung = choose_patch(rungs, meter.required_bytes, budget_bytes, max_recompute=MAX_STAGES)
+    if rung is None:
+        raise _nothing_fits(meter, rungs, budget_bytes)
+    return rung
+
+
+def _nothing_fits(meter: RungMeter, rungs: list[Rung], budget_bytes: int) -> InputError:
+    smallest = [meter.fully_recomputed(rung) for rung in rungs[-3:]]
+    needs = ", ".join(
+        f"{format_shape(rung.patch_size)} needs {meter.required_bytes(rung) / GIB:.2f} GiB" for rung in smallest
+    )
+    return InputError(
+        f"no patch fits into {budget_bytes / GIB:.2f} GiB; with batch {smallest[0].batch_size} and every stage"
+        f" recomputed {needs}",
+        where="vram",
+        fix="Give a larger budget, or lower base_features, max_features or batch_size",
+    )
+
+
+def _largest_batch(fingerprint: Fingerprint, target: TargetGrid, patch_size: Shape3) -> int:
+    dataset_voxels = prod(target.median_shape) * len(fingerprint.cases)
+    return max(1, int(LARGEST_DATASET_SHARE * dataset_voxels / prod(patch_size)))
+
+
+def _memory_plan(meter: RungMeter, rung: Rung, budget_bytes: int) -> MemoryPlan:
+    memory = meter.memory(rung)
+    return MemoryPlan(
+        budget_bytes=budget_bytes,
+        peak_bytes=memory.peak_bytes,
+        overhead_bytes=estimate_overhead_bytes(memory.peak_bytes),
+        parts=memory.parts,
+    )
+
+
+def _channel_plans(fingerprint: Fingerprint, config: PlanConfig) -> tuple[ChannelPlan, ...]:
+    pairs = zip(fingerprint.channel_names, fingerprint.channels, strict=True)
+    return tuple(_channel_plan(name, statistics, config) for name, statistics in pairs)
+
+
+def _channel_plan(name: str, statistics: ChannelStatistics, config: PlanConfig) -> ChannelPlan:
+    scheme = normalization_scheme(name) if config.normalization == "auto" else config.normalization
+    if scheme != "ct":
+        return ChannelPlan(name=name, scheme=scheme)
+    return ChannelPlan(
+        name=name,
+        scheme=scheme,
+        lower=statistics.lower,
+        upper=statistics.upper,
+        mean=statistics.mean,
+        # A constant channel has no spread to divide by.
+        std=statistics.std or 1.0,
+    )
+
+
+def normalization_scheme(channel_name: str) -> NormalizationScheme:
+    """How a channel is normalised: "ct" where its name holds the word CT, "zscore" per case otherwise.
+
+    Values of a CT mean the same in every case, so the dataset's own statistics serve for all.
+    """
+    return "ct" if _CT_WORD.search(channel_name) else "zscore"

@@ -1,0 +1,184 @@
+"""From a case's files to a case of the store, in parallel and resumable case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.datasets.dataset import Case, Dataset, read_case_image, read_case_label
+from pipeline.errors import InputError
+from pipeline.geometry import Grid, Shape3, cropped_grid, respaced_grid
+from pipeline.io.volume import Volume
+from pipeline.log import get_logger, track
+from pipeline.parallel import map_unordered
+from pipeline.plan import Plan
+from pipeline.preprocessing.crop import foreground_location
+from pipeline.preprocessing.labels import class_indices
+from pipeline.preprocessing.normalize import normalize
+from pipeline.preprocessing.resample import resample_image, resample_label
+from pipeline.preprocessing.sources import is_unchanged, read_case_source
+from pipeline.preprocessing.workers import fitting_num_workers
+from pipeline.store import CaseStore, PatchLocation, StoreInfo, fill_store
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image as the network sees it, and where it came from.
+
+    Attributes:
+        array: (C, I, J, K) at the target spacing, normalised.
+        native_grid: The whole image's grid in RAS order.
+        crop_start, crop_shape: The box of native voxels that `array` covers.
+        grid: Of `array`.
+    """
+
+    array: NDArray[np.float32]
+    native_grid: Grid
+    crop_start: Shape3
+    crop_shape: Shape3
+    grid: Grid
+
+    @property
+    def crop(self) -> PatchLocation:
+        """The box of native voxels that `array` covers."""
+        return PatchLocation(self.crop_start, self.crop_shape)
+
+
+def prepare_image(volume: Volume, plan: Plan) -> PreparedImage:
+    """Crop to the foreground, normalise, resample to the target spacing: the same for training and prediction.
+
+    Args:
+        volume: (C, I, J, K) in RAS order.
+        plan: Spacing and normalisation.
+
+    Raises:
+        InputError: The image has other channels than the plan, or NaN or infinite values.
+    """
+    where = volume.source.path if volume.source else ""
+    if volume.num_channels != plan.num_channels:
+        names = ", ".join(channel.name for channel in plan.channels)
+        raise InputError(
+            f"has {volume.num_channels} channel(s), the plan has {plan.num_channels} ({names})", where=where
+        )
+    crop = foreground_location(volume)
+    try:
+        normalized = normalize(_cut(volume.array, crop), plan.channels)
+    except InputError as error:
+        raise InputError(error.what, where=where, fix=error.fix) from error
+    grid = respaced_grid(cropped_grid(volume.grid, crop.start, crop.size), plan.target_spacing)
+    array = resample_image(normalized, grid.shape, anisotropic_axis=plan.anisotropic_axis)
+    return PreparedImage(array, volume.grid, crop.start, crop.size, grid)
+
+
+def prepare_label(label: Volume, prepared: PreparedImage, plan: Plan) -> NDArray[np.int16]:
+    """Class indices (I, J, K) on the voxels of a prepared image; ignored voxels are `IGNORE_INDEX`.
+
+    Args:
+        label: (1, I, J, K) label values on the image's native grid.
+        prepared: The image.
+        plan: Says which value is which class.
+
+    Raises:
+        InputError: The label has another shape than its image, or a value that the plan does not know.
+    """
+    where = label.source.path if label.source else ""
+    if label.grid.shape != prepared.native_grid.shape:
+        raise InputError(f"has shape {label.grid.shape}, its image {prepared.native_grid.shape}", where=where)
+    try:
+        indices = class_indices(_cut(label.array, prepared.crop)[0], plan)
+    except InputError as error:
+        raise InputError(error.what, where=where, fix=error.fix) from error
+    return resample_label(
+        indices, prepared.grid.shape, num_classes=plan.num_classes, anisotropic_axis=plan.anisotropic_axis
+    )
+
+
+def _cut(array: NDArray, box: PatchLocation) -> NDArray:  # type: ignore[type-arg]
+    i, j, k = (slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))
+    return array[:, i, j, k]
+
+
+def preprocess_dataset(
+    dataset: Dataset,
+    plan: Plan,
+    store_folder: Path,
+    *,
+    num_workers: int | str = "auto",
+    leave_out: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Bring the store up to date with the dataset and the plan, one case at a time.
+
+    A case is made anew when the content of one of its files or a setting of the plan that its voxels follow from has
+    changed, or when its data are damaged; so a killed run goes on where it was. Cases that the dataset no longer has,
+    that are left out or that fail are not in the store afterwards. Another patch size changes the chunks of new cases
+    only.
+
+    Args:
+        dataset: Training cases.
+        plan: The plan made for it.
+        store_folder: Made where it is missing.
+        num_workers: Processes; "auto" takes the allotted CPUs, fewer where memory is short or there is little to do.
+        leave_out: Reason by id of cases that are not to be used.
+
+    Returns:
+        Reason by case id of the cases that failed.
+
+    Raises:
+        InputError: The folder is no store, cannot be written, or is being filled by another process.
+    """
+    cases = [case for case in dataset.cases if case.case_id not in (leave_out or {})]
+    with fill_store(Path(store_folder), StoreInfo.of(plan)) as store:
+        _remove_others(store, {case.case_id for case in cases})
+        todo = [case for case in cases if not is_unchanged(case, store)]
+        _say_what_is_to_do(len(todo), len(cases))
+        failures = _preprocess_cases(todo, plan, store, num_workers)
+        for case_id in set(failures) & set(store.case_ids):
+            store.remove_case(case_id)
+    return dict(sorted(failures.items()))
+
+
+def preprocess_case(case: Case, *, plan: Plan, store: CaseStore) -> None:
+    """Make one case and store it, or only note the files' new state when their content is what it was.
+
+    Raises:
+        InputError: A file cannot be read, or does not fit the plan.
+    """
+    source = read_case_source(case, store.info)
+    if store.refresh(case.case_id, source):
+        return
+    image = read_case_image(case)
+    prepared = prepare_image(image, plan)
+    label = prepare_label(read_case_label(case), prepared, plan)
+    store.write_case(
+        case.case_id, prepared.array, label, native_grid=prepared.native_grid, crop=prepared.crop, source=source
+    )
+
+
+def _preprocess_cases(cases: list[Case], plan: Plan, store: CaseStore, num_workers: int | str) -> dict[str, str]:
+    processes = fitting_num_workers(cases, plan, num_workers)
+    outcomes = map_unordered(partial(preprocess_case, plan=plan, store=store), cases, num_workers=processes)
+    failures = {}
+    for outcome in track(outcomes, description="preprocess", total=len(cases)):
+        if outcome.error is not None:
+            failures[outcome.item.case_id] = str(outcome.error)
+            get_logger().warning("%s: %s", outcome.item.case_id, outcome.error)
+    return failures
+
+
+def _remove_others(store: CaseStore, wanted: set[str]) -> None:
+    others = [case_id for case_id in store.case_ids if case_id not in wanted]
+    for case_id in others:
+        store.remove_case(case_id)
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        get_logger().info("preprocess: removed %d case(s) no longer wanted: %s", len(others), shown)
+
+
+def _say_what_is_to_do(num_todo: int, num_cases: int) -> None:
+    if num_todo < num_cases:
+        get_logger().info("preprocess: %d of %d cases are up to date", num_cases - num_todo, num_cases)

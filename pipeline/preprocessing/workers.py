@@ -1,0 +1,51 @@
+"""How many processes preprocessing is worth: bounded by CPUs, by memory, and by the work there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import nlargest
+from math import prod
+from pathlib import Path
+
+from pipeline.allocation import resolve_num_workers
+from pipeline.datasets.dataset import Case
+from pipeline.errors import InputError
+from pipeline.io.nifti import read_source
+from pipeline.plan import Plan
+
+# One process takes a few seconds for so much, about what the others need to start.
+FEW_BYTES = 24 << 20
+NUM_LARGEST = 8
+PROCESS_BYTES = 200 << 20
+# Measured peaks: raw file, float32 copies and masks at native resolution, then spline coefficients and their
+# transposed copies at the larger of both resolutions.
+BYTES_PER_NATIVE_VOXEL = 20
+BYTES_PER_RESAMPLED_VOXEL = 24
+
+
+def fitting_num_workers(cases: Sequence[Case], plan: Plan, option: int | str) -> int:
+    """The worker count: the option itself, or for "auto" what CPUs, memory and the amount of work allow."""
+    sizes = {path: path.stat().st_size for case in cases for path in case.images if path.is_file()}
+    if not isinstance(option, int) and sum(sizes.values()) < FEW_BYTES:
+        return 1
+    return resolve_num_workers(option, bytes_per_worker=estimate_case_bytes(cases, plan))
+
+
+def estimate_case_bytes(cases: Sequence[Case], plan: Plan) -> int:
+    """Memory that one process takes for the largest case, from the headers of the eight largest files."""
+    images = [path for case in cases for path in case.images if path.is_file()]
+    largest = nlargest(NUM_LARGEST, images, key=lambda path: path.stat().st_size)
+    return PROCESS_BYTES + max((_estimate_bytes(path, plan) for path in largest), default=0)
+
+
+def _estimate_bytes(path: Path, plan: Plan) -> int:
+    try:
+        source = read_source(path)
+    except InputError:
+        # The case fails with this error when its turn comes.
+        return 0
+    grid = source.order.grid_to_ras(source.grid)
+    native = prod(grid.shape)
+    growth = prod(now / target for now, target in zip(grid.spacing, plan.target_spacing, strict=True))
+    resampled = int(native * max(1.0, growth)) if growth != 1.0 else 0
+    return plan.num_channels * (BYTES_PER_NATIVE_VOXEL * native + 4 * resampled) + BYTES_PER_RESAMPLED_VOXEL * resampled

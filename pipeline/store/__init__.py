@@ -1,0 +1,16 @@
+"""The store: preprocessed cases in chunked, compressed files that are read patch by patch."""
+
+from pipeline.store.case_store import CaseStore
+from pipeline.store.filling import fill_store
+from pipeline.store.records import IGNORE_INDEX, CaseRecord, CaseSource, PatchLocation, SourceFile, StoreInfo
+
+__all__ = [
+    "IGNORE_INDEX",
+    "CaseRecord",
+    "CaseSource",
+    "CaseStore",
+    "PatchLocation",
+    "SourceFile",
+    "StoreInfo",
+    "fill_store",
+]

@@ -1,0 +1,183 @@
+"""Checkpoints: written whole or not at all, found again, and never replaced by worse ones.
+
+`checkpoints/last.ckpt` follows every epoch and `checkpoints/best.ckpt` the best validation. Both are Lightning
+checkpoints that can be resumed from, and load with `torch.load(weights_only=True)`. On top of Lightning's keys they
+hold `counts` (epoch, iteration, optimizer_step) and, where an average is kept, `ema_state_dict`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from torch import Tensor
+
+from pipeline.artifacts import atomic_path
+from pipeline.errors import InputError
+from pipeline.log import get_logger
+from pipeline.training.run_folder import Counts, RunFolder
+from pipeline.training.validation import ValidationResult, WholeVolumeValidation
+
+COUNTS_KEY = "counts"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there, fsynced, once it is whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write `checkpoint` to `path`; what stood there stays when writing fails.
+
+        Raises:
+            InputError: The disk is full, or the folder cannot be written.
+        """
+        path = Path(path)
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            try:
+                torch.save(checkpoint, stream)
+            except RuntimeError as error:
+                # torch's zip writer covers up why a write failed.
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from error
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU; only tensors and plain values are unpickled."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint
+
+
+class CheckpointWriter(pl.Callback):
+    """Saves `last` after every epoch, and `best` when the validation is better than all before.
+
+    As long as nothing was validated, `best` is `last`. Stands last among the callbacks: what is saved has passed the
+    divergence guard, and `best` is written before `last`, so that a run killed in between repeats the epoch and
+    comes to the same `best`.
+
+    Args:
+        folder: The run folder.
+        iterations_per_epoch: Iterations of an epoch, for the counts.
+        validation: Whose result decides; None without validation cases.
+    """
+
+    def __init__(
+        self, folder: RunFolder, *, iterations_per_epoch: int, validation: WholeVolumeValidation | None
+    ) -> None:
+        self.folder = folder
+        self.iterations_per_epoch = iterations_per_epoch
+        self.validation = validation
+        self.best_epoch: int | None = None
+        self.best_result: ValidationResult | None = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save what has to be saved."""
+        result = self.validation.result if self.validation is not None else None
+        if result is not None and self._is_better(result):
+            self.best_epoch, self.best_result = trainer.current_epoch + 1, result
+            trainer.save_checkpoint(self.folder.best_checkpoint)
+        trainer.save_checkpoint(self.folder.last_checkpoint)
+        if self.best_result is None:
+            _link_or_copy(self.folder.last_checkpoint, self.folder.best_checkpoint)
+
+    def _is_better(self, result: ValidationResult) -> bool:
+        return result.mean > (self.best_result.mean if self.best_result is not None else -1.0)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the three counts."""
+        epoch = trainer.current_epoch + 1
+        counts = Counts(
+            epoch=epoch, iteration=epoch * self.iterations_per_epoch, optimizer_step=int(trainer.global_step)
+        )
+        checkpoint[COUNTS_KEY] = asdict(counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best validation so far."""
+        if self.best_result is None:
+            return {"best_epoch": None}
+        return {"best_epoch": self.best_epoch, "best_result": asdict(self.best_result)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best validation so far."""
+        self.best_epoch = state_dict["best_epoch"]
+        if self.best_epoch is not None:
+            self.best_result = ValidationResult(**state_dict["best_result"])
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system has no links.
+
+    A later `source` takes the name by a rename, so the linked file is never written to.
+    """
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+class FoundCheckpoint(NamedTuple):
+    """A checkpoint that a run can go on from."""
+
+    path: Path
+    counts: Counts
+
+
+def find_checkpoint(folder: RunFolder, state: dict[str, Tensor]) -> FoundCheckpoint | None:
+    """The newest usable checkpoint of a run: `last`, or `best` when `last` is torn; None before the first.
+
+    Args:
+        folder: The run folder.
+        state: State dict of the module that will be trained, whose keys and shapes the checkpoint must have.
+
+    Raises:
+        InputError: There are checkpoints and none is usable, or they are of another network.
+    """
+    problems = []
+    for path in (folder.last_checkpoint, folder.best_checkpoint):
+        if not path.is_file():
+            continue
+        try:
+            counts = _read_counts(path, state)
+        except InputError as error:
+            problems.append(error)
+            continue
+        if problems:
+            get_logger("train").warning("%s; going on from %s (epoch %d)", problems[0], path.name, counts.epoch)
+        return FoundCheckpoint(path, counts)
+    if problems:
+        raise problems[0]
+    return None
+
+
+def _read_counts(path: Path, state: dict[str, Tensor]) -> Counts:
+    try:
+        _check_sums(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        counts, saved = Counts(**checkpoint[COUNTS_KEY]), checkpoint["state_dict"]
+    except Exception as error:
+        # torch.load has no error of its own: torn zips, foreign pickles and short files each raise another type.
+        raise InputError(
+            f"is torn, or was not written by voxfit ({_first_sentence(error)})",
+            where=path,
+            fix="Remove it to use what else is in the run, or give another --run_dir",
+        ) from error
+    if {key: value.shape for key, value in saved.items()} != {key: value.shape for key, value in state.items()}:
+        raise InputError("belongs to another network", where=path, fix="Give the same network, or another --run_dir")
+    return counts
+
+
+def _check_sums(path: Path) -> None:
+    """Read a file that torch wrote, a zip, against the sums in it, which torch itself does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} is damaged")
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" .")

@@ -1,0 +1,115 @@
+"""Training batches as one endless stream that epochs cut into pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.errors import VoxfitError
+from pipeline.sampling.augmentation import Augmentation
+from pipeline.sampling.patch_dataset import EpochSampler, collate_patches
+from pipeline.training.processes import PREFETCH_FACTOR, prepare_worker
+
+
+class PatchDataModule(pl.LightningDataModule):
+    """Gives epoch e the samples from e * iterations * batch on, so that a resumed run sees what it would have seen.
+
+    Sample n is the same patch whatever the number of workers and wherever the run was stopped, because the dataset
+    draws everything from its seed and n.
+
+    Args:
+        dataset: Patches by global sample number, such as `PatchDataset`.
+        batch_size: Patches per iteration.
+        iterations_per_epoch: Batches that make an epoch.
+        num_workers: Data worker processes, kept alive over epochs; 0 makes the patches in the training process.
+        pin_memory: Lay batches out for asynchronous copies to a GPU.
+        augmentation: Applied to whole batches on the device of the network, for datasets that defer it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[dict[str, Any]],
+        *,
+        batch_size: int,
+        iterations_per_epoch: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.iterations_per_epoch = iterations_per_epoch
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.augmentation = augmentation
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """One epoch of batches, from the trainer's current epoch on."""
+        sampler = StreamSampler(self.iterations_per_epoch * self.batch_size)
+        sampler.set_epoch(self._finished_epochs())
+        return DataLoader(
+            _Guarded(self.dataset),
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_collate,
+            pin_memory=self.pin_memory,
+            worker_init_fn=prepare_worker,
+            persistent_workers=self.num_workers > 0,
+            prefetch_factor=PREFETCH_FACTOR if self.num_workers > 0 else None,
+        )
+
+    def _finished_epochs(self) -> int:
+        # Not `trainer.current_epoch`: when a run resumes, Lightning asks for the loader before it counts that one up.
+        return self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Raise the error of a data worker as it was."""
+        if isinstance(batch, VoxfitError):
+            raise batch
+        return batch
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Augment the whole batch where the network is."""
+        if self.augmentation is None or "augmentation" not in batch:
+            return batch
+        parameters = batch["augmentation"]
+        image, label = self.augmentation.augment_batch(batch["image"], batch["label"], parameters)
+        return {**batch, "image": image, "label": label}
+
+
+class StreamSampler(EpochSampler):
+    """The sample numbers of one epoch; Lightning calls `set_epoch` before each.
+
+    Args:
+        num: Samples of an epoch.
+    """
+
+    def __init__(self, num: int) -> None:
+        super().__init__(0, num)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on to the samples of `epoch`, counted from 0."""
+        self.first = epoch * self.num
+
+
+class _Guarded(Dataset[Any]):
+    """A dataset whose errors for users come through as items: a DataLoader would turn them into a page of traceback."""
+
+    def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> dict[str, Any] | VoxfitError:
+        try:
+            return self.dataset[index]
+        except VoxfitError as error:
+            return error
+
+
+def _collate(items: Sequence[dict[str, Any] | VoxfitError]) -> dict[str, Any] | VoxfitError:
+    failed = next((item for item in items if isinstance(item, VoxfitError)), None)
+    return failed if failed is not None else collate_patches(items)  # type: ignore[arg-type]

@@ -1,0 +1,77 @@
+"""Stops a training whose loss is no number any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import TrainingDivergedError
+
+SCALER_PATIENCE = 10
+
+
+class _Seen(NamedTuple):
+    loss: Tensor
+    case_ids: tuple[str, ...]
+    iteration: int
+
+
+class DivergenceGuard(pl.Callback):
+    """Raises when a loss is NaN or infinite, naming the cases of the batch.
+
+    A loss is looked at one iteration late, and the last one at the end of the epoch before anything is saved, so that
+    a GPU is never waited for. With fp16 single bad losses are part of the method (the gradient scaler leaves that step
+    out and lowers its scale): only ten in a row count.
+
+    Args:
+        last_checkpoint: What is named as the way back, once it exists.
+        iterations_per_epoch: Iterations of an epoch.
+        patience: Bad losses in a row that are borne.
+    """
+
+    def __init__(self, last_checkpoint: Path, *, iterations_per_epoch: int, patience: int = 0) -> None:
+        self.last_checkpoint = last_checkpoint
+        self.iterations_per_epoch = iterations_per_epoch
+        self.patience = patience
+        self._pending: _Seen | None = None
+        self._bad_in_a_row = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        """Look at the loss of the iteration before, and keep this one."""
+        self._look()
+        iteration = trainer.current_epoch * self.iterations_per_epoch + batch_idx + 1
+        self._pending = _Seen(outputs["loss"], tuple(batch.get("case_id", ())), iteration)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Look at the last loss, and at the weights, which the last step may have spoilt without a bad loss."""
+        self._look()
+        if not weights_are_finite(pl_module):
+            raise self._error("the weights became NaN or infinite", f"epoch {trainer.current_epoch + 1}")
+
+    def _look(self) -> None:
+        seen, self._pending = self._pending, None
+        if seen is None:
+            return
+        if bool(torch.isfinite(seen.loss)):
+            self._bad_in_a_row = 0
+            return
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row > self.patience:
+            place = f"iteration {seen.iteration}, case {', '.join(dict.fromkeys(seen.case_ids))}"
+            raise self._error(f"the loss became {float(seen.loss)}", place)
+
+    def _error(self, what: str, where: str) -> TrainingDivergedError:
+        way_back = f"The last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint.is_file() else ""
+        remedy = "Look at the case, lower optim.lr, or train in 32-true"
+        return TrainingDivergedError(what, where=where, fix=". ".join(filter(None, [remedy, way_back])))
+
+
+def weights_are_finite(module: nn.Module) -> bool:
+    """Whether no parameter holds a NaN or an infinity."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())

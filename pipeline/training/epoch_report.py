@@ -1,0 +1,153 @@
+"""The figures of an epoch: measured, written to `metrics.csv` and TensorBoard, and said in one line of the log."""
+
+from __future__ import annotations
+
+import math
+import resource
+from time import perf_counter
+from typing import Any
+
+import psutil
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from pipeline.log import get_logger
+from pipeline.plan import GIB
+from pipeline.training.metrics_table import COUNT_COLUMNS, VALIDATION_SECONDS, MetricsTable, Row
+from pipeline.training.validation import ValidationResult, WholeVolumeValidation
+
+
+class EpochTimer(pl.Callback):
+    """Measures the training part of an epoch and how much of it was spent waiting for data.
+
+    Stands first among the callbacks, so that validation and saving are not counted. On a GPU, which works on while
+    the next batch is waited for, the share is an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.wait_seconds = 0.0
+        self._epoch_start = 0.0
+        self._idle_since = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start both clocks."""
+        self._epoch_start = self._idle_since = perf_counter()
+        self.wait_seconds = 0.0
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """The wait is over."""
+        self.wait_seconds += perf_counter() - self._idle_since
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The wait begins."""
+        self._idle_since = perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Stop, once the GPU has done what it was given."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self.seconds = perf_counter() - self._epoch_start
+
+
+class EpochReport(pl.Callback):
+    """Writes an epoch's row and says it in plain words.
+
+    Args:
+        table: Where rows go.
+        timer: The epoch's times.
+        validation: The epoch's validation; None without validation cases.
+        iterations_per_epoch: Iterations of an epoch, for the counts.
+        max_epochs: Epochs of the training, for the log line.
+    """
+
+    def __init__(
+        self,
+        table: MetricsTable,
+        timer: EpochTimer,
+        validation: WholeVolumeValidation | None,
+        *,
+        iterations_per_epoch: int,
+        max_epochs: int,
+    ) -> None:
+        self.table, self.timer, self.validation = table, timer, validation
+        self.class_names = table.class_names
+        self.iterations_per_epoch = iterations_per_epoch
+        self.max_epochs = max_epochs
+        self._losses: list[Tensor] = []
+        self._lr = 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note the rate before the schedule moves on."""
+        self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        """Note the loss, where it lies: reading it would make a GPU wait."""
+        self._losses.append(outputs["loss"])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Write the row and the line."""
+        losses, self._losses = torch.stack(self._losses).double(), []
+        # Bad losses are let through by the divergence guard with fp16 only, where their steps were left out.
+        row = self._row(trainer, pl_module, float(losses[torch.isfinite(losses)].mean()))
+        self.table.append(row)
+        for logger in trainer.loggers:
+            scalars = {key: value for key, value in row.items() if value is not None and key not in COUNT_COLUMNS}
+            logger.log_metrics(scalars, step=trainer.global_step)
+        get_logger("train").info(self._line(row))
+
+    def _row(self, trainer: pl.Trainer, pl_module: Any, train_loss: float) -> Row:
+        epoch = trainer.current_epoch + 1
+        cuda = pl_module.device.type == "cuda"
+        row: Row = {
+            "epoch": epoch,
+            "iteration": epoch * self.iterations_per_epoch,
+            "optimizer_step": int(trainer.global_step),
+            "seconds": round(self.timer.seconds, 3),
+            "data_wait_share": round(self.timer.wait_seconds / max(self.timer.seconds, 1e-9), 4),
+            "peak_vram_bytes": torch.cuda.max_memory_allocated(pl_module.device) if cuda else 0,
+            "peak_ram_bytes": peak_ram_bytes(),
+            "lr": self._lr,
+            "train_loss": train_loss,
+        }
+        result = self.validation.result if self.validation is not None else None
+        return row if result is None else {**row, **self._scores(result)}
+
+    def _scores(self, result: ValidationResult) -> Row:
+        by_class = {f"val_dice_{name}": _known(v) for name, v in zip(self.class_names, result.by_class, strict=True)}
+        return {"val_dice_mean": _known(result.mean), **by_class, VALIDATION_SECONDS: round(result.seconds, 3)}
+
+    def _line(self, row: Row) -> str:
+        parts = [f"epoch {row['epoch']} of {self.max_epochs}: train loss {row['train_loss']:.4f}"]
+        if row.get("val_dice_mean") is not None:
+            classes = ", ".join(f"{name} {_shown(row[f'val_dice_{name}'])}" for name in self.class_names)
+            parts.append(f"validation Dice {row['val_dice_mean']:.4f} ({classes}) in {row[VALIDATION_SECONDS]:.1f} s")
+        parts.append(f"{row['seconds']:.1f} s, {row['data_wait_share']:.0%} of it waiting for data")
+        parts.append(f"iteration {row['iteration']}, optimiser step {row['optimizer_step']}, rate {row['lr']:.3g}")
+        memory = f"{row['peak_ram_bytes'] / GIB:.1f} GiB RAM"  # type: ignore[operator]
+        vram = f", {row['peak_vram_bytes'] / GIB:.1f} GiB VRAM" if row["peak_vram_bytes"] else ""  # type: ignore[operator]
+        return "; ".join([*parts, memory + vram])
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _shown(value: float | None) -> str:
+    return "absent" if value is None else f"{value:.4f}"
+
+
+def peak_ram_bytes() -> int:
+    """The largest memory that this process held, and what its data workers hold now beyond what they share with it."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return own + sum(_unshared_bytes(child) for child in psutil.Process().children(recursive=True))
+
+
+def _unshared_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().uss)
+    except psutil.Error:
+        return 0

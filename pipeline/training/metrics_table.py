@@ -1,0 +1,65 @@
+"""`metrics.csv`: one row an epoch."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.artifacts import write_text
+
+COUNT_COLUMNS = ("epoch", "iteration", "optimizer_step")
+COLUMNS = (
+    *COUNT_COLUMNS,
+    *("seconds", "data_wait_share", "peak_vram_bytes", "peak_ram_bytes", "lr", "train_loss", "val_dice_mean"),
+)
+VALIDATION_SECONDS = "validation_seconds"
+Row = dict[str, int | float | None]
+
+
+class MetricsTable:
+    """`metrics.csv`: rewritten whole and atomically, so that it is never torn; what is unknown stays empty.
+
+    Columns: counts of finished epochs, iterations and optimiser steps; seconds of training (validation apart) and the
+    share of them spent waiting for data; peak memory of GPU and processes; learning rate of the last step; mean
+    training loss; Dice of the validation, mean and by class; seconds of the validation.
+
+    Args:
+        path: The file.
+        class_names: Foreground classes.
+        keep_epochs: Rows of later epochs are dropped: a resumed run does these epochs again.
+    """
+
+    def __init__(self, path: Path, *, class_names: Sequence[str], keep_epochs: int = 0) -> None:
+        self.path = path
+        self.class_names = tuple(class_names)
+        self.columns = (*COLUMNS, *(f"val_dice_{name}" for name in class_names), VALIDATION_SECONDS)
+        self.rows = [row for row in _read(path) if (row["epoch"] or 0) <= keep_epochs] if keep_epochs else []
+
+    def append(self, row: Mapping[str, int | float | None]) -> None:
+        """Add a row and write the file."""
+        self.rows.append(dict(row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        for each in self.rows:
+            writer.writerow({key: "" if value is None else value for key, value in each.items()})
+        write_text(self.path, text.getvalue())
+
+    def total(self, column: str) -> float:
+        """The sum of a column over all epochs."""
+        return float(sum(row.get(column) or 0 for row in self.rows))
+
+
+def _read(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+
+
+def _number(text: str) -> int | float | None:
+    if not text:
+        return None
+    return int(text) if text.lstrip("-").isdigit() else float(text)

@@ -1,0 +1,65 @@
+"""How the allotted CPUs are shared between the network's threads and the data workers."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from pipeline.allocation import allotted_cpus, resolve_num_workers
+
+CPUS_PER_WORKER = 4
+MAX_WORKERS = 16
+PREFETCH_FACTOR = 2
+WORKER_BYTES = 300 * 1024**2
+COPIES_PER_PATCH = 4
+
+
+class Processes(NamedTuple):
+    """Threads of the network on a CPU, and data worker processes."""
+
+    num_threads: int
+    num_workers: int
+
+
+def share_cpus(*, num_threads: int | str, num_workers: int | str, on_gpu: bool, batch_bytes: int) -> Processes:
+    """The options themselves, or for "auto" a share of the CPUs that this job was allotted.
+
+    On a GPU every CPU but one makes patches, 16 at most. On a CPU the network takes all of them and is far slower than
+    a worker, so one worker is added for every four threads (one at least); threads that are given by hand leave the
+    remaining CPUs to workers. Workers are fewer where their patches would not fit into memory.
+
+    Args:
+        num_threads: Option `hardware.num_threads`.
+        num_workers: Option `hardware.num_workers`; 0 makes patches in the training process itself.
+        on_gpu: Whether the network runs on a GPU.
+        batch_bytes: Bytes of one batch of images and labels.
+    """
+    cpus = allotted_cpus()
+    threads = int(num_threads) if num_threads != "auto" else cpus
+    if num_workers != "auto":
+        return Processes(threads, int(num_workers))
+    wanted = cpus - 1 if on_gpu else max(cpus - threads, threads // CPUS_PER_WORKER)
+    bytes_per_worker = WORKER_BYTES + (PREFETCH_FACTOR + COPIES_PER_PATCH) * batch_bytes
+    affordable = resolve_num_workers("auto", bytes_per_worker=bytes_per_worker)
+    return Processes(threads, max(1, min(wanted, affordable, MAX_WORKERS)))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads inside the block, and what it used before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def prepare_worker(_: int) -> None:
+    """Set up a data worker: one thread, and Ctrl-C is left to the training process, which ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

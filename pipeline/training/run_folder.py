@@ -1,0 +1,166 @@
+"""The run's own folder: what lies in it, and whether a command may go on with what it finds there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from pipeline.artifacts import read_artifact, to_json, write_artifact, write_text
+from pipeline.config import TrainConfig, to_dict
+from pipeline.errors import InputError
+from pipeline.plan import Plan, Record
+
+# What may change between two starts of one run. Paths may: what they lead to is compared instead (the plan) or was
+# checked against it (the store). `max_epochs` may not: the learning-rate schedule is stretched over it.
+HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs")
+HARMLESS_GROUP = "hardware."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(Record):
+    """How far a training is; three counts that are easily taken for one another."""
+
+    epoch: int = 0
+    iteration: int = 0
+    optimizer_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """`run.json`: what ran, on what, and what came of it.
+
+    Attributes:
+        status: "running" from the first start on, "finished" once everything is done.
+        fold: Of the split, or "all".
+        versions: Of the software that matters.
+        device: The GPU's name, or "cpu".
+        precision, precision_reason: What was computed in, and why.
+        num_threads, num_workers: Processes as they were resolved.
+        batch_size, accumulate_grad_batches: As they were resolved.
+        num_parameters: Of the network.
+        counts: Where the training ended.
+        best_epoch, best_dice: The best validation during training (mean over classes and cases); none without one.
+        validation: Dice of the best weights on every validation case: class by case, None where there is none.
+        train_seconds, validation_seconds: Sums over all epochs of `metrics.csv`.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    schema_version: int = 1
+    status: Literal["running", "finished"] = "running"
+    fold: int | Literal["all"]
+    versions: dict[str, str]
+    device: str
+    precision: str
+    precision_reason: str
+    num_threads: int
+    num_workers: int
+    batch_size: int
+    accumulate_grad_batches: int
+    num_parameters: int
+    counts: Counts = field(default_factory=Counts)
+    best_epoch: int | None = None
+    best_dice: float | None = None
+    validation: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    validation_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of everything in a run folder.
+
+    Attributes:
+        path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The options of the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan as it was when the run began."""
+        return self.path / "plan.json"
+
+    @property
+    def splits(self) -> Path:
+        """The folds."""
+        return self.path / "splits.json"
+
+    @property
+    def record(self) -> Path:
+        """What ran and what came of it."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One row an epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Everything that is needed to go on, after the newest finished epoch."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The same after the epoch with the best validation."""
+        return self.path / "checkpoints" / "best.ckpt"
+
+    def read_record(self) -> RunRecord | None:
+        """`run.json`, or None before the first start."""
+        return read_artifact(self.record, RunRecord) if self.record.is_file() else None
+
+    def begin(self, plan: Plan, config: TrainConfig) -> None:
+        """Write down plan and options, or check that the run found here had the same; sweep up what a kill left.
+
+        Raises:
+            InputError: The folder holds a run with other options or another plan; the difference is shown.
+        """
+        if self.config.is_file() and self.plan.is_file():
+            differences = [*self._plan_differences(plan), *self._config_differences(config)]
+            if differences:
+                raise InputError(
+                    f"holds a run with other options: {'; '.join(differences)}",
+                    where=self.path,
+                    fix="Put them back to resume it, or give another --run_dir",
+                )
+        else:
+            write_artifact(self.plan, plan)
+        for path in self.path.rglob(".*.partial.*"):
+            path.unlink(missing_ok=True)
+        write_text(self.config, yaml.safe_dump(to_dict(config), sort_keys=False))
+
+    def _plan_differences(self, plan: Plan) -> Iterator[str]:
+        before, now = json.loads(to_json(read_artifact(self.plan, Plan))), json.loads(to_json(plan))
+        for key in now:
+            if before.get(key) != now[key]:
+                shown = f" (was {before.get(key)}, now {now[key]})" if not isinstance(now[key], dict | list) else ""
+                yield f"the plan's {key}{shown}"
+
+    def _config_differences(self, config: TrainConfig) -> Iterator[str]:
+        try:
+            before = dict(_flat(yaml.safe_load(self.config.read_text(encoding="utf-8"))))
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            raise InputError("is no config of a run", where=self.config, fix="Give another --run_dir") from error
+        for key, value in _flat(to_dict(config)):
+            harmless = key in HARMLESS or key.startswith(HARMLESS_GROUP)
+            if not harmless and before.get(key, value) != value:
+                yield f"{key} (was {before[key]}, now {value})"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

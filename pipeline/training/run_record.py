@@ -1,0 +1,92 @@
+"""What `run.json` says when a run begins and when it is done."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import pytorch_lightning as pl
+from torch import nn
+
+from pipeline.log import get_logger
+from pipeline.networks.weights import read_weights
+from pipeline.training.checkpoints import CheckpointWriter
+from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
+from pipeline.training.run_folder import Counts, RunRecord
+from pipeline.training.settings import Settings
+from pipeline.training.validation import ValidationResult, Validator
+
+PACKAGES = ("voxfit", "torch", "pytorch-lightning", "monai", "numpy", "blosc2")
+
+
+def started_record(settings: Settings, fold: int | Literal["all"], network: nn.Module) -> RunRecord:
+    """The record of a run that begins or goes on."""
+    return RunRecord(
+        fold=fold,
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        device=settings.device_name,
+        precision=settings.precision.precision,
+        precision_reason=settings.precision.reason,
+        num_threads=settings.processes.num_threads,
+        num_workers=settings.processes.num_workers,
+        batch_size=settings.batch_size,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
+def finished_record(
+    record: RunRecord,
+    *,
+    trainer: pl.Trainer,
+    network: nn.Module,
+    validator: Validator,
+    writer: CheckpointWriter,
+    table: MetricsTable,
+) -> RunRecord:
+    """The record of a run that is done, with the Dice of the best weights on every validation case.
+
+    They were scored when they were saved, unless validations during training saw only some of the cases.
+    """
+    result = writer.best_result
+    if validator.case_ids and (result is None or set(result.by_case) != set(validator.case_ids)):
+        result = _score_best(trainer, network, validator, writer)
+    mean = result.mean if result is not None else math.nan
+    if result is not None:
+        get_logger("train").info("best weights are of epoch %s: validation Dice %.4f", writer.best_epoch, mean)
+    last = table.rows[-1]
+    return replace(
+        record,
+        status="finished",
+        counts=Counts(**{name: int(last[name] or 0) for name in ("epoch", "iteration", "optimizer_step")}),
+        best_epoch=writer.best_epoch,
+        best_dice=None if math.isnan(mean) else mean,
+        validation=_by_class(result, table.class_names) if result is not None else {},
+        train_seconds=round(table.total("seconds"), 3),
+        validation_seconds=round(table.total(VALIDATION_SECONDS), 3),
+    )
+
+
+def _score_best(
+    trainer: pl.Trainer, network: nn.Module, validator: Validator, writer: CheckpointWriter
+) -> ValidationResult:
+    network.load_state_dict(read_weights(writer.folder.best_checkpoint))
+    device = trainer.strategy.root_device
+    return validator.score(network.to(device), device=device, forward_context=trainer.precision_plugin.forward_context)
+
+
+def _by_class(result: ValidationResult, class_names: tuple[str, ...]) -> dict[str, dict[str, float | None]]:
+    return {
+        case_id: {name: None if math.isnan(v) else v for name, v in zip(class_names, scores, strict=True)}
+        for case_id, scores in result.by_case.items()
+    }

@@ -1,0 +1,100 @@
+"""What "auto" comes to: the options of a training resolved against the plan and the machine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pipeline.config import TrainConfig
+from pipeline.errors import InputError
+from pipeline.networks.precision import DeviceType, PrecisionChoice, choose_device_type, choose_precision
+from pipeline.plan import Plan
+from pipeline.training.optim import accumulation_for, steps_per_epoch
+from pipeline.training.processes import Processes, share_cpus
+
+IMAGE_BYTES = 4
+LABEL_BYTES = 2
+
+
+class Settings(NamedTuple):
+    """Resolved options of a training.
+
+    Attributes:
+        device_type: Where the network runs.
+        precision: By Lightning's name, and why.
+        batch_size: Patches per iteration.
+        accumulate_grad_batches: Iterations per optimiser step.
+        total_steps: Optimiser steps of the whole training.
+        recompute_stages: Of the plan's U-Net.
+        processes: Threads and data workers.
+        augment_on_gpu: In batch on the GPU instead of patch by patch in data workers.
+    """
+
+    device_type: DeviceType
+    precision: PrecisionChoice
+    batch_size: int
+    accumulate_grad_batches: int
+    total_steps: int
+    recompute_stages: int
+    processes: Processes
+    augment_on_gpu: bool
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or "cpu"."""
+        return torch.cuda.get_device_name() if self.device_type == "cuda" else "cpu"
+
+    def describe(self) -> str:
+        """The settings as a line for the log."""
+        return (
+            f"device {self.device_name}; precision {self.precision.precision} ({self.precision.reason}); "
+            f"batch {self.batch_size} x accumulation {self.accumulate_grad_batches}; "
+            f"{self.processes.num_threads} thread(s) for the network, {self.processes.num_workers} data worker(s); "
+            f"{self.total_steps} optimiser steps in all"
+        )
+
+
+def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
+    """Every "auto" replaced by the plan's value or by what the machine offers.
+
+    Raises:
+        InputError: A GPU is asked for where there is none, or more than one, or the effective batch is no multiple of
+            the batch.
+    """
+    hardware = config.hardware
+    if hardware.devices not in ("auto", 1):
+        raise InputError(f"{hardware.devices} devices: one is supported", where="hardware.devices", fix="Use 1")
+    device_type = choose_device_type(hardware.accelerator)
+    batch_size = plan.batch_size if config.batch_size == "auto" else config.batch_size
+    accumulate = _accumulation(plan, config, batch_size)
+    per_epoch = steps_per_epoch(iterations_per_epoch=config.iterations_per_epoch, accumulate_grad_batches=accumulate)
+    planned = plan.precision if hardware.precision == "auto" else hardware.precision
+    recompute = plan.recompute_stages if hardware.recompute_stages == "auto" else hardware.recompute_stages
+    return Settings(
+        device_type=device_type,
+        precision=choose_precision(planned, device_type=device_type),
+        batch_size=batch_size,
+        accumulate_grad_batches=accumulate,
+        total_steps=per_epoch * config.max_epochs,
+        recompute_stages=min(recompute, plan.network.num_stages),
+        processes=share_cpus(
+            num_threads=hardware.num_threads,
+            num_workers=hardware.num_workers,
+            on_gpu=device_type == "cuda",
+            batch_bytes=batch_size * _patch_bytes(plan),
+        ),
+        augment_on_gpu=device_type == "cuda" and config.augmentation.device != "cpu",
+    )
+
+
+def _accumulation(plan: Plan, config: TrainConfig, batch_size: int) -> int:
+    """Iterations per optimiser step; "auto" reaches the plan's effective batch or the next multiple of the batch."""
+    if config.effective_batch == "auto":
+        return -(-plan.effective_batch // batch_size)
+    return accumulation_for(batch_size=batch_size, effective_batch=config.effective_batch)
+
+
+def _patch_bytes(plan: Plan) -> int:
+    i, j, k = plan.patch_size
+    return i * j * k * (plan.num_channels * IMAGE_BYTES + LABEL_BYTES)

@@ -1,0 +1,164 @@
+"""Whole volumes through the network while it trains: per-class Dice on the stored validation cases.
+
+Shapes: images (C, I, J, K), labels (I, J, K) class indices, scores (K, I, J, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.evaluation.metrics import dice
+from pipeline.geometry import Shape3
+from pipeline.inference.sliding_window import sliding_window_scores
+from pipeline.store import CaseStore
+from pipeline.training.module import full_resolution
+
+SCORE_SHARE_OF_FREE_MEMORY = 0.5
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Dice of a validation.
+
+    Attributes:
+        by_case: Dice per foreground class by case; NaN where the case has none of the class and none was predicted.
+        seconds: Wall time.
+    """
+
+    by_case: dict[str, tuple[float, ...]]
+    seconds: float
+
+    @property
+    def by_class(self) -> tuple[float, ...]:
+        """Mean over cases per foreground class, NaNs left out; NaN when nothing is left."""
+        return tuple(_mean(column) for column in zip(*self.by_case.values(), strict=True))
+
+    @property
+    def mean(self) -> float:
+        """Mean over the classes."""
+        return _mean(self.by_class)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validator:
+    """Segments stored cases with a network and scores them.
+
+    Attributes:
+        store_folder: The store.
+        case_ids: Cases to score.
+        patch_size: The training patch, which is the window: group statistics are those of training.
+        num_classes: Background included.
+        overlap: Of neighbouring windows.
+    """
+
+    store_folder: Path
+    case_ids: tuple[str, ...]
+    patch_size: Shape3
+    num_classes: int
+    overlap: float = 0.5
+
+    def limited_to(self, count: int) -> Validator:
+        """The same for the first `count` cases; 0 takes all."""
+        return replace(self, case_ids=self.case_ids[:count]) if count else self
+
+    def score(
+        self, network: nn.Module, *, device: torch.device, forward_context: Callable[[], AbstractContextManager[Any]]
+    ) -> ValidationResult:
+        """Dice of every case.
+
+        Args:
+            network: On `device`; put into evaluation mode meanwhile.
+            device: Where the windows are computed.
+            forward_context: Opened around the network, for its precision.
+        """
+        started, store = perf_counter(), CaseStore(self.store_folder)
+        by_case = {}
+        with evaluating(network), forward_context():
+            for case_id in self.case_ids:
+                image, label = store.read_case(case_id)
+                by_case[case_id] = dice_by_class(self._segment(network, image, device), label, self.num_classes)
+        return ValidationResult(by_case, perf_counter() - started)
+
+    def _segment(self, network: nn.Module, image: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
+        volume = torch.from_numpy(image)
+        if device.type == "cuda" and self._scores_fit(volume, device):
+            volume = volume.to(device)
+        scores = sliding_window_scores(
+            lambda window: full_resolution(network(window)),
+            volume,
+            window=self.patch_size,
+            num_classes=self.num_classes,
+            overlap=self.overlap,
+            device=device,
+        )
+        segmentation: NDArray[np.int64] = scores.argmax(0).cpu().numpy()
+        return segmentation
+
+    def _scores_fit(self, volume: Tensor, device: torch.device) -> bool:
+        needed = (self.num_classes + len(volume)) * volume[0].numel() * 4
+        return needed < SCORE_SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode, and back to the mode that it was in."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+def dice_by_class(prediction: NDArray[Any], label: NDArray[Any], num_classes: int) -> tuple[float, ...]:
+    """Dice of each foreground class over the voxels that are not ignored (label below 0)."""
+    counted = label >= 0
+    # Plain floats: numpy's would make the checkpoint unreadable with `weights_only=True`.
+    return tuple(float(dice((prediction == c) & counted, label == c)) for c in range(1, num_classes))
+
+
+class WholeVolumeValidation(pl.Callback):
+    """Validates every few epochs and after the last one; `result` is that of the epoch just ended, or None.
+
+    Args:
+        validator: Cases and windows.
+        every_n_epochs: Epochs between validations.
+        max_epochs: Epochs of the training.
+        network: What is validated: the weights' average, or None for the trained network.
+    """
+
+    def __init__(
+        self, validator: Validator, *, every_n_epochs: int, max_epochs: int, network: nn.Module | None = None
+    ) -> None:
+        self.validator = validator
+        self.every_n_epochs = every_n_epochs
+        self.max_epochs = max_epochs
+        self.network = network
+        self.result: ValidationResult | None = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Validate when it is time."""
+        epoch = trainer.current_epoch + 1
+        due = epoch % self.every_n_epochs == 0 or epoch == self.max_epochs
+        self.result = self._validate(trainer, pl_module) if due and self.validator.case_ids else None
+
+    def _validate(self, trainer: pl.Trainer, pl_module: Any) -> ValidationResult:
+        network = self.network if self.network is not None else pl_module.network
+        context = trainer.precision_plugin.forward_context
+        return self.validator.score(network, device=pl_module.device, forward_context=context)

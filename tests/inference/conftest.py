@@ -1,0 +1,69 @@
+"""A plan for small synthetic cases, and run folders of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipeline.artifacts import write_artifact
+from pipeline.geometry import Spacing
+from pipeline.networks.unet import UNet
+from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_plan() -> Callable[..., Plan]:
+    """A plan for one-channel cases with the values 0, 4 and 7; options as in `Plan`."""
+
+    def make(*, spacing: Spacing = (1.0, 1.0, 1.0), **options: object) -> Plan:
+        network = NetworkPlan(
+            features_per_stage=(4, 8),
+            strides=((1, 1, 1), (2, 2, 2)),
+            kernel_sizes=((3, 3, 3), (3, 3, 3)),
+            num_blocks_per_stage=(1, 1),
+            num_groups=2,
+        )
+        plan = Plan(
+            dataset_name="synthetic",
+            fingerprint_hash="0",
+            channels=(ChannelPlan(name="T1", scheme="none"),),
+            labels={"background": 0, "organ_1": 4, "organ_2": 7},
+            target_spacing=spacing,
+            median_shape=(20, 20, 20),
+            patch_size=(12, 16, 8),
+            precision="32-true",
+            network=network,
+            memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
+        )
+        return replace(plan, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Write a run folder with an untrained U-Net of the plan as its best checkpoint."""
+
+    def make(plan: Plan, *, config: dict[str, object] | None = None, num_classes: int | None = None) -> Path:
+        torch.manual_seed(3)
+        run_dir = tmp_path / "run"
+        network = UNet(plan.num_channels, num_classes or plan.num_classes, plan.network)
+        state = {f"network.{key}": value for key, value in network.state_dict().items()}
+        (run_dir / "checkpoints").mkdir(parents=True)
+        torch.save({"state_dict": state}, run_dir / "checkpoints" / "best.ckpt")
+        write_artifact(run_dir / "plan.json", plan)
+        if config is not None:
+            (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+        return run_dir
+
+    return make

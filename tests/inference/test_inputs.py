@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.inference.inputs import find_inputs
+from pipeline.synthetic import make_synthetic_case, write_msd_dataset
+
+
+@pytest.fixture
+def fill(tmp_path: Path) -> Path:
+    """A folder whose files are named in the test; their content does not matter for finding them."""
+    return tmp_path / "images"
+
+
+def touch(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"")
+
+
+def found(path: Path, **options: object) -> dict[str, list[str]]:
+    return {case.case_id: [image.name for image in case.images] for case in find_inputs(path, **options)}  # type: ignore[arg-type]
+
+
+def test_channels_are_grouped_by_their_suffix_in_order(fill: Path) -> None:
+    touch(fill, "b_0001.nii.gz", "a_0000.nii.gz", "b_0000.nii.gz", "a_0001.nii", "notes.txt", ".hidden_0000.nii.gz")
+    assert found(fill) == {"a": ["a_0000.nii.gz", "a_0001.nii"], "b": ["b_0000.nii.gz", "b_0001.nii.gz"]}
+
+
+def test_files_without_a_suffix_are_cases_of_one_file(fill: Path) -> None:
+    touch(fill, "x.nii.gz", "y_001.nii", "scan_0012.nii.gz", "scan_0013.nii.gz")
+    assert found(fill) == {
+        "scan_0012": ["scan_0012.nii.gz"],
+        "scan_0013": ["scan_0013.nii.gz"],
+        "x": ["x.nii.gz"],
+        "y_001": ["y_001.nii"],
+    }
+
+
+def test_a_single_file_brings_its_other_channels(fill: Path) -> None:
+    touch(fill, "a_0000.nii.gz", "a_0001.nii.gz", "b.nii.gz")
+    assert found(fill / "a_0000.nii.gz") == {"a": ["a_0000.nii.gz", "a_0001.nii.gz"]}
+    assert found(fill / "b.nii.gz") == {"b": ["b.nii.gz"]}
+
+
+def test_a_dataset_gives_training_and_test_cases(tmp_path: Path) -> None:
+    cases = {f"c{seed}": make_synthetic_case(seed, shape=(20, 16, 14), num_classes=2) for seed in range(3)}
+    root = write_msd_dataset(tmp_path / "set", {"c0": cases["c0"], "c1": cases["c1"]}, test_cases={"c2": cases["c2"]})
+    assert list(found(root)) == ["c0", "c1", "c2"]
+    assert list(found(root, case_ids=["c1"])) == ["c1"]
+    with pytest.raises(InputError, match="has no case c9"):
+        find_inputs(root, case_ids=["c1", "c9"])
+
+
+def test_a_missing_channel_is_named_with_its_case(fill: Path) -> None:
+    touch(fill, "a_0000.nii.gz", "a_0002.nii.gz")
+    with pytest.raises(InputError, match="case a lacks channel 0001"):
+        find_inputs(fill)
+
+
+def test_two_files_of_one_case_and_channel_are_refused(fill: Path) -> None:
+    touch(fill, "a.nii.gz", "a.nii")
+    with pytest.raises(InputError, match=r"a\.nii and a\.nii\.gz are the same case"):
+        find_inputs(fill)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.nii.gz"])
+def test_what_does_not_exist_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        find_inputs(tmp_path / name)
+
+
+def test_a_folder_that_is_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "readme.txt").write_text("no images")
+    with pytest.raises(InputError):
+        find_inputs(tmp_path)

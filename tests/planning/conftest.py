@@ -1,0 +1,40 @@
+"""Fingerprints of made-up datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.datasets.fingerprint import CaseFingerprint, ChannelStatistics, Fingerprint
+from pipeline.geometry import Shape3, Spacing
+
+STATISTICS = ChannelStatistics(lower=-950.0, upper=1200.0, mean=90.0, std=250.0, minimum=-1024.0, maximum=3071.0)
+
+
+@pytest.fixture(scope="session")
+def fingerprint_of() -> Callable[..., Fingerprint]:
+    """Make the fingerprint of `num_cases` equal cases."""
+
+    def make(
+        shape: Shape3,
+        spacing: Spacing = (1.0, 1.0, 1.0),
+        *,
+        num_classes: int = 3,
+        num_cases: int = 10,
+        channel_names: tuple[str, ...] = ("T1",),
+    ) -> Fingerprint:
+        case = {"patient": "a", "shape": shape, "spacing": spacing, "cropped_shape": shape}
+        return Fingerprint(
+            dataset_name="made up",
+            channel_names=channel_names,
+            labels={"background": 0, **{f"class {index}": index for index in range(1, num_classes)}},
+            ignore_value=None,
+            channels=(STATISTICS,) * len(channel_names),
+            cases=tuple(
+                CaseFingerprint(case_id=f"case{index}", voxels_by_class=(1,) * num_classes, **case)
+                for index in range(num_cases)
+            ),
+        )
+
+    return make

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from pipeline.artifacts import read_artifact, write_artifact
+from pipeline.config import PlanConfig
+from pipeline.datasets.fingerprint import Fingerprint
+from pipeline.errors import InputError
+from pipeline.plan import GIB, Plan
+from pipeline.planning.budget import CONTEXT_BYTES, estimate_overhead_bytes
+from pipeline.planning.candidates import patch_candidates
+from pipeline.planning.explain import describe_plan
+from pipeline.planning.planner import make_plan, normalization_scheme
+from pipeline.planning.topology import round_up_patch
+
+MIB = 1024**2
+FingerprintOf = Callable[..., Fingerprint]
+
+
+def tiny_config(**options: Any) -> PlanConfig:
+    return PlanConfig(dataset="unused", **{"base_features": 4, "max_features": 8, **options})
+
+
+def required_bytes(plan: Plan) -> int:
+    return plan.memory.peak_bytes + plan.memory.overhead_bytes
+
+
+@pytest.fixture(scope="module")
+def plan(fingerprint_of: FingerprintOf) -> Plan:
+    return make_plan(fingerprint_of((35, 50, 36)), tiny_config(), budget_bytes=8 * GIB, budget_note="As on the box.")
+
+
+@given(
+    shape=st.tuples(st.integers(10, 40), st.integers(20, 48), st.integers(10, 31)),
+    coarse=st.sampled_from([1.0, 1.7, 5.0]),
+    mebibytes=st.integers(2, 12),
+)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_a_plan_fits_its_budget_its_network_and_its_data(
+    fingerprint_of: FingerprintOf, shape: tuple[int, int, int], coarse: float, mebibytes: int
+) -> None:
+    spacing = (1.0, 1.1, coarse)
+    budget_bytes = CONTEXT_BYTES + mebibytes * MIB
+    plan = make_plan(fingerprint_of(shape, spacing), tiny_config(), budget_bytes=budget_bytes)
+    assert required_bytes(plan) <= budget_bytes == plan.memory.budget_bytes
+    assert plan.memory.overhead_bytes == estimate_overhead_bytes(plan.memory.peak_bytes)
+    assert sum(plan.memory.parts.values()) == plan.memory.peak_bytes
+    assert plan.patch_size in patch_candidates(shape, spacing)
+    assert all(a <= b for a, b in zip(plan.patch_size, round_up_patch(shape, spacing), strict=True))
+    assert plan.recompute_stages == 0 or plan.patch_size != patch_candidates(shape, spacing)[-1]
+
+
+def test_less_memory_first_costs_recomputation_and_then_field_of_view(fingerprint_of: FingerprintOf) -> None:
+    fingerprint = fingerprint_of((24, 20, 28))
+    whole = make_plan(fingerprint, tiny_config(), budget_bytes=8 * GIB)
+    assert (whole.patch_size, whole.recompute_stages) == ((24, 20, 28), 0)
+    plans = [
+        make_plan(fingerprint, tiny_config(), budget_bytes=CONTEXT_BYTES + int(share * whole.memory.peak_bytes))
+        for share in (1.0, 0.5)
+    ]
+    assert plans[0].patch_size == whole.patch_size
+    assert plans[0].recompute_stages > 0
+    voxels = [prod(plan.patch_size) for plan in (whole, *plans)]
+    assert voxels == sorted(voxels, reverse=True)
+    assert voxels[-1] < voxels[0]
+    assert "recomputed in the backward pass" in " ".join(plans[0].notes)
+    assert "next larger" in " ".join(plans[1].notes)
+
+
+def test_a_small_volume_is_taken_whole(plan: Plan) -> None:
+    assert plan.patch_size == (40, 56, 40)
+    assert plan.median_shape == (35, 50, 36)
+    assert plan.recompute_stages == 0
+    assert (plan.batch_size, plan.accumulate_grad_batches) == (1, 2)
+
+
+def test_every_choice_has_its_reason(plan: Plan) -> None:
+    text = " ".join(plan.notes)
+    assert plan.notes[0] == "As on the box."
+    assert all(note.endswith(".") for note in plan.notes)
+    for word in ("median of 10 cases", "whole median case", "No stage is recomputed", "effective batch of 2", "GPU"):
+        assert word in text
+
+
+def test_an_automatic_batch_fills_the_budget_once_the_volume_is_covered(fingerprint_of: FingerprintOf) -> None:
+    fingerprint = fingerprint_of((24, 30, 16), num_cases=100)
+    plan = make_plan(fingerprint, tiny_config(batch_size="auto", effective_batch=4), budget_bytes=8 * GIB)
+    # At most 5% of the dataset's voxels in an iteration: 100 cases of 24 x 30 x 16 in patches of 24 x 32 x 16.
+    assert (plan.batch_size, plan.accumulate_grad_batches) == (4, 1)
+    assert required_bytes(plan) <= 8 * GIB
+    fixed = make_plan(fingerprint, tiny_config(batch_size=2, effective_batch=4), budget_bytes=8 * GIB)
+    assert (fixed.batch_size, fixed.accumulate_grad_batches) == (2, 2)
+    assert fixed.memory.peak_bytes < plan.memory.peak_bytes
+
+
+def test_nothing_fits_is_an_error_that_lists_the_smallest_patches(fingerprint_of: FingerprintOf) -> None:
+    with pytest.raises(InputError, match=r"vram: no patch fits into 0\.59 GiB.*16 x 16 x 16 needs 0\.60 GiB") as caught:
+        make_plan(fingerprint_of((20, 24, 16)), tiny_config(), budget_bytes=CONTEXT_BYTES - 8 * MIB)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_given_patch_is_kept_and_recomputed_where_it_must_be(fingerprint_of: FingerprintOf) -> None:
+    fingerprint, config = fingerprint_of((64, 96, 48)), tiny_config(patch_size=(24, 40, 12))
+    plain = make_plan(fingerprint, config, budget_bytes=8 * GIB)
+    assert (plain.patch_size, plain.recompute_stages) == ((24, 40, 12), 0)
+    tight = make_plan(fingerprint, config, budget_bytes=CONTEXT_BYTES + plain.memory.peak_bytes)
+    assert (tight.patch_size, tight.recompute_stages > 0) == ((24, 40, 12), True)
+
+
+def test_a_given_patch_that_does_not_suit_the_network_names_one_that_does(fingerprint_of: FingerprintOf) -> None:
+    with pytest.raises(InputError, match=r"patch_size: 33 x 48 x 32 is not a multiple.*40 x 48 x 32"):
+        make_plan(fingerprint_of((64, 96, 48)), tiny_config(patch_size=(33, 48, 32)), budget_bytes=8 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *((name, "ct") for name in ("CT", "ct", "low_dose CT", "CT-portal")),
+        *((name, "zscore") for name in ("T1", "PET", "CTA", "fact", "0000")),
+    ],
+)
+def test_only_the_word_ct_means_hounsfield_units(name: str, scheme: str) -> None:
+    assert normalization_scheme(name) == scheme
+
+
+def test_channels_are_normalised_each_in_its_own_way(fingerprint_of: FingerprintOf) -> None:
+    fingerprint = fingerprint_of((16, 20, 12), channel_names=("CT", "PET"))
+    ct, pet = make_plan(fingerprint, tiny_config(), budget_bytes=GIB).channels
+    assert (ct.scheme, ct.lower, ct.upper, ct.mean, ct.std) == ("ct", -950.0, 1200.0, 90.0, 250.0)
+    assert (pet.scheme, pet.mean, pet.std) == ("zscore", 0.0, 1.0)
+    forced = make_plan(fingerprint, tiny_config(normalization="none"), budget_bytes=GIB).channels
+    assert [channel.scheme for channel in forced] == ["none", "none"]
+
+
+def test_a_plan_comes_back_from_its_file_as_it_was(plan: Plan, tmp_path: Path) -> None:
+    write_artifact(tmp_path / "plan.json", plan)
+    assert read_artifact(tmp_path / "plan.json", Plan) == plan
+
+
+def edit_patch(content: dict[str, Any]) -> None:
+    content["patch_size"] = [40, 55, 40]
+
+
+def edit_key(content: dict[str, Any]) -> None:
+    content["network"]["depth"] = 5
+
+
+def edit_version(content: dict[str, Any]) -> None:
+    content["schema_version"] = 99
+
+
+def edit_type(content: dict[str, Any]) -> None:
+    content["batch_size"] = "two"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edit_patch, r"patch_size: \[40, 55, 40\] is not a multiple of the network's stride \[8, 8, 8\]"),
+        (edit_key, r"network\.depth: unknown key"),
+        (edit_version, r"has schema version 99, this voxfit reads version 1"),
+        (edit_type, r"batch_size: input should be a valid integer"),
+    ],
+)
+def test_a_plan_spoilt_by_hand_is_one_clear_error(
+    plan: Plan, tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    path = tmp_path / "plan.json"
+    write_artifact(path, plan)
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message) as caught:
+        read_artifact(path, Plan)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_the_description_shows_the_choice_the_memory_and_every_reason(plan: Plan) -> None:
+    console = Console(width=400)
+    with console.capture() as capture:
+        console.print(describe_plan(plan))
+    text = capture.get()
+    for part in ("40 x 56 x 40", "T1 (zscore)", "overhead (estimate)", f"{required_bytes(plan) / GIB:.3f}"):
+        assert part in text
+    assert all(name in text for name in plan.memory.parts)
+    assert all(note in text for note in plan.notes)

@@ -1,0 +1,249 @@
+"""The commands, one after the other, on small synthetic data, as a person would use them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from pipeline import api
+from pipeline.cli import main
+from pipeline.config import (
+    AugmentationConfig,
+    EvaluateConfig,
+    HardwareConfig,
+    InspectConfig,
+    OptimConfig,
+    PlanConfig,
+    PlanOptions,
+    PredictConfig,
+    PreprocessConfig,
+    RunConfig,
+    TrainConfig,
+    TrainOptions,
+)
+from pipeline.errors import CasesFailedError, InputError
+from pipeline.store import CaseStore
+from pipeline.synthetic import make_synthetic_case, write_msd_dataset
+
+PLAN = PlanOptions(patch_size=(16, 24, 16), base_features=4, max_features=8, effective_batch=2)
+TRAIN = TrainOptions(
+    num_folds=2,
+    iterations_per_epoch=3,
+    optim=OptimConfig(name="adamw", lr=0.01, ema_decay=0.9),
+    augmentation=AugmentationConfig(),
+    hardware=HardwareConfig(accelerator="cpu", num_workers=0, num_threads=1),
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four small MR cases with oblique affines, unequal axes and two organs."""
+    cases = {
+        f"case_{seed}": make_synthetic_case(
+            seed, shape=(18, 26, 20), spacing=(1.0, 1.2, 0.9), num_classes=3, oblique_degrees=12.0
+        )
+        for seed in range(4)
+    }
+    folder = tmp_path_factory.mktemp("data") / "msd"
+    write_msd_dataset(folder, cases)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of `voxfit run` on the cases."""
+    work_dir = tmp_path_factory.mktemp("work")
+    api.run(run_config(dataset, work_dir))
+    return work_dir
+
+
+def run_config(dataset: Path, work_dir: Path, **changes: object) -> RunConfig:
+    options = {"dataset": str(dataset), "work_dir": str(work_dir), "vram": "2GiB", "max_epochs": 2, "num_workers": 1}
+    return RunConfig(**{**options, "plan": PLAN, "train": TRAIN, **changes})  # type: ignore[arg-type]
+
+
+def state_of(folder: Path) -> dict[str, int]:
+    """Modification times of everything that was computed."""
+    kept = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".ckpt", ".b2nd", ".gz")]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in kept}
+
+
+def test_one_call_does_everything_and_leaves_every_file_of_the_design(finished: Path) -> None:
+    for name in ("plan.json", "fingerprint.json", "store", "log.txt", "config.yaml"):
+        assert (finished / name).exists(), name
+    run_dir = finished / "fold_0"
+    for name in ("config.yaml", "plan.json", "splits.json", "run.json", "metrics.csv", "log.txt", "report.html"):
+        assert (run_dir / name).is_file(), name
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    metrics = json.loads((run_dir / "validation" / "metrics.json").read_text())
+    assert set(metrics["by_class"]) == {"organ_1", "organ_2"}
+    assert len(metrics["cases"]) == 2
+
+
+def test_the_same_call_again_recomputes_nothing(dataset: Path, finished: Path) -> None:
+    before = state_of(finished)
+    api.run(run_config(dataset, finished))
+    assert state_of(finished) == before
+
+
+def test_other_options_in_the_same_folder_are_refused_and_named(dataset: Path, finished: Path) -> None:
+    with pytest.raises(InputError, match=r"made with other options: max_epochs was 2"):
+        api.run(run_config(dataset, finished, max_epochs=3))
+
+
+def test_predictions_lie_on_the_grid_of_their_images(dataset: Path, finished: Path) -> None:
+    for path in (finished / "fold_0" / "validation").glob("*.nii.gz"):
+        image, prediction = (nibabel.load(file) for file in (dataset / "imagesTr" / path.name, path))
+        assert prediction.shape == image.shape
+        np.testing.assert_array_equal(prediction.affine, image.affine)
+        assert prediction.header["sform_code"] == image.header["sform_code"]
+        assert set(np.unique(np.asarray(prediction.dataobj))) <= {0, 1, 2}
+
+
+def test_predict_and_evaluate_give_what_the_run_gave(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    run_dir = finished / "fold_0"
+    written = api.predict(
+        PredictConfig(run_dir=str(run_dir), input=str(dataset / "imagesTr"), output=str(tmp_path), num_threads=1)
+    )
+    assert len(written) == 4
+    for path in (run_dir / "validation").glob("*.nii.gz"):
+        ours, again = (np.asarray(nibabel.load(file).dataobj) for file in (path, tmp_path / path.name))
+        np.testing.assert_array_equal(ours, again)
+    held_out = {path.name.split(".")[0] for path in (run_dir / "validation").glob("*.nii.gz")}
+    settings = EvaluateConfig(
+        predictions=str(tmp_path), labels=str(dataset), out=str(tmp_path / "m.json"), num_workers=1
+    )
+    metrics = api.evaluate(settings, case_ids=held_out)
+    assert json.loads((tmp_path / "m.json").read_text()) == json.loads(
+        (run_dir / "validation" / "metrics.json").read_text()
+    )
+    assert metrics.failures == {}
+
+
+def test_the_stages_by_hand_end_in_the_same_weights_as_the_run(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    import torch
+
+    plan_path, store, run_dir = tmp_path / "plan.json", tmp_path / "store", tmp_path / "run"
+    plan = {name: getattr(PLAN, name) for name in ("patch_size", "base_features", "max_features", "effective_batch")}
+    api.plan(PlanConfig(dataset=str(dataset), out=str(plan_path), vram="2GiB", num_workers=1, **plan))
+    api.preprocess(PreprocessConfig(dataset=str(dataset), plan=str(plan_path), store=str(store), num_workers=1))
+    train = {item: getattr(TRAIN, item) for item in TRAIN.__dataclass_fields__}
+    api.train(TrainConfig(plan=str(plan_path), store=str(store), run_dir=str(run_dir), max_epochs=2, **train))
+    ours, by_run = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (run_dir, finished / "fold_0")
+    )
+    assert ours.keys() == by_run.keys()
+    assert all(torch.equal(ours[key], by_run[key]) for key in ours)
+
+
+@pytest.fixture
+def dirty(dataset: Path, tmp_path: Path) -> Path:
+    """The dataset with a truncated image and a missing label."""
+    folder = tmp_path / "dirty"
+    shutil.copytree(dataset, folder)
+    image = folder / "imagesTr" / "case_1.nii.gz"
+    image.write_bytes(image.read_bytes()[:200])
+    (folder / "labelsTr" / "case_2.nii.gz").unlink()
+    return folder
+
+
+def test_bad_cases_stop_the_run_before_anything_is_made(dirty: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        api.run(run_config(dirty, tmp_path / "work"))
+    assert "case_1" in str(error.value)
+    assert "case_2" in str(error.value)
+    assert "--skip_bad_cases" in str(error.value)
+    assert not (tmp_path / "work" / "plan.json").exists()
+
+
+def test_bad_cases_are_left_out_on_request_and_end_with_exit_code_3(dirty: Path, tmp_path: Path) -> None:
+    with pytest.raises(CasesFailedError) as error:
+        api.plan(
+            PlanConfig(
+                dataset=str(dirty), out=str(tmp_path / "plan.json"), vram="2GiB", skip_bad_cases=True, num_workers=1
+            )
+        )
+    assert set(error.value.failures) == {"case_1", "case_2"}
+    assert error.value.exit_code == 3
+    assert (tmp_path / "plan.json").is_file()
+    settings = PreprocessConfig(
+        dataset=str(dirty),
+        plan=str(tmp_path / "plan.json"),
+        store=str(tmp_path / "s"),
+        num_workers=1,
+        skip_bad_cases=True,
+    )
+    with pytest.raises(CasesFailedError) as error:
+        api.preprocess(settings)
+    assert set(error.value.failures) == {"case_1", "case_2"}
+    assert CaseStore(tmp_path / "s").case_ids == ("case_0", "case_3")
+
+
+def test_a_case_without_foreground_is_listed_and_trains_all_the_same(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "healthy"
+    shutil.copytree(dataset, folder)
+    label = folder / "labelsTr" / "case_0.nii.gz"
+    image = nibabel.load(label)
+    nibabel.save(nibabel.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), label)
+    inspection = api.inspect(InspectConfig(path=str(folder), num_workers=1))
+    assert [problem.kind for problem in inspection.problems] == ["empty_label"]
+    result = api.run(run_config(folder, tmp_path / "work", max_epochs=1))
+    assert result.report.is_file()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda plan: plan.update(schema_version=99), "has schema version 99"),
+        (lambda plan: plan.pop("labels"), "labels: missing"),
+        (lambda plan: plan.update(patch_size=[15, 24, 16]), "patch_size: [15, 24, 16] is not a multiple"),
+        (lambda plan: plan.update(target_spacing=[9.0, 9.0, 9.0]), "target_spacing"),
+    ],
+)
+def test_a_spoilt_plan_is_one_clear_line_and_the_run_is_untouched(
+    finished: Path, tmp_path: Path, edit: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = json.loads((finished / "plan.json").read_text())
+    edit(plan)  # type: ignore[operator]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    before = state_of(finished)
+    store, run_dir = str(finished / "store"), str(tmp_path / "run")
+    code = main(["train", "--plan", str(path), "--store", store, "--run_dir", run_dir, "--max_epochs", "1"])
+    text = capsys.readouterr().err
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert state_of(finished) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "{tmp}"],
+        ["plan", "--dataset", "{tmp}/nowhere"],
+        ["plan", "--dataset", "{data}", "--vram", "lots", "--out", "{tmp}/p.json"],
+        ["preprocess", "--dataset", "{data}", "--plan", "{tmp}/none.json", "--store", "{tmp}/s"],
+        ["train", "--plan", "{work}/plan.json", "--store", "{tmp}", "--run_dir", "{tmp}/r"],
+        ["predict", "--run_dir", "{tmp}", "--input", "{data}", "--output", "{tmp}/o"],
+        ["predict", "--run_dir", "{work}/fold_0", "--input", "{tmp}/none.nii.gz", "--output", "{tmp}/o"],
+        ["evaluate", "--predictions", "{tmp}", "--labels", "{data}", "--out", "{tmp}/m.json"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:4]),
+)
+def test_bad_input_is_one_short_message_with_exit_code_2(
+    arguments: list[str], dataset: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([word.format(tmp=tmp_path, data=dataset, work=finished) for word in arguments])
+    text = capsys.readouterr().err
+    assert code == 2, text
+    message = text[text.index("error:") :]
+    assert message.count("\n") == 1
+    assert "Traceback" not in text

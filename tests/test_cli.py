@@ -1,0 +1,129 @@
+"""The command line: every option from the dataclasses, every mistake one short message with exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import config as options
+from pipeline.cli import COMMANDS, main, option_names, parse
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").rglob("*.yaml"))
+TRAIN = ["train", "--plan", "p", "--store", "s", "--run_dir", "r"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command line that ends with code 2."""
+    try:
+        code = main(arguments)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "required: --dataset"),
+        (["plan", "--dataset", "d", "--batch_sizes", "2"], "unknown option --batch_sizes (did you mean batch_size?)"),
+        ([*TRAIN, "--optim.lrr", "3"], "unknown option --optim.lrr (did you mean optim.lr?)"),
+        (["plan", "--dataset", "d", "--batch_size", "x"], "batch_size: expected int or 'auto', got x"),
+        (["plan", "--dataset", "d", "--precision", "fp16"], "expected one of 'auto', 'bf16-mixed'"),
+        (["plan", "--dataset", "d", "--patch_size", "8", "8"], "patch_size: expected three values of int or 'auto'"),
+        ([*TRAIN, "--optim.lr", "-1"], "optim.lr: must be positive, got -1"),
+        ([*TRAIN, "--fold", "7"], "fold: must be 0 to 4"),
+        (["rum"], "invalid choice: 'rum'"),
+    ],
+)
+def test_a_wrong_option_is_one_short_message(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    text = refused(capsys, *arguments)
+    assert message in text
+    assert text.count("\n") <= 2
+
+
+def test_all_wrong_values_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    text = refused(capsys, "plan", "--dataset", "d", "--batch_size", "0", "--max_features", "4")
+    assert "batch_size: must be at least 1" in text
+    assert "max_features: 4 is below base_features 32" in text
+
+
+def test_misspelt_yaml_keys_are_all_named_with_their_dotted_path(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("max_epoch: 3\ntrain:\n  optim:\n    lrr: 1.0\n")
+    text = refused(capsys, "run", "--dataset", "d", "--work_dir", "w", "--config", str(path))
+    assert "max_epoch (did you mean max_epochs?)" in text
+    assert "train.optim.lrr (did you mean train.optim.lr?)" in text
+
+
+def test_broken_yaml_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1,\n")
+    assert "is not valid YAML" in refused(capsys, "run", "--dataset", "d", "--work_dir", "w", "--config", str(path))
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("max_epochs: 3\niterations_per_epoch: 7\noptim:\n  name: adamw\n")
+    _, config = parse([*TRAIN, "--config", str(path), "--max_epochs", "5"])
+    assert (config.max_epochs, config.iterations_per_epoch, config.optim.name) == (5, 7, "adamw")
+    assert config.seed == 0
+
+
+def test_switches_and_number_lists_are_typed_as_people_type_them() -> None:
+    _, config = parse(["plan", "--dataset", "d", "--patch_size", "8", "16", "24", "--skip_bad_cases"])
+    assert config.patch_size == (8, 16, 24)
+    assert config.skip_bad_cases is True
+    _, config = parse(["plan", "--dataset", "d", "--target_spacing", "1,1.5,3", "--skip_bad_cases", "false"])
+    assert config.target_spacing == (1.0, 1.5, 3.0)
+    assert config.skip_bad_cases is False
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_is_loaded_by_the_command_in_its_header(path: Path) -> None:
+    header = path.read_text().split("\n\n")[0]
+    lines = [line.lstrip("# ").split() for line in header.splitlines() if f"--config configs/{path.name}" in line]
+    assert lines, "the launch line is missing"
+    words = lines[0][1:]
+    words[words.index("--config") + 1] = str(path)
+    name, config = parse(words)
+    for key in yaml.safe_load(path.read_text()):
+        assert key in {item.name for item in fields(config)}
+    assert name in COMMANDS
+
+
+def test_the_default_config_lists_every_option_at_its_default() -> None:
+    path = next(path for path in CONFIGS if path.name == "train_default.yaml")
+    _, from_yaml = parse([*TRAIN, "--config", str(path)])
+    _, default = parse(TRAIN)
+    assert from_yaml == default
+    listed = set(yaml.safe_load(path.read_text())) | {"plan", "store", "run_dir"}
+    assert listed == {item.name for item in fields(options.TrainConfig)}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for option in option_names(COMMANDS[name].config):
+        assert option in text
+
+
+def test_help_is_given_without_loading_torch() -> None:
+    code = (
+        "import sys\nfrom pipeline.cli import main\ntry:\n    main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'monai', 'pytorch_lightning', 'scipy', 'nibabel'} & set(sys.modules)))"
+    )
+    output = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert output.strip().endswith("[]")

@@ -1,0 +1,88 @@
+"""A store of six tiny cases with two classes, the plan it was made by, and options that train on it in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import AugmentationConfig, HardwareConfig, TrainConfig
+from pipeline.datasets.splits import Splits, make_splits
+from pipeline.geometry import Grid
+from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.store import IGNORE_INDEX, CaseStore, StoreInfo
+
+PATCH = (16, 8, 12)
+OBLIQUE = np.array([[1.0, 0.2, 0.0, -8.0], [-0.2, 1.0, 0.1, 3.0], [0.0, -0.1, 1.5, 11.0], [0, 0, 0, 1]])
+
+
+@pytest.fixture(scope="session")
+def plan() -> Plan:
+    return Plan(
+        dataset_name="ellipsoids",
+        fingerprint_hash="0" * 16,
+        channels=(ChannelPlan(name="T1", scheme="zscore"),),
+        labels={"background": 0, "outer": 1, "inner": 2},
+        target_spacing=(1.0, 1.0, 1.5),
+        median_shape=(20, 14, 16),
+        patch_size=PATCH,
+        batch_size=2,
+        precision="32-true",
+        network=NetworkPlan(
+            features_per_stage=(4, 8),
+            strides=((1, 1, 1), (2, 2, 2)),
+            kernel_sizes=((3, 3, 3), (3, 3, 3)),
+            num_blocks_per_stage=(1, 1),
+            num_decoder_blocks=1,
+            num_groups=2,
+        ),
+        memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
+    )
+
+
+@pytest.fixture(scope="session")
+def store(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    store = CaseStore.create(folder, StoreInfo.of(plan))
+    for index in range(6):
+        rng = np.random.default_rng(index)
+        shape = (20 - index, 14 + index, 12 + 2 * index)
+        label = _ellipsoids(shape)
+        if index == 0:
+            label[:2] = IGNORE_INDEX
+        image = (label.clip(0) + 0.3 * rng.standard_normal(shape))[None].astype(np.float32)
+        store.write_case(f"case_{index}", image, label, native_grid=Grid(shape, OBLIQUE))
+    return folder
+
+
+def _ellipsoids(shape: tuple[int, int, int]) -> np.ndarray:
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    radius = np.sqrt(sum((axis - offset) ** 2 for axis, offset in zip(axes, (0.1, 0.0, -0.1), strict=True)))
+    return ((radius < 0.8).astype(np.int16) + (radius < 0.4)).astype(np.int16)
+
+
+@pytest.fixture(scope="session")
+def splits(store: Path) -> Splits:
+    return make_splits({case_id: case_id for case_id in CaseStore(store).case_ids}, num_folds=3, seed=0)
+
+
+@pytest.fixture
+def make_config(store: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def make(run: str = "run", **options: Any) -> TrainConfig:
+        hardware = {"accelerator": "cpu", "num_workers": 0, "num_threads": 1, **options.pop("hardware", {})}
+        defaults: dict[str, Any] = {
+            "plan": "plan.json",
+            "store": str(store),
+            "run_dir": str(tmp_path / run),
+            "max_epochs": 3,
+            "iterations_per_epoch": 4,
+            "validate_every_n_epochs": 2,
+            "num_folds": 3,
+            "augmentation": AugmentationConfig(enabled=False),
+        }
+        return TrainConfig(**{**defaults, **options}, hardware=HardwareConfig(**hardware))
+
+    return make

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+from time import sleep
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import AugmentationConfig, OptimConfig
+from pipeline.networks.unet import UNet
+from pipeline.training.trainer import fit_fold
+
+TIMES_AND_MEMORY = {"seconds", "data_wait_share", "peak_ram_bytes", "validation_seconds"}
+
+
+class PowerCutError(Exception):
+    """The machine went down."""
+
+
+class Dropping(nn.Module):
+    """The plan's U-Net with dropout, which fails at a given training pass."""
+
+    def __init__(self, plan, *, fails_at: int = 10**9) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.unet = UNet(plan.num_channels, plan.num_classes, plan.network)
+        self.dropout = nn.Dropout3d(0.2)
+        self.fails_at, self.passes = fails_at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        if self.passes == self.fails_at:
+            raise PowerCutError
+        return self.dropout(self.unet(x))
+
+
+def state_of(run_dir: Path) -> dict:
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "counts")}
+
+
+def rows_of(run_dir: Path) -> list[dict[str, str]]:
+    header, *lines = (line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines())
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    return [{key: value for key, value in row.items() if key not in TIMES_AND_MEMORY} for row in rows]
+
+
+def assert_equal(found, expected, where: str = "") -> None:
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_equal(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            assert_equal(*pair, f"{where}[{index}]")
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_cut_off_again_and_again_ends_bit_by_bit_like_one_that_was_not(
+    plan, store, splits, make_config, optimizer
+):
+    options = {
+        "effective_batch": 4,
+        "iterations_per_epoch": 5,
+        "max_epochs": 4,
+        "augmentation": AugmentationConfig(),
+        "optim": OptimConfig(name=optimizer, ema_decay=0.9),
+    }
+    whole = fit_fold(plan, store, splits, make_config("whole", **options), network=Dropping(plan))
+    # In the first epoch, with nothing saved; in the second; at the very start of what was the third; in the last.
+    for fails_at in (2, 9, 6, 1, 3):
+        config = make_config("cut", **options)
+        with pytest.raises(PowerCutError):
+            fit_fold(plan, store, splits, config, network=Dropping(plan, fails_at=fails_at))
+    cut = fit_fold(plan, store, splits, make_config("cut", **options), network=Dropping(plan))
+    assert_equal(state_of(cut.run_dir), state_of(whole.run_dir))
+    assert rows_of(cut.run_dir) == rows_of(whole.run_dir)
+    assert (cut.best_dice, cut.counts) == (whole.best_dice, whole.counts)
+    averages = [torch.load(each.best_checkpoint, weights_only=True)["ema_state_dict"] for each in (cut, whole)]
+    assert_equal(*averages)
+
+
+def test_data_workers_and_validation_interval_may_change_on_resume(plan, store, splits, make_config):
+    whole = fit_fold(plan, store, splits, make_config("whole"), network=Dropping(plan))
+    with pytest.raises(PowerCutError):
+        fit_fold(plan, store, splits, make_config("cut"), network=Dropping(plan, fails_at=6))
+    config = make_config("cut", hardware={"num_workers": 2}, validate_every_n_epochs=3)
+    cut = fit_fold(plan, store, splits, config, network=Dropping(plan))
+    assert_equal(state_of(cut.run_dir)["state_dict"], state_of(whole.run_dir)["state_dict"])
+
+
+def test_a_process_killed_at_random_moments_resumes_to_the_same_end(plan, store, splits, make_config):
+    """Each start is killed up to 0.1 s after an epoch's row: while saving, or in one of the epochs after."""
+    options = {"max_epochs": 40, "iterations_per_epoch": 2, "validate_every_n_epochs": 3}
+    whole = fit_fold(plan, store, splits, make_config("whole", **options))
+    config, moments = make_config("killed", **options), random.Random(0)
+    metrics = Path(config.run_dir) / "metrics.csv"
+    for _ in range(5):
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        process = multiprocessing.get_context("fork").Process(target=fit_fold, args=(plan, store, splits, config))
+        process.start()
+        while not metrics.exists() or metrics.stat().st_mtime_ns == before:
+            assert process.exitcode is None
+            sleep(0.002)
+        sleep(moments.uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    (Path(config.run_dir) / "checkpoints" / ".1.partial.last.ckpt").write_bytes(b"half a checkpoint")
+    killed = fit_fold(plan, store, splits, config)
+    assert not list(Path(config.run_dir).rglob("*.partial.*"))
+    assert_equal(state_of(killed.run_dir), state_of(whole.run_dir))
+    assert rows_of(killed.run_dir) == rows_of(whole.run_dir)
+
+
+def test_a_torn_last_checkpoint_is_named_and_the_best_one_used(plan, store, splits, make_config, caplog):
+    options = {"max_epochs": 4, "validate_every_n_epochs": 2}
+    whole = fit_fold(plan, store, splits, make_config("whole", **options), network=Dropping(plan))
+    with pytest.raises(PowerCutError):
+        fit_fold(plan, store, splits, make_config("torn", **options), network=Dropping(plan, fails_at=14))
+    last = Path(make_config("torn").run_dir) / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    caplog.set_level(logging.WARNING, "voxfit")
+    torn = fit_fold(plan, store, splits, make_config("torn", **options), network=Dropping(plan))
+    assert "last.ckpt: is torn" in caplog.text
+    assert "going on from best.ckpt (epoch 2)" in caplog.text
+    assert_equal(state_of(torn.run_dir), state_of(whole.run_dir))
+    assert rows_of(torn.run_dir) == rows_of(whole.run_dir)
