@@ -133,7 +133,7 @@ def option_names(config: type[Any], prefix: str = "") -> Iterator[str]:
     """Dotted names of all options of a config dataclass, groups included."""
     for item in fields(config):
         yield prefix + item.name
-        group = item.default_factory
+        group: object = item.default_factory
         if isinstance(group, type) and is_dataclass(group):
             yield from option_names(group, f"{prefix}{item.name}.")
 

@@ -70,6 +70,8 @@ class PlanOptions(Checked):
     """Convolution block of the U-Net."""
     norm: Literal["group", "instance", "batch"] = "group"
     """Normalisation; group does not depend on the batch size."""
+    num_groups: int = 32
+    """Groups of the group norm; a divisor of the channels is taken where they are not a multiple."""
     base_features: int = 32
     """Channels of the highest-resolution stage."""
     max_features: int = 320
@@ -82,7 +84,7 @@ class PlanOptions(Checked):
     """Training precision; auto takes bf16 where the device has it."""
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "batch_size", "effective_batch", "base_features")
+        found = _at_least(self, 1, "batch_size", "effective_batch", "base_features", "num_groups")
         if isinstance(self.batch_size, int) and self.batch_size > 0 and self.effective_batch % self.batch_size:
             found.append(f"effective_batch: {self.effective_batch} is not a multiple of batch_size {self.batch_size}")
         if self.max_features < self.base_features:

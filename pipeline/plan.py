@@ -57,7 +57,8 @@ class NetworkPlan(Record):
         num_decoder_blocks: Convolution blocks of each decoder stage.
         block: "plain" (convolution, norm, activation) or "residual".
         norm: Normalisation; "group" does not depend on the batch size.
-        num_groups: Groups of the group norm (clipped to the channels where there are fewer).
+        num_groups: Groups of the group norm, clipped to a divisor of the channels. 32 is the figure of its authors (Wu and
+            He 2018); few groups learn far more slowly here, see docs/benchmarks.md.
         deep_supervision: Whether lower decoder stages get a loss of their own.
     """
 
@@ -68,7 +69,7 @@ class NetworkPlan(Record):
     num_decoder_blocks: int = 2
     block: BlockName = "plain"
     norm: NormName = "group"
-    num_groups: int = 8
+    num_groups: int = 32
     deep_supervision: bool = True
 
     def __post_init__(self) -> None:

@@ -75,7 +75,7 @@ def make_norm(norm: NormName, num_channels: int, *, num_groups: int, negative_sl
     return GroupNorm(groups, num_channels, negative_slope=negative_slope)
 
 
-def replace_batchnorm(network: nn.Module, *, num_groups: int = 8) -> nn.Module:
+def replace_batchnorm(network: nn.Module, *, num_groups: int = 32) -> nn.Module:
     """Replace every batch norm of any network by a group norm with the same weight and bias.
 
     The very parameters are taken over, so an optimiser that was made before still trains them. A batch norm that is

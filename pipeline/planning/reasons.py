@@ -58,7 +58,9 @@ def _batch_sentence(meter: RungMeter, rung: Rung, patches: tuple[Shape3, ...]) -
     steps = f"Batch {rung.batch_size}, accumulated over {accumulate} iteration(s), is an effective batch of "
     total = rung.batch_size * accumulate
     if meter.config.batch_size != "auto":
-        reason = "batch_size is set to it" if rung.batch_size > 1 else "memory goes to the field of view"
+        covered = rung.patch_size == patches[0] and meter.config.patch_size == "auto" and not rung.recompute_stages
+        room = "; the volume is covered, so batch_size auto would put what is left of the budget to use"
+        reason = f"batch_size is set to it{room if covered else ''}"
     elif rung.patch_size != patches[0]:
         reason = "memory goes to the field of view as long as the patch is smaller than the median case"
     else:

@@ -43,6 +43,7 @@ class RungMeter:
             max_features=self.config.max_features,
             block=self.config.block,
             norm=self.config.norm,
+            num_groups=self.config.num_groups,
             deep_supervision=self.config.deep_supervision,
         )
 

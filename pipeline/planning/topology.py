@@ -28,6 +28,7 @@ def make_topology(
     max_features: int = 320,
     block: BlockName = "plain",
     norm: NormName = "group",
+    num_groups: int = 32,
     deep_supervision: bool = True,
 ) -> NetworkPlan:
     """The network for patches of about `patch_size` voxels with `spacing` in millimetres.
@@ -44,6 +45,7 @@ def make_topology(
         num_decoder_blocks=PLAIN_BLOCKS if block == "plain" else 1,
         block=block,
         norm=norm,
+        num_groups=num_groups,
         deep_supervision=deep_supervision,
     )
 
@@ -90,15 +92,22 @@ def _shape3(i: int, j: int, k: int) -> Shape3:
 
 
 def round_up_patch(patch_size: Shape3, spacing: Spacing) -> Shape3:
-    """The smallest patch that covers `patch_size` and is a multiple of the stride of its own topology."""
+    """A patch that covers `patch_size` by less than one stride of its own topology, and is a multiple of that stride.
+
+    A patch that is such a multiple already comes back as it is.
+    """
+    rounded, seen = patch_size, set[Shape3]()
     while True:
-        strides, _ = _strides_and_kernels(patch_size, spacing)
+        strides, _ = _strides_and_kernels(rounded, spacing)
         total = [prod(stride[axis] for stride in strides) for axis in range(3)]
-        rounded = _shape3(*(-(-n // s) * s for n, s in zip(patch_size, total, strict=True)))
-        # A rounded edge may be long enough for one more halving, so its stride is looked at again.
-        if rounded == patch_size:
+        previous, rounded = rounded, _shape3(*(-(-n // s) * s for n, s in zip(patch_size, total, strict=True)))
+        # A rounded edge may be long enough for one more halving, so its own strides are looked at again.
+        if rounded == previous:
             return rounded
-        patch_size = rounded
+        # Strides of one axis depend on the others, so roundings might alternate: then one of them is what is wanted.
+        if rounded in seen:
+            patch_size, seen = rounded, set()
+        seen.add(rounded)
 
 
 def step_flops(network: NetworkPlan, patch_size: Shape3, *, in_channels: int, recompute_stages: int = 0) -> int:

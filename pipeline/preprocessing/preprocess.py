@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ from pipeline.preprocessing.normalize import normalize
 from pipeline.preprocessing.resample import resample_image, resample_label
 from pipeline.preprocessing.sources import is_unchanged, read_case_source
 from pipeline.preprocessing.workers import fitting_num_workers
-from pipeline.store import CaseStore, PatchLocation, StoreInfo, fill_store
+from pipeline.store import CaseStore, PatchLocation, StoreInfo, StoreWriteError, fill_store
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ def prepare_label(label: Volume, prepared: PreparedImage, plan: Plan) -> NDArray
     )
 
 
-def _cut(array: NDArray, box: PatchLocation) -> NDArray:  # type: ignore[type-arg]
+def _cut(array: NDArray[Any], box: PatchLocation) -> NDArray[Any]:
     i, j, k = (slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))
     return array[:, i, j, k]
 
@@ -129,7 +131,8 @@ def preprocess_dataset(
         Reason by case id of the cases that failed.
 
     Raises:
-        InputError: The folder is no store, cannot be written, or is being filled by another process.
+        InputError: The folder is no store, cannot be written (a full disk), or is being filled by another process;
+            finished cases stay.
     """
     cases = [case for case in dataset.cases if case.case_id not in (leave_out or {})]
     with fill_store(Path(store_folder), StoreInfo.of(plan)) as store:
@@ -164,10 +167,22 @@ def _preprocess_cases(cases: list[Case], plan: Plan, store: CaseStore, num_worke
     outcomes = map_unordered(partial(preprocess_case, plan=plan, store=store), cases, num_workers=processes)
     failures = {}
     for outcome in track(outcomes, description="preprocess", total=len(cases)):
+        if isinstance(outcome.error, StoreWriteError):
+            _stop(outcomes)
+            raise outcome.error
         if outcome.error is not None:
-            failures[outcome.item.case_id] = str(outcome.error)
-            get_logger().warning("%s: %s", outcome.item.case_id, outcome.error)
+            reason = "memory ran out" if isinstance(outcome.error, MemoryError) else str(outcome.error)
+            failures[outcome.item.case_id] = reason
+            get_logger().warning("%s: %s", outcome.item.case_id, reason)
     return failures
+
+
+def _stop(outcomes: Iterator[Any]) -> None:
+    """End a run early, without joblib's warning about the tasks that it had begun."""
+    if isinstance(outcomes, Generator):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            outcomes.close()
 
 
 def _remove_others(store: CaseStore, wanted: set[str]) -> None:

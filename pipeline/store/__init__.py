@@ -1,6 +1,6 @@
 """The store: preprocessed cases in chunked, compressed files that are read patch by patch."""
 
-from pipeline.store.case_store import CaseStore
+from pipeline.store.case_store import CaseStore, StoreWriteError
 from pipeline.store.filling import fill_store
 from pipeline.store.records import IGNORE_INDEX, CaseRecord, CaseSource, PatchLocation, SourceFile, StoreInfo
 
@@ -12,5 +12,6 @@ __all__ = [
     "PatchLocation",
     "SourceFile",
     "StoreInfo",
+    "StoreWriteError",
     "fill_store",
 ]

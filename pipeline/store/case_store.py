@@ -7,6 +7,8 @@ come first and the record is renamed in last, so a killed run leaves at most fil
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,18 @@ from pipeline.store.records import CaseRecord, CaseSource, PatchLocation, StoreI
 DATA_KINDS = ("image", "label", "voxels")
 MAKE_FIX = "Run `voxfit preprocess` first"
 REDO_FIX = "Run `voxfit preprocess` again: it redoes what is damaged"
+
+
+class StoreWriteError(InputError):
+    """The store cannot be written: no fault of the case that was to be, and no use trying the next one."""
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise StoreWriteError(error.what, where=error.where, fix=error.fix) from error
 
 
 class CaseStore:
@@ -48,7 +62,11 @@ class CaseStore:
         path = self.folder / "store.json"
         if not path.is_file():
             raise InputError("is no store (there is no store.json in it)", where=folder, fix=MAKE_FIX)
-        self.info = read_artifact(path, StoreInfo)
+        try:
+            self.info = read_artifact(path, StoreInfo)
+        except InputError as error:
+            fix = "Delete this store or give another folder, and run `voxfit preprocess`"
+            raise InputError(error.what, where=path, fix=fix) from error
         self._cases = self.folder / "cases"
         self._records: dict[str, CaseRecord] = {}
 
@@ -168,8 +186,10 @@ class CaseStore:
             source: Patient, key and files.
 
         Raises:
-            InputError: The folder cannot be written.
+            StoreWriteError: The folder cannot be written.
+            InputError: The case id is not safe as a file name.
         """
+        self._check_writable(case_id)
         if image.shape != (self.info.num_channels, *label.shape):
             raise ValueError(f"image {image.shape} is not {self.info.num_channels} channels of {label.shape}")
         source, crop = source or CaseSource(), crop or PatchLocation((0, 0, 0), native_grid.shape)
@@ -200,7 +220,8 @@ class CaseStore:
     def write_record(self, record: CaseRecord) -> None:
         """Put a record in place: the moment from which its case exists."""
         self._check_writable(record.case_id)
-        write_artifact(self._record_path(record.case_id), record)
+        with _writing():
+            write_artifact(self._record_path(record.case_id), record)
         self._records[record.case_id] = record
 
     def refresh(self, case_id: str, source: CaseSource) -> bool:
@@ -235,7 +256,8 @@ class CaseStore:
             self._data_path(case_id, self.record(case_id).key, kind) for case_id in self.case_ids for kind in DATA_KINDS
         }
         for path in self._cases.glob("*"):
-            if ".partial." in path.name or (path.suffix == ".b2nd" and path not in kept):
+            is_temporary = path.name.startswith(".") and ".partial." in path.name
+            if is_temporary or (path.suffix == ".b2nd" and path not in kept):
                 path.unlink(missing_ok=True)
 
     def _read(self, case_id: str, kind: str, part: Any) -> NDArray[Any]:
@@ -247,7 +269,7 @@ class CaseStore:
 
     def _checked_path(self, case_id: str, kind: str) -> Path:
         record = self.record(case_id)
-        path, expected = self._data_path(case_id, record.key, kind), record.data_bytes[kind]
+        path, expected = self._data_path(case_id, record.key, kind), record.data_bytes.get(kind)
         found = path.stat().st_size if path.is_file() else 0
         if found != expected:
             what = f"the {kind} of case {case_id} is damaged ({found} of {expected} bytes)"
@@ -262,11 +284,13 @@ class CaseStore:
         stored_label = label.astype(np.int8 if self.info.num_classes <= 127 else np.int16, copy=False)
         voxels = sample_foreground(label, counts, case_id=case_id)
         paths = {kind: self._data_path(case_id, key, kind) for kind in DATA_KINDS}
-        return {
-            "image": write_array(paths["image"], image.astype(np.float32, copy=False), chunks=chunks, blocks=blocks),
-            "label": write_array(paths["label"], stored_label, chunks=chunks[1:], blocks=blocks[1:]),
-            "voxels": write_array(paths["voxels"], voxels),
-        }
+        image = image.astype(np.float32, copy=False)
+        with _writing():
+            return {
+                "image": write_array(paths["image"], image, chunks=chunks, blocks=blocks),
+                "label": write_array(paths["label"], stored_label, chunks=chunks[1:], blocks=blocks[1:]),
+                "voxels": write_array(paths["voxels"], voxels),
+            }
 
     def _forget(self, case_id: str) -> None:
         self._check_writable(case_id)

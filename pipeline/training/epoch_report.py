@@ -85,8 +85,11 @@ class EpochReport(pl.Callback):
         self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        """Note the loss, where it lies: reading it would make a GPU wait."""
-        self._losses.append(outputs["loss"])
+        """Note the loss, where it lies: reading it would make a GPU wait.
+
+        Lightning hands on the loss as it went into the backward pass: divided by the number of accumulated batches.
+        """
+        self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the row and the line."""

@@ -25,6 +25,7 @@ class Settings(NamedTuple):
         precision: By Lightning's name, and why.
         batch_size: Patches per iteration.
         accumulate_grad_batches: Iterations per optimiser step.
+        flushed_iterations: Iterations left at the end of an epoch for a smaller optimiser step of their own; 0 is best.
         total_steps: Optimiser steps of the whole training.
         recompute_stages: Of the plan's U-Net.
         processes: Threads and data workers.
@@ -35,6 +36,7 @@ class Settings(NamedTuple):
     precision: PrecisionChoice
     batch_size: int
     accumulate_grad_batches: int
+    flushed_iterations: int
     total_steps: int
     recompute_stages: int
     processes: Processes
@@ -47,11 +49,12 @@ class Settings(NamedTuple):
 
     def describe(self) -> str:
         """The settings as a line for the log."""
+        flushed = f" (the last of an epoch over {self.flushed_iterations} only)" if self.flushed_iterations else ""
         return (
             f"device {self.device_name}; precision {self.precision.precision} ({self.precision.reason}); "
             f"batch {self.batch_size} x accumulation {self.accumulate_grad_batches}; "
             f"{self.processes.num_threads} thread(s) for the network, {self.processes.num_workers} data worker(s); "
-            f"{self.total_steps} optimiser steps in all"
+            f"{self.total_steps} optimiser steps in all{flushed}"
         )
 
 
@@ -76,6 +79,7 @@ def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
         precision=choose_precision(planned, device_type=device_type),
         batch_size=batch_size,
         accumulate_grad_batches=accumulate,
+        flushed_iterations=config.iterations_per_epoch % accumulate,
         total_steps=per_epoch * config.max_epochs,
         recompute_stages=min(recompute, plan.network.num_stages),
         processes=share_cpus(

@@ -30,7 +30,7 @@ from pipeline.training.ema import WeightAverage
 from pipeline.training.epoch_report import EpochReport, EpochTimer
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.module import SegmentationModule
-from pipeline.training.processes import torch_threads
+from pipeline.training.processes import keep_freed_memory, torch_threads
 from pipeline.training.quiet import quiet_lightning
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_record import finished_record, started_record
@@ -124,6 +124,8 @@ def fit_fold(
     write_artifact(folder.record, record := started_record(settings, config.fold, network))
     logger.info("%d training and %d validation cases; %s", len(fold.train), len(fold.validation), settings.describe())
 
+    if settings.device_type == "cpu":
+        keep_freed_memory()
     with torch_threads(settings.processes.num_threads), quiet_lightning():
         trainer = make_trainer(folder, callbacks.in_order, config, settings, found)
         _fit(trainer, module, data, found)

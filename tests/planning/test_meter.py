@@ -83,17 +83,30 @@ def test_fake_tensors_count_byte_for_byte_as_real_ones(
     assert sum(metered.parts.values()) == metered.peak_bytes
 
 
-def test_the_peak_is_the_one_that_pytorchs_own_tracker_finds() -> None:
+@pytest.mark.parametrize(("precision", "accumulate"), [("32-true", 1), ("bf16-mixed", 2)])
+def test_the_peak_is_the_one_that_pytorchs_own_tracker_finds_in_two_real_iterations(
+    precision: Any, accumulate: int
+) -> None:
     network = UNet(2, 3, TINY)
     images, targets = make_batch()
-    metered = meter_step(network, OUR_LOSS, patch_size=PATCH, in_channels=2, batch_size=2, precision="32-true")
+    metered = meter_step(
+        network,
+        OUR_LOSS,
+        patch_size=PATCH,
+        in_channels=2,
+        batch_size=2,
+        precision=precision,
+        accumulate_grad_batches=accumulate,
+    )
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.99, weight_decay=1e-5, foreach=True)
     tracker = MemTracker()
     tracker.track_external(network, optimizer, images, targets)
     with tracker:
         for _ in range(2):
-            loss = OUR_LOSS(network(images), targets)
-            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+                loss = OUR_LOSS(network(images), targets)
+            if accumulate == 1:
+                optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             tracker.reset_mod_stats()

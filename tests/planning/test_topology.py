@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +26,7 @@ spacings = st.tuples(millimetres, millimetres, millimetres)
 
 
 @given(shape=shapes, spacing=spacings)
+@example(shape=(1, 15, 65), spacing=(1.0, 0.5, 3.0))
 def test_a_rounded_patch_is_the_next_multiple_of_its_own_stride(shape: Shape3, spacing: Spacing) -> None:
     patch = round_up_patch(shape, spacing)
     stride = make_topology(patch, spacing).total_stride

@@ -35,7 +35,7 @@ def test_values_need_not_be_sorted_small_or_positive(plan: Plan) -> None:
 
 def test_the_result_type_is_the_smallest_that_holds_every_class(plan: Plan) -> None:
     assert class_values(np.zeros((1, 1, 1), int), plan).dtype == np.uint8
-    assert class_values(np.zeros((1, 1, 1), int), replace(plan, labels={"b": 0, "x": 300})).dtype == np.uint16
+    assert class_values(np.zeros((1, 1, 1), int), replace(plan, labels={"b": 0, "x": 300})).dtype == np.int16
 
 
 @pytest.mark.parametrize("unknown", [1, 8, 200])

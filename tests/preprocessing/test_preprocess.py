@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -72,9 +73,9 @@ def test_a_case_is_cropped_resampled_and_normalised_on_its_ras_grid(
     native = read_case_image(dataset.cases[0])
     image, label = store.read_case("case_00")
     record = store.record("case_00")
-    # File axes are L, I, P; two planes of zeros lie at the file's second axis (I) and one at the end of its third (P).
+    # File axes are L, I, P: two planes of zeros begin the first (they end R), one ends the third (it begins A).
     assert record.native_shape == native.grid.shape == (19, 16, 14)
-    assert record.crop_shape == (19, 15, 12)
+    assert (record.crop_start, record.crop_shape) == ((0, 1, 0), (17, 15, 14))
     assert record.patient == "p_case_00"
     np.testing.assert_allclose(record.spacing, plan.target_spacing, rtol=0.06)
     expected = np.round(np.array(record.crop_shape) * native.spacing / np.array(plan.target_spacing))
@@ -105,7 +106,8 @@ def test_organs_are_where_their_voxels_are_in_space(make_dataset: MakeDataset, p
 
     for value, index in ((3, 1), (7, 2)):
         truth = centre(np.asarray(file.dataobj) == value, file.affine)
-        assert np.linalg.norm(centre(label == index, prepared.grid.affine) - truth) < 0.3
+        # Half a voxel: the edge of a tube as thin as this one falls on other voxel centres.
+        assert np.linalg.norm(centre(label == index, prepared.grid.affine) - truth) < 0.6
 
 
 def test_at_the_native_spacing_voxels_are_those_of_the_file(make_dataset: MakeDataset, plan: Plan) -> None:
@@ -283,10 +285,12 @@ def test_a_folder_of_other_files_is_refused_before_anything_is_written(make_data
 
 NUM_KILLED = 24
 RUN = """
-import pickle, sys
+import pickle, resource, signal, sys
 from pathlib import Path
 from pipeline.preprocessing.preprocess import preprocess_dataset
-dataset, plan, folder, num_workers = pickle.load(sys.stdin.buffer)
+dataset, plan, folder, num_workers, largest_file = pickle.load(sys.stdin.buffer)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 preprocess_dataset(dataset, plan, Path(folder), num_workers=num_workers, leave_out={})
 """
 
@@ -299,7 +303,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_as_if_it_had_not_been_killed
     fill(dataset, plan, tmp_path / "uninterrupted")
     with subprocess.Popen([sys.executable, "-c", RUN], stdin=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdin is not None
-        process.stdin.write(pickle.dumps((dataset, plan, str(folder), num_workers)))
+        process.stdin.write(pickle.dumps((dataset, plan, str(folder), num_workers, resource.RLIM_INFINITY)))
         process.stdin.close()
         while len(list(folder.glob("cases/case_*.json"))) < 3 and process.poll() is None:
             time.sleep(0.002)
@@ -314,7 +318,24 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_as_if_it_had_not_been_killed
     assert len(data_times(folder)) == 3 * NUM_KILLED
 
 
-def test_workers_and_one_process_make_the_same_store_without_torch(
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_store_that_cannot_be_written_ends_the_run_and_keeps_what_is_there(
+    make_dataset: MakeDataset, plan: Plan, folder: Path, num_workers: int
+) -> None:
+    dataset = make_dataset(4)
+    fill(replace(dataset, cases=dataset.cases[:2]), plan, folder)
+    before = contents(folder)
+    payload = pickle.dumps((dataset, plan, str(folder), num_workers, 5000))
+    done = subprocess.run([sys.executable, "-c", RUN], input=payload, capture_output=True, check=False)
+    last = done.stderr.decode().strip().splitlines()[-1]
+    assert "StoreWriteError" in last
+    assert "cannot write" in last
+    assert b"Warning" not in done.stderr
+    assert contents(folder) == before
+    assert not list(folder.rglob("*.partial.*"))
+
+
+def test_workers_and_one_process_make_the_same_store(
     make_dataset: MakeDataset, plan: Plan, folder: Path, tmp_path: Path
 ) -> None:
     dataset = make_dataset(4)
@@ -323,13 +344,15 @@ def test_workers_and_one_process_make_the_same_store_without_torch(
     assert contents(folder) == contents(tmp_path / "one")
 
 
-def test_what_a_worker_imports_holds_no_torch_monai_or_lightning() -> None:
+def test_neither_this_process_nor_a_worker_imports_torch_monai_or_lightning() -> None:
     script = (
-        "import sys; import pipeline.preprocessing.preprocess, pipeline.preprocessing.restore\n"
-        "print([name for name in ('torch', 'monai', 'pytorch_lightning') if name in sys.modules])"
+        "import sys; import pipeline.preprocessing.restore; from pipeline.parallel import map_unordered\n"
+        "from pipeline.preprocessing.preprocess import preprocess_case\n"
+        "heavy = lambda case: (preprocess_case.__name__, {'torch', 'monai', 'pytorch_lightning'} & set(sys.modules))\n"
+        "print(heavy(0), *(outcome.result for outcome in map_unordered(heavy, [1, 2], num_workers=2)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == " ".join(["('preprocess_case', set())"] * 3)
 
 
 def test_little_work_starts_no_processes_and_large_cases_start_fewer(

@@ -111,6 +111,12 @@ def test_a_label_is_the_argmax_of_linear_one_hot_maps(
     assert tied.all()
 
 
+@pytest.mark.parametrize(("pair", "winner"), [((0, 1), 0), ((1, 0), 0), ((2, 1), 1), ((-1, 2), 2), ((-1, -1), -1)])
+def test_of_equal_shares_the_lower_class_wins_and_an_ignored_voxel_last(pair: tuple[int, int], winner: int) -> None:
+    label = np.array(pair, np.int16).reshape(1, 2, 1)
+    assert resample_label(label, (1, 1, 1), num_classes=3, anisotropic_axis=None).item() == winner
+
+
 def test_a_class_that_falls_between_all_new_voxels_vanishes_without_an_error() -> None:
     label = np.zeros((9, 9, 9), np.int16)
     label[4, 4, 4] = 3

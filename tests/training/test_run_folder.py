@@ -90,6 +90,7 @@ def test_auto_takes_the_plans_batch_and_reaches_its_effective_batch(plan, make_c
     planned = replace(plan, batch_size=2, accumulate_grad_batches=3)
     settings = resolve_settings(planned, make_config(iterations_per_epoch=7, max_epochs=2))
     assert (settings.batch_size, settings.accumulate_grad_batches, settings.total_steps) == (2, 3, 6)
+    assert "6 optimiser steps in all (the last of an epoch over 1 only)" in settings.describe()
     assert resolve_settings(planned, make_config(batch_size=4)).accumulate_grad_batches == 2
     assert resolve_settings(planned, make_config(effective_batch=2)).accumulate_grad_batches == 1
 
