@@ -45,9 +45,10 @@ def _affinity_cpus() -> int:
 def _slurm_memory_limits() -> Iterable[int]:
     """SLURM gives mebibytes, for the node or for each CPU, whichever was asked for."""
     per_node, per_cpu = (os.environ.get(f"SLURM_MEM_PER_{unit}", "") for unit in ("NODE", "CPU"))
-    if per_node.isdigit():
+    # 0 asks for all memory of the node.
+    if per_node.isdigit() and int(per_node) > 0:
         yield int(per_node) << 20
-    if per_cpu.isdigit():
+    if per_cpu.isdigit() and int(per_cpu) > 0:
         yield (int(per_cpu) << 20) * allotted_cpus()
 
 

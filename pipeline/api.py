@@ -7,13 +7,13 @@ Heavy libraries are imported when a function needs them, so that importing this 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pipeline.allocation import resolve_num_workers
-from pipeline.artifacts import read_artifact, write_artifact, write_text
+from pipeline.artifacts import content_hash, read_artifact, to_json, write_artifact
 from pipeline.config import (
     EvaluateConfig,
     InspectConfig,
@@ -22,11 +22,11 @@ from pipeline.config import (
     PreprocessConfig,
     RunConfig,
     TrainConfig,
-    to_dict,
 )
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
+from pipeline.saved_config import find_changes, write_config
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from pipeline.training.trainer import FitResult
 
 Result = TypeVar("Result")
+# What may change between two calls of `run` in one folder: another fold is a run of its own, and the rest decides how
+# the work is done, not what comes of it.
+HOW_ONLY = ("num_workers", "skip_bad_cases", "train.validate_every_n_epochs", "train.hardware.")
+FREE_TO_CHANGE = ("work_dir", "fold", *HOW_ONLY)
 
 
 # ---- inspect
@@ -72,25 +76,25 @@ def _plan(config: PlanConfig) -> tuple[Plan, dict[str, str]]:
     from pipeline.datasets.examination import examine_cases
     from pipeline.datasets.fingerprint import make_fingerprint
     from pipeline.datasets.inspection import find_bad_cases
+    from pipeline.planning.planner import make_plan
 
+    budget = _budget(config)
     dataset = read_dataset(config.dataset)
     num_workers = resolve_num_workers(config.num_workers)
     examined = examine_cases(dataset, num_workers=num_workers)
     left_out = find_bad_cases(dataset, examined, num_workers=num_workers, skip=config.skip_bad_cases)
     fingerprint = make_fingerprint(dataset, num_workers=num_workers, leave_out=left_out, examined=examined)
-    out = Path(config.out)
-    write_artifact(out.with_name("fingerprint.json"), fingerprint)
-    made = _plan_from(fingerprint, config)
-    write_artifact(out, made)
+    made = make_plan(fingerprint, config, budget_bytes=budget[0], budget_note=budget[1])
+    write_artifact(Path(config.out).with_name("fingerprint.json"), fingerprint)
+    write_artifact(Path(config.out), made)
     return made, left_out
 
 
-def _plan_from(fingerprint: Any, config: PlanConfig) -> Plan:
+def _budget(config: PlanConfig) -> tuple[int, str]:
+    """The memory budget in bytes and, where the machine decided, a sentence about it."""
     from pipeline.planning.budget import budget_from_device, parse_vram
-    from pipeline.planning.planner import make_plan
 
-    budget, note = budget_from_device() if config.vram == "auto" else (parse_vram(config.vram), "")
-    return make_plan(fingerprint, config, budget_bytes=budget, budget_note=note)
+    return budget_from_device() if config.vram == "auto" else (parse_vram(config.vram), "")
 
 
 # ---- preprocess
@@ -114,23 +118,26 @@ def _preprocess(config: PreprocessConfig) -> dict[str, str]:
     from pipeline.preprocessing.preprocess import preprocess_dataset
 
     dataset = read_dataset(config.dataset)
-    plan_path = Path(config.plan)
-    made = read_artifact(plan_path, Plan)
-    left_out = _left_out_by_plan(plan_path, dataset, config)
+    made = read_artifact(Path(config.plan), Plan)
+    left_out = _left_out_by_plan(made, dataset, config)
     failures = preprocess_dataset(dataset, made, Path(config.store), num_workers=config.num_workers, leave_out=left_out)
     if failures and not config.skip_bad_cases:
         raise CasesFailedError({**left_out, **failures}, done=f"{config.store} was filled")
     return {**left_out, **failures}
 
 
-def _left_out_by_plan(plan_path: Path, dataset: Dataset, config: PreprocessConfig) -> dict[str, str]:
-    """Cases that the plan was made without; a plan that came alone is checked against the dataset anew."""
+def _left_out_by_plan(made: Plan, dataset: Dataset, config: PreprocessConfig) -> dict[str, str]:
+    """Cases that the plan was made without; a plan without its fingerprint is checked against the dataset anew."""
     from pipeline.datasets.fingerprint import Fingerprint
     from pipeline.datasets.inspection import find_bad_cases
 
-    fingerprint_path = plan_path.with_name("fingerprint.json")
-    if fingerprint_path.is_file():
-        return dict(read_artifact(fingerprint_path, Fingerprint).left_out)
+    path = Path(config.plan).with_name("fingerprint.json")
+    if path.is_file():
+        fingerprint = read_artifact(path, Fingerprint)
+        if content_hash(to_json(fingerprint)) == made.fingerprint_hash:
+            if fingerprint.left_out:
+                get_logger("preprocess").info("cases that the plan was made without stay out; plan again to use them")
+            return dict(fingerprint.left_out)
     num_workers = resolve_num_workers(config.num_workers)
     return find_bad_cases(dataset, num_workers=num_workers, skip=config.skip_bad_cases)
 
@@ -223,7 +230,7 @@ def evaluate(
         CasesFailedError: Some cases could not be scored; the rest is written.
     """
     from pipeline.evaluation.evaluate import evaluate_folder
-    from pipeline.evaluation.summary import check_complete, write_metrics
+    from pipeline.evaluation.summary import write_metrics
 
     metrics = evaluate_folder(
         Path(config.predictions),
@@ -235,8 +242,7 @@ def evaluate(
     write_metrics(Path(config.out), metrics)
     if config.report:
         _write_report(config, metrics, facts)
-    check_complete(metrics)
-    return metrics
+    return _finish(metrics, metrics.failures, done=f"{len(metrics.cases)} case(s) evaluated")
 
 
 def _write_report(config: EvaluateConfig, metrics: Metrics, facts: Mapping[str, str] | None) -> None:
@@ -245,7 +251,8 @@ def _write_report(config: EvaluateConfig, metrics: Metrics, facts: Mapping[str, 
     curves = Path(config.run_dir) / "metrics.csv" if config.run_dir else None
     facts = {"predictions": Path(config.predictions).name, **(facts or {})}
     cases = _shown_cases(config, metrics) if config.images else []
-    write_report(Path(config.report), metrics, facts=facts, curves_csv=curves, cases=cases)
+    title = facts.get("dataset", "Evaluation")
+    write_report(Path(config.report), metrics, title=title, facts=facts, curves_csv=curves, cases=cases)
     get_logger("evaluate").info("report: %s", config.report)
 
 
@@ -288,7 +295,8 @@ def run(config: RunConfig, *, network: nn.Module | None = None) -> RunResult:
         paths = {"plan": str(work_dir / "plan.json"), "store": str(work_dir / "store"), "run_dir": str(run_dir)}
         options = {**_values(config.train), **paths, "fold": config.fold, "max_epochs": config.max_epochs}
         fit = train(TrainConfig(**options), network=network)
-        return _finish(_assess(config, fit, network), failures, done=f"{run_dir} is finished")
+        result, failed = _assess(config, fit, network)
+        return _finish(result, {**failures, **failed}, done=f"{run_dir} is finished")
 
 
 def describe_run(result: RunResult) -> Group:
@@ -302,21 +310,14 @@ def describe_run(result: RunResult) -> Group:
 
 
 def _keep_config(path: Path, config: RunConfig) -> None:
-    """Save the options, or refuse to continue a folder that was made with others."""
-    import yaml
-
-    plain = to_dict(config)
-    free = ("work_dir", "num_workers", "skip_bad_cases")
-    if path.is_file():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = [key for key, value in plain.items() if key not in free and before.get(key, value) != value]
-        if changed:
-            raise InputError(
-                f"was made with other options: {', '.join(f'{key} was {before[key]}' for key in changed)}",
-                where=path.parent,
-                fix="Put them back to continue, or give another --work_dir",
-            )
-    write_text(path, yaml.safe_dump(plain, sort_keys=False))
+    """Save the options, or refuse to continue a folder in which a plan was made with others."""
+    changes = []
+    if path.is_file() and path.with_name("plan.json").is_file():
+        changes = find_changes(path, config, harmless=FREE_TO_CHANGE)
+    if changes:
+        fix = "Put them back to continue, or give another --work_dir"
+        raise InputError(f"was made with other options: {'; '.join(changes)}", where=path.parent, fix=fix)
+    write_config(path, config)
 
 
 def _prepare(config: RunConfig, work_dir: Path) -> dict[str, str]:
@@ -328,19 +329,22 @@ def _prepare(config: RunConfig, work_dir: Path) -> dict[str, str]:
     return _preprocess(PreprocessConfig(**common, plan=str(plan_path), store=str(work_dir / "store")))
 
 
-def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> RunResult:
-    """Predict the held-out cases on their own grids, score them, write the report."""
+def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tuple[RunResult, dict[str, str]]:
+    """Predict the held-out cases on their own grids, score them, write the report; with the cases that failed."""
     from pipeline.datasets.splits import Splits
 
-    run_dir = fit.run_dir
+    run_dir, hardware = fit.run_dir, config.train.hardware
     held_out = read_artifact(run_dir / "splits.json", Splits).folds[config.fold].validation
     predictions, report = run_dir / "validation", run_dir / "report.html"
-    predict(
-        PredictConfig(run_dir=str(run_dir), input=config.dataset, output=str(predictions), tta=config.tta),
-        network=network,
-        case_ids=held_out,
+    prediction = PredictConfig(
+        run_dir=str(run_dir),
+        input=config.dataset,
+        output=str(predictions),
+        tta=config.tta,
+        accelerator=hardware.accelerator,
+        num_threads=hardware.num_threads,
     )
-    settings = EvaluateConfig(
+    evaluation = EvaluateConfig(
         predictions=str(predictions),
         labels=config.dataset,
         images=config.dataset,
@@ -349,7 +353,18 @@ def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> Run
         run_dir=str(run_dir),
         num_workers=config.num_workers,
     )
-    return RunResult(evaluate(settings, case_ids=held_out, facts=_facts(config, run_dir)), report)
+    _, failed = _collect(predict, prediction, network=network, case_ids=held_out)
+    facts = _facts(config, run_dir)
+    metrics, not_scored = _collect(evaluate, evaluation, case_ids=held_out, facts=facts)
+    return RunResult(metrics, report), {**not_scored, **failed}
+
+
+def _collect(command: Callable[..., Result], config: Any, **options: Any) -> tuple[Result, dict[str, str]]:
+    """What a command gives, and the cases that it failed for, which do not end the chain."""
+    try:
+        return command(config, **options), {}
+    except CasesFailedError as error:
+        return cast(Result, error.result), error.failures
 
 
 def _facts(config: RunConfig, run_dir: Path) -> dict[str, str]:

@@ -43,7 +43,7 @@ COMMANDS = {
     ),
 }
 PROGRAM = "voxfit"
-NUMBER = re.compile(r"-?\d+(\.\d+)?")
+NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?")
 UNION_ERROR = re.compile(
     r'Parser key "(?P<key>[^"]+)":\s+Does not validate.*?Subtypes: \[(?P<kinds>[^\n]*)\]'
     r".*?Given value: (?P<value>[^\n]*)",
@@ -110,9 +110,10 @@ def _show(command: Command, result: Any) -> None:
     if command.show and result is not None:
         from rich.console import Console
 
-        # Batch jobs have no terminal to ask for a width: wide enough for every table of ours.
+        shown = _load(command.show)(result)
+        # Text may be meant for a program and is not wrapped; a batch job has no terminal to ask for a table's width.
         console = Console() if sys.stdout.isatty() else Console(width=120)
-        console.print(_load(command.show)(result), markup=False, highlight=False)
+        print(shown) if isinstance(shown, str) else console.print(shown)
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Any]:

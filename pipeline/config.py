@@ -310,7 +310,7 @@ class EvaluateConfig(Checked):
     labels: str
     """Folder of reference labels with the same file names, or a dataset."""
     out: str = "metrics.json"
-    """Where the metrics are written; a CSV of the same name lies beside it."""
+    """Where the metrics are written, as JSON; NAME_cases.csv lies beside it with a row per case and class."""
     report: str = ""
     """Write a self-contained HTML report here as well."""
     images: str = ""
@@ -323,7 +323,8 @@ class EvaluateConfig(Checked):
     """Processes; auto takes the CPUs this job was allotted."""
 
     def problems(self) -> list[str]:
-        return _at_least(self, 0, "tolerance_mm") + _at_least(self, 1, "num_workers")
+        found = [] if self.out.endswith(".json") else [f"out: must end in .json, got {self.out}"]
+        return found + _at_least(self, 0, "tolerance_mm") + _at_least(self, 1, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ Spacing = tuple[float, float, float]
 
 SMALLEST_VOXEL_MM = 1e-4
 AFFINE_TOLERANCE_MM = 1e-2
+AFFINE_TOLERANCE_VOXELS = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,13 @@ class Grid:
         """Distance between neighbouring voxel centres along i, j, k in millimetres."""
         return spacing_of(self.affine)
 
-    def is_close(self, other: Grid, tolerance_mm: float = AFFINE_TOLERANCE_MM) -> bool:
-        """Whether both grids put every voxel at the same place, to `tolerance_mm` at the corners."""
+    def is_close(self, other: Grid, tolerance_mm: float | None = None) -> bool:
+        """Whether both grids have the same shape, and their corners lie at most `tolerance_mm` apart.
+
+        By default a tenth of the smallest voxel, at least a hundredth of a millimetre: writers round headers.
+        """
+        if tolerance_mm is None:
+            tolerance_mm = max(AFFINE_TOLERANCE_MM, AFFINE_TOLERANCE_VOXELS * min(self.spacing))
         return self.shape == other.shape and self.distance_mm(other) <= tolerance_mm
 
     def distance_mm(self, other: Grid) -> float:

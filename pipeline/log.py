@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import TypeVar
+
+from pipeline.errors import InputError, VoxfitError
 
 T = TypeVar("T")
 LOGGER_NAME = "voxfit"
@@ -41,17 +43,46 @@ def _console_handler() -> logging.Handler:
     return handler
 
 
+class _QuietFileHandler(logging.FileHandler):
+    """A full disk must not end a training, nor print a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Drop the line."""
+
+    def close(self) -> None:
+        """Close the file; what could not be written is dropped."""
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Append the project's log to `path` as plain lines while the context is open."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Append the project's log to `path` as plain lines while the context is open; a traceback as well if it ends so.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _QuietFileHandler(path, encoding="utf-8")
+    except OSError as error:
+        fix = "Check the folder and its permissions"
+        raise InputError(f"cannot write ({error.strerror or error})", where=path, fix=fix) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    get_logger().addHandler(handler)
+    logger = get_logger()
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     try:
         yield
+    except VoxfitError as error:
+        logger.error("%s", error)
+        raise
+    except Exception:
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, "a defect", (), sys.exc_info()))
+        raise
     finally:
-        get_logger().removeHandler(handler)
+        logger.removeHandler(handler)
         handler.close()
 
 

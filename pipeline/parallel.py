@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from pipeline.errors import InputError, VoxfitError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Workers end after so long without work: soon when what started them was killed, and not between two steps of a run.
+IDLE_SECONDS = 10.0
 
-class Outcome(NamedTuple, Generic[Item, Result]):
+
+@dataclass(frozen=True)
+class Outcome(Generic[Item, Result]):
     """What came of one item: a result, or the error that ended it."""
 
     item: Item
@@ -21,11 +27,12 @@ class Outcome(NamedTuple, Generic[Item, Result]):
 
 def map_unordered(
     function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int
-) -> Iterator[Outcome[Item, Result]]:
+) -> Generator[Outcome[Item, Result], None, None]:
     """Call `function` on every item and yield outcomes as they finish.
 
     Errors that a file can cause come back as outcomes; defects of ours are raised. Functions and items must be
-    picklable when `num_workers` is above one. Workers use one thread each, so cores are not oversubscribed.
+    picklable when `num_workers` is above one. Workers use one thread each, so cores are not oversubscribed. Closing
+    the generator ends what has begun.
     """
     if num_workers <= 1 or len(items) <= 1:
         yield from (_attempt(function, item) for item in items)
@@ -34,15 +41,33 @@ def map_unordered(
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     with parallel_config(backend="loky", inner_max_num_threads=1):
-        pool = Parallel(n_jobs=num_workers, return_as="generator_unordered", max_nbytes=None, batch_size=1)
-        try:
-            yield from pool(delayed(_attempt)(function, item) for item in items)
-        except TerminatedWorkerError as error:
-            raise InputError(
-                "a worker process was killed, most likely because memory ran out",
-                where="num_workers",
-                fix=f"Use fewer workers than {num_workers}, or ask for more memory",
-            ) from error
+        pool = Parallel(
+            n_jobs=num_workers,
+            return_as="generator_unordered",
+            max_nbytes=None,
+            batch_size=1,
+            idle_worker_timeout=IDLE_SECONDS,
+        )
+    outcomes = pool(delayed(_attempt)(function, item) for item in items)
+    try:
+        # `yield from` would close `outcomes` before this function can keep that quiet.
+        for outcome in outcomes:  # noqa: UP028
+            yield outcome
+    except TerminatedWorkerError as error:
+        raise InputError(
+            "a worker process was killed, most likely because memory ran out",
+            where="num_workers",
+            fix=f"Use fewer workers than {num_workers}, or ask for more memory",
+        ) from error
+    finally:
+        _close_quietly(outcomes)
+
+
+def _close_quietly(outcomes: Generator[Any, None, None]) -> None:
+    """End a run without joblib's warning about tasks that had begun."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        outcomes.close()
 
 
 def _attempt(function: Callable[[Item], Result], item: Item) -> Outcome[Item, Result]:

@@ -34,6 +34,8 @@ class ChannelPlan(Record):
             "zscore" uses each case's own mean and standard deviation; "none" leaves the values.
         lower, upper: 0.5 and 99.5 percentile of foreground voxels over the dataset (used by "ct" only).
         mean, std: of foreground voxels over the dataset (used by "ct" only).
+        use_body_mask: Take mean and standard deviation over the body alone, the voxels that are not 0 in some channel
+            with holes filled; the others stay 0 (used by "zscore" only). One choice for the whole dataset.
     """
 
     name: str
@@ -42,6 +44,7 @@ class ChannelPlan(Record):
     upper: float = 0.0
     mean: float = 0.0
     std: float = 1.0
+    use_body_mask: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,8 @@ class NetworkPlan(Record):
         num_decoder_blocks: Convolution blocks of each decoder stage.
         block: "plain" (convolution, norm, activation) or "residual".
         norm: Normalisation; "group" does not depend on the batch size.
-        num_groups: Groups of the group norm, clipped to a divisor of the channels. 32 is the figure of its authors (Wu and
-            He 2018); few groups learn far more slowly here, see docs/benchmarks.md.
+        num_groups: Groups of the group norm, clipped to a divisor of the channels. 32 is the figure of its authors
+            (Wu and He 2018); few groups learn far more slowly here, see docs/benchmarks.md.
         deep_supervision: Whether lower decoder stages get a loss of their own.
     """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from pipeline.config import (
     TrainOptions,
 )
 from pipeline.errors import CasesFailedError, InputError
+from pipeline.saved_config import write_config
 from pipeline.store import CaseStore
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset
 
@@ -92,7 +95,7 @@ def test_the_same_call_again_recomputes_nothing(dataset: Path, finished: Path) -
 
 
 def test_other_options_in_the_same_folder_are_refused_and_named(dataset: Path, finished: Path) -> None:
-    with pytest.raises(InputError, match=r"made with other options: max_epochs was 2"):
+    with pytest.raises(InputError, match=r"made with other options: max_epochs \(was 2, now 3\)"):
         api.run(run_config(dataset, finished, max_epochs=3))
 
 
@@ -247,3 +250,163 @@ def test_bad_input_is_one_short_message_with_exit_code_2(
     message = text[text.index("error:") :]
     assert message.count("\n") == 1
     assert "Traceback" not in text
+
+
+def test_a_run_without_bad_cases_ends_with_exit_code_3_and_everything_done(
+    dirty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", "--dataset", str(dirty), "--work_dir", str(tmp_path / "work"), "--skip_bad_cases"]
+    arguments += ["--max_epochs", "1", "--vram", "2GiB", "--num_workers", "1", "--plan.patch_size", "16", "24", "16"]
+    arguments += ["--plan.base_features", "4", "--train.num_folds", "2", "--train.iterations_per_epoch", "2"]
+    arguments += ["--train.hardware.num_workers", "0", "--train.hardware.num_threads", "1"]
+    assert main(arguments) == 3
+    text = capsys.readouterr()
+    assert "case_1" in text.err
+    assert "case_2" in text.err
+    assert "mean over classes" in text.out
+    assert (tmp_path / "work" / "fold_0" / "report.html").is_file()
+
+
+def test_a_held_out_case_that_cannot_be_predicted_does_not_lose_the_scores_of_the_others(
+    dataset: Path, finished: Path, tmp_path: Path
+) -> None:
+    folder, work_dir = tmp_path / "data", tmp_path / "work"
+    shutil.copytree(dataset, folder)
+    shutil.copytree(finished, work_dir)
+    # The store takes a file of the same size and time for unchanged, so that only the prediction meets what is wrong.
+    predictions = sorted((work_dir / "fold_0" / "validation").glob("*.nii.gz"))
+    predictions[0].unlink()
+    image = folder / "imagesTr" / predictions[0].name
+    state = image.stat()
+    image.write_bytes(bytes(state.st_size))
+    os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns))
+    config = run_config(folder, work_dir)
+    write_config(work_dir / "config.yaml", config)
+    with pytest.raises(CasesFailedError) as error:
+        api.run(config)
+    lost = predictions[0].name.split(".")[0]
+    assert set(error.value.failures) == {lost}
+    result = error.value.result
+    assert isinstance(result, api.RunResult)
+    assert [case.case_id for case in result.metrics.cases] == [predictions[1].name.split(".")[0]]
+
+
+def test_another_fold_goes_into_the_same_work_folder(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    work_dir = tmp_path / "work"
+    shutil.copytree(finished, work_dir)
+    before = state_of(work_dir / "fold_0")
+    api.run(run_config(dataset, work_dir, fold=1, max_epochs=2))
+    assert (work_dir / "fold_1" / "report.html").is_file()
+    assert state_of(work_dir / "fold_0") == before
+
+
+def test_a_call_that_failed_before_the_plan_does_not_bind_the_folder(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        api.run(run_config(dataset / "nowhere", tmp_path, max_epochs=1))
+    with pytest.raises(InputError, match="lots"):
+        api.run(run_config(dataset, tmp_path, vram="lots"))
+    assert not (tmp_path / "fingerprint.json").exists()
+    assert api.run(run_config(dataset, tmp_path, max_epochs=1)).report.is_file()
+
+
+def test_an_interrupted_run_is_finished_by_the_same_command(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    work_dir = tmp_path / "work"
+    shutil.copytree(finished, work_dir)
+    run_dir = work_dir / "fold_0"
+    first, second = sorted((run_dir / "validation").glob("*.nii.gz"))
+    kept, expected = first.stat().st_mtime_ns, second.read_bytes()
+    second.unlink()
+    (run_dir / "report.html").unlink()
+    for path in (work_dir / "store" / "cases").glob("case_2*"):
+        path.unlink()
+    api.run(run_config(dataset, work_dir))
+    assert first.stat().st_mtime_ns == kept
+    assert (
+        nibabel.load(second).get_fdata().tolist()
+        == nibabel.Nifti1Image.from_bytes(gzip.decompress(expected)).get_fdata().tolist()
+    )
+    assert (run_dir / "report.html").is_file()
+    assert "case_2" in CaseStore(work_dir / "store").case_ids
+
+
+def test_a_plan_that_fits_nothing_leaves_the_old_plan_and_fingerprint(dataset: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    good = PlanConfig(dataset=str(dataset), out=str(path), vram="2GiB", num_workers=1, base_features=4, max_features=8)
+    api.plan(good)
+    before = {item.name: item.read_bytes() for item in tmp_path.iterdir()}
+    with pytest.raises(InputError):
+        api.plan(PlanConfig(dataset=str(dataset), out=str(path), vram="0.01GiB", num_workers=1))
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == before
+
+
+def test_patients_found_by_a_pattern_stay_on_one_side(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = {item: getattr(TRAIN, item) for item in TRAIN.__dataclass_fields__}
+    options["patient_pattern"] = r"case_(\d)"
+    paths = {"plan": str(finished / "plan.json"), "store": str(finished / "store"), "run_dir": str(folder)}
+    api.train(TrainConfig(**options, **paths, max_epochs=1))
+    splits = json.loads((folder / "splits.json").read_text())
+    for fold in splits["folds"]:
+        assert not set(fold["train"]) & set(fold["validation"])
+    options["patient_pattern"] = r"patient_(\d)"
+    paths["run_dir"] = str(tmp_path / "other")
+    with pytest.raises(InputError, match="pattern"):
+        api.train(TrainConfig(**options, **paths, max_epochs=1))
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_the_inspection_is_json_for_programs(
+    dirty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["inspect", str(dirty), "--json", "--num_workers", "1"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {problem["case_id"] for problem in shown["problems"]} == {"case_1", "case_2"}
+    assert main(["inspect", str(dirty), "--num_workers", "1"]) == 0
+    assert "case_1: " in capsys.readouterr().out
+
+
+def test_predictions_never_take_the_place_of_their_images(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(dataset / "imagesTr", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    settings = PredictConfig(run_dir=str(finished / "fold_0"), input=str(folder), output=str(folder), overwrite=True)
+    with pytest.raises(InputError, match="would be overwritten"):
+        api.predict(settings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_truncated_image_is_named_and_the_other_outputs_are_written(
+    dataset: Path, finished: Path, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(dataset / "imagesTr", folder)
+    torn = folder / "case_3.nii.gz"
+    torn.write_bytes(torn.read_bytes()[:500])
+    settings = PredictConfig(run_dir=str(finished / "fold_0"), input=str(folder), output=str(output), num_threads=1)
+    with pytest.raises(CasesFailedError) as error:
+        api.predict(settings)
+    assert set(error.value.failures) == {"case_3"}
+    assert {path.name for path in output.iterdir()} == {"case_0.nii.gz", "case_1.nii.gz", "case_2.nii.gz"}
+
+
+def test_metrics_of_an_evaluation_do_not_touch_the_metrics_of_the_training(
+    dataset: Path, finished: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished / "fold_0", run_dir)
+    before = (run_dir / "metrics.csv").read_bytes()
+    settings = EvaluateConfig(
+        predictions=str(run_dir / "validation"),
+        labels=str(dataset / "labelsTr"),
+        images=str(dataset),
+        out=str(run_dir / "metrics.json"),
+        report=str(run_dir / "again.html"),
+        run_dir=str(run_dir),
+        num_workers=1,
+    )
+    metrics = api.evaluate(settings, case_ids={path.name.split(".")[0] for path in run_dir.glob("validation/*.nii.gz")})
+    assert set(metrics.labels) == {"organ_1", "organ_2"}
+    assert (run_dir / "metrics.csv").read_bytes() == before
+    assert (run_dir / "metrics_cases.csv").is_file()
+    with pytest.raises(InputError, match=r"must end in \.json"):
+        EvaluateConfig(predictions="p", labels="l", out="metrics.csv")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+import warnings
+from pathlib import Path
 
 import pytest
 
+from pipeline import parallel
 from pipeline.errors import InputError
 from pipeline.parallel import map_unordered
 
@@ -26,6 +30,11 @@ def divide(item: int) -> float:
 def kill_at_three(item: int) -> int:
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def wait_a_little(item: int) -> int:
+    time.sleep(0.05)
     return item
 
 
@@ -71,6 +80,27 @@ def test_workers_are_other_processes_with_one_thread_each(monkeypatch: pytest.Mo
     results = [outcome.result for outcome in map_unordered(threads, range(4), num_workers=2)]
     assert {threads for _, threads in results} == {"1"}
     assert os.getpid() not in {pid for pid, _ in results}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_run_that_is_left_early_says_nothing(num_workers: int):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outcomes = map_unordered(wait_a_little, range(12), num_workers=num_workers)
+        assert next(outcomes).error is None
+        outcomes.close()
+    assert not [str(warning.message) for warning in caught]
+    assert {o.result for o in map_unordered(square, [1, 2], num_workers=num_workers)} == {1, 4}
+
+
+def test_workers_end_when_there_is_nothing_more_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parallel, "IDLE_SECONDS", 0.2)
+    workers = {outcome.result[0] for outcome in map_unordered(threads, range(6), num_workers=2)}
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.parametrize(("items", "num_workers"), [([4], 8), ([4, 5, 6], 1)])

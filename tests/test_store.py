@@ -341,6 +341,9 @@ def test_what_voxels_do_not_depend_on_may_differ(store: CaseStore) -> None:
     store.check_plan(replace(plan, patch_size=(8, 8, 8), labels={"b": 0, "o": 5, "v": 2}, channels=renamed))
     with pytest.raises(InputError, match="channels"):
         store.check_plan(replace(plan, channels=(plan.channels[0], replace(plan.channels[1], mean=3.0))))
+    with pytest.raises(InputError, match=r"channels: .*\['zscore'\].*the plan has .*\['zscore', 'body'\]"):
+        store.check_plan(replace(plan, channels=(replace(plan.channels[0], use_body_mask=True), plan.channels[1])))
+    store.check_plan(replace(plan, channels=(plan.channels[0], replace(plan.channels[1], use_body_mask=True))))
 
 
 def test_cases_of_other_settings_are_gone_as_soon_as_the_store_has_new_ones(store: CaseStore) -> None:

@@ -8,14 +8,13 @@ import numpy as np
 
 from pipeline.datasets.case import Case
 from pipeline.errors import InputError
-from pipeline.geometry import AFFINE_TOLERANCE_MM, Grid, format_shape, format_spacing
+from pipeline.geometry import Grid, format_shape, format_spacing
 from pipeline.io.nifti import read_label, read_source, read_volume
 from pipeline.io.resample import resample_volume
 from pipeline.io.volume import Volume
 from pipeline.log import get_logger
 
 # Headers written from quaternions, or rounded to a few digits, differ by less; a shift that matters is far larger.
-GRID_TOLERANCE_VOXELS = 0.1
 
 
 def read_case_image(case: Case) -> Volume:
@@ -73,7 +72,7 @@ def stack_channels(volumes: Sequence[Volume], case_id: str) -> tuple[Volume, tup
             where=case_id,
             fix="Give one file per channel, or one 4D file for all",
         )
-    foreign = [index for index, volume in enumerate(volumes) if not _is_same_grid(first.grid, volume.grid)]
+    foreign = [index for index, volume in enumerate(volumes) if not first.grid.is_close(volume.grid)]
     arrays = [
         resample_volume(volume, first.grid).array if index in foreign else volume.array
         for index, volume in enumerate(volumes)
@@ -95,10 +94,6 @@ def grid_mismatch(image: Grid, label: Grid) -> str:
     """How the grid of a label differs from its image's; "" when it does not."""
     if image.shape != label.shape:
         return f"the label has {format_shape(label.shape)} voxels, the image {format_shape(image.shape)}"
-    if not _is_same_grid(image, label):
+    if not image.is_close(label):
         return f"the label lies up to {image.distance_mm(label):.3g} mm away from the image (their affines differ)"
     return ""
-
-
-def _is_same_grid(one: Grid, other: Grid) -> bool:
-    return one.is_close(other, max(AFFINE_TOLERANCE_MM, GRID_TOLERANCE_VOXELS * min(one.spacing)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pipeline.allocation import allotted_cpus
@@ -103,15 +104,24 @@ def discovered_classes(label_files: Sequence[Path], where: Path) -> Classes:
     Raises:
         InputError: No file holds a value above 0.
     """
-    files = sorted(set(label_files))
-    outcomes = map_unordered(_values_in, files, num_workers=sensible_workers(files, allotted_cpus()))
-    found = sorted(set().union(*(outcome.result or () for outcome in outcomes)))
+    files = [path for path in sorted(set(label_files)) if path.is_file()]
+    states = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    found = _values_of_all(states, where)
     if not any(value > 0 for value in found):
         raise InputError("no label file holds a class", where=where, fix="Declare the classes in a labels.json")
+    return Classes({BACKGROUND: 0} | {f"class_{value}": value for value in found if value > 0})
+
+
+@cache
+def _values_of_all(states: tuple[tuple[Path, int, int], ...], where: Path) -> tuple[int, ...]:
+    """All values of label files, each given with its size and time: a chain of commands reads them once."""
+    files = [path for path, _, _ in states]
+    outcomes = map_unordered(_values_in, files, num_workers=sensible_workers(files, allotted_cpus()))
+    found = sorted(set().union(*(outcome.result or () for outcome in outcomes)))
     get_logger().info(
         "%s declares no classes; %d label files hold the values %s", where, len(files), ", ".join(map(str, found))
     )
-    return Classes({BACKGROUND: 0} | {f"class_{value}": value for value in found if value > 0})
+    return tuple(found)
 
 
 def _values_in(path: Path) -> tuple[int, ...]:

@@ -45,6 +45,11 @@ def read_dataset(path: str | Path) -> Dataset:
     raise InputError("is no dataset", where=path, fix=LOOKED_FOR)
 
 
+def is_dataset_folder(path: Path) -> bool:
+    """Whether `read_dataset` knows the layout of a folder; its files may still be wrong."""
+    return path.is_dir() and ((path / DATASET_FILE).is_file() or find_folder_pair(path) is not None)
+
+
 def _read_folder(path: Path) -> Dataset:
     if (path / DATASET_FILE).is_file():
         return _read_json(path / DATASET_FILE)

@@ -29,7 +29,7 @@ def read_table(path: Path) -> Dataset:
         InputError: A column or an id is missing, an id is used twice, or `split` has another value.
     """
     rows = _read_rows(path)
-    image_columns = _image_columns(list(rows[0]), path)
+    image_columns = _image_columns(list(rows[0]), path, needed=("case_id", "label"))
     _check_rows(rows, path)
     cases = check_cases(_cases(rows, image_columns, path, TRAINING_WORDS), path)
     if not cases:
@@ -46,6 +46,18 @@ def read_table(path: Path) -> Dataset:
         cases=cases,
         test_cases=check_cases(_cases(rows, image_columns, path, TEST_WORDS), path),
     )
+
+
+def read_case_list(path: Path) -> tuple[Case, ...]:
+    """All cases of a table, for prediction: no label column is needed, and no class is looked for.
+
+    Raises:
+        InputError: As in `read_table`.
+    """
+    rows = _read_rows(path)
+    image_columns = _image_columns(list(rows[0]), path, needed=("case_id",))
+    _check_rows(rows, path)
+    return check_cases(_cases(rows, image_columns, path, (*TRAINING_WORDS, *TEST_WORDS)), path)
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -76,9 +88,9 @@ def _column_name(cell: str) -> str:
     return CHANNEL_PREFIX + cell[len(CHANNEL_PREFIX) :] if is_channel else cell.lower()
 
 
-def _image_columns(header: Sequence[str], path: Path) -> list[str]:
+def _image_columns(header: Sequence[str], path: Path, *, needed: Sequence[str]) -> list[str]:
     columns = [name for name in header if name == IMAGE or name.startswith(CHANNEL_PREFIX)]
-    missing = [name for name in ("case_id", "label") if name not in header]
+    missing = [name for name in needed if name not in header]
     if not columns:
         missing.append("image or image_<channel>")
     if missing:
@@ -111,7 +123,7 @@ def _cases(rows: Sequence[Row], image_columns: Sequence[str], path: Path, words:
         Case(
             case_id=row["case_id"],
             images=_image_files(row, image_columns, path),
-            label=path.parent / row["label"] if row["label"] else None,
+            label=path.parent / row["label"] if row.get("label") else None,
             patient=row.get("patient", ""),
         )
         for row in chosen
@@ -121,5 +133,5 @@ def _cases(rows: Sequence[Row], image_columns: Sequence[str], path: Path, words:
 def _image_files(row: Row, columns: Sequence[str], path: Path) -> tuple[Path, ...]:
     """One file per channel; a cell left empty beside others leaves the case a channel short, which integrity names."""
     names = [row[column] for column in columns if row[column]]
-    check_nifti_names([*names, *([row["label"]] if row["label"] else [])], path)
+    check_nifti_names([*names, *([row["label"]] if row.get("label") else [])], path)
     return tuple(path.parent / name for name in names)

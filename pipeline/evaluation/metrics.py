@@ -9,7 +9,7 @@ What an empty mask gives (tested; as recommended by Metrics Reloaded, Maier-Hein
 | present    | empty     | 0         | 0   | NaN        | as it is     | NaN                   |
 
 NaN takes no part in means. A distance to nothing has no value, so a missed class shows in Dice, IoU and NSD, and is
-counted beside the means (`evaluate.ClassSummary.num_missed`), which keeps HD95 and ASSD free of made-up penalties.
+counted beside the means (`summary.ClassSummary.num_missed`), which keeps HD95 and ASSD free of made-up penalties.
 """
 
 from __future__ import annotations

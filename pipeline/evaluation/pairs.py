@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.datasets.dataset import read_dataset
+from pipeline.datasets.dataset import is_dataset_folder, read_dataset
 from pipeline.errors import InputError
 from pipeline.io.nifti import is_nifti_name, strip_nifti_suffix
 from pipeline.log import get_logger
@@ -41,11 +41,16 @@ class References:
 def find_references(path: Path) -> References:
     """Labels from a folder of NIfTI files named by case, or from a dataset.
 
+    A label folder that lies in a dataset, such as `labelsTr`, takes its class names and its ignore value from there.
+
     Raises:
         InputError: It is neither.
     """
-    if path.is_dir() and any(is_nifti_name(item.name) for item in path.iterdir()):
-        return References(paths=list_volumes(path))
+    if path.is_dir() and not is_dataset_folder(path) and any(is_nifti_name(item.name) for item in path.iterdir()):
+        if not (path.resolve().parent / "dataset.json").is_file():
+            return References(paths=list_volumes(path))
+        around = read_dataset(path.resolve().parent)
+        return References(paths=list_volumes(path), labels=around.labels, ignore_value=around.ignore_value)
     dataset = read_dataset(path)
     paths = {case.case_id: case.label for case in (*dataset.cases, *dataset.test_cases) if case.label is not None}
     return References(paths=paths, labels=dataset.labels, ignore_value=dataset.ignore_value)

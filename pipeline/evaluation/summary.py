@@ -12,7 +12,6 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.artifacts import write_artifact, write_text
-from pipeline.errors import CasesFailedError
 from pipeline.evaluation.metrics import METRIC_NAMES, ClassScores, Score
 from pipeline.plan import Record
 
@@ -136,9 +135,12 @@ def _mean(values: Sequence[float] | np.typing.NDArray[np.float64]) -> float:
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:
-    """Write `path` as JSON (NaN as null), and a CSV of the same name beside it: a row per case and class."""
+    """Write `path` as JSON (NaN as null), and beside it `<name>_cases.csv`: a row per case and class.
+
+    The CSV has a name of its own so that it never takes the place of a run's `metrics.csv`.
+    """
     write_artifact(path, metrics)
-    write_text(path.with_suffix(".csv"), _to_csv(metrics))
+    write_text(path.with_name(f"{path.stem}_cases.csv"), _to_csv(metrics))
 
 
 def _to_csv(metrics: Metrics) -> str:
@@ -150,13 +152,3 @@ def _to_csv(metrics: Metrics) -> str:
             values = [getattr(scores, metric) for metric in METRIC_NAMES]
             writer.writerow([case.case_id, name, *("" if np.isnan(v) else f"{v:.6g}" for v in values)])
     return text.getvalue()
-
-
-def check_complete(metrics: Metrics) -> None:
-    """Raise when a case could not be scored.
-
-    Raises:
-        CasesFailedError: It lists every such case with its reason (exit code 3).
-    """
-    if metrics.failures:
-        raise CasesFailedError(metrics.failures, done=f"{len(metrics.cases)} case(s) evaluated", result=metrics)

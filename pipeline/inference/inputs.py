@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from pipeline.datasets.dataset import Case, read_dataset
+from pipeline.datasets.dataset import TABLE_SUFFIXES, Case, is_dataset_folder, read_dataset
+from pipeline.datasets.table import read_case_list
 from pipeline.errors import InputError
 from pipeline.io.nifti import is_nifti_name, strip_nifti_suffix
 
@@ -38,10 +39,12 @@ def find_inputs(path: Path, *, case_ids: Collection[str] | None = None) -> tuple
 def _find(path: Path) -> Iterable[Case]:
     if path.is_file() and is_nifti_name(path.name):
         return [case for case in group_channels(_volumes(path.parent)) if path in case.images]
-    if path.is_dir() and (volumes := _volumes(path)):
+    if path.is_dir() and not is_dataset_folder(path) and (volumes := _volumes(path)):
         return group_channels(volumes)
     if not path.exists():
         raise InputError("does not exist", where=path, fix="Give a NIfTI file, a folder of them, or a dataset")
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return read_case_list(path)
     dataset = read_dataset(path)
     return [case for case in (*dataset.test_cases, *dataset.cases) if case.images]
 

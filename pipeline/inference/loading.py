@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.artifacts import read_artifact
 from pipeline.config import AugmentationConfig
 from pipeline.errors import InputError
-from pipeline.plan import Plan
+from pipeline.plan import Plan, Precision
 
 PLAN_FIX = "Put back the plan.json that the run was trained with, or pass the network it was trained with"
 
@@ -27,6 +28,15 @@ def read_plan(run_dir: Path) -> Plan:
     if not path.is_file():
         raise InputError("is no run folder: it has no plan.json", where=run_dir, fix="Give the folder of a training")
     return read_artifact(path, Plan)
+
+
+def read_precision(run_dir: Path) -> Precision | None:
+    """The precision that the run was trained in, from its `run.json`; None where it does not say."""
+    try:
+        precision = json.loads((run_dir / "run.json").read_text(encoding="utf-8")).get("precision")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return next((known for known in get_args(Precision) if known == precision), None)
 
 
 def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.allocation import allotted_cpus
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
-from pipeline.inference.loading import find_checkpoint, load_weights, read_mirror_axes, read_plan
+from pipeline.inference.loading import find_checkpoint, load_weights, read_mirror_axes, read_plan, read_precision
 from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.io.nifti import write_label
 from pipeline.io.volume import Volume
@@ -29,6 +29,7 @@ from pipeline.preprocessing.restore import restore_label
 
 # The scores of a whole volume may take this share of a GPU's free memory; beyond it they are gathered on the host.
 SCORES_SHARE = 0.5
+OTHER_FOLDER = "Choose another folder"
 
 
 class Predictor:
@@ -89,7 +90,7 @@ class Predictor:
         device_type = choose_device_type(accelerator)
         network = network if network is not None else UNet(plan.num_channels, plan.num_classes, plan.network)
         load_weights(network, weights, where=run_dir)
-        choice = choose_precision(plan.precision, device_type=device_type)
+        choice = choose_precision(read_precision(run_dir) or plan.precision, device_type=device_type)
         if device_type == "cpu":
             torch.set_num_threads(allotted_cpus() if num_threads == "auto" else num_threads)
         get_logger("predict").info("network on %s in %s (%s)", device_type, *choice)
@@ -145,11 +146,13 @@ class Predictor:
             The files of all cases, kept ones included.
 
         Raises:
-            InputError: The folder cannot be written to, the disk is full, or the only case failed.
+            InputError: The folder cannot be written to, is where the images lie under the same names, the disk is full,
+            or the only case failed.
             CasesFailedError: Some of several cases failed; it lists them, and its result are the other files.
         """
         _make_folder(output)
         files = {case.case_id: output / f"{case.case_id}.nii.gz" for case in cases}
+        _check_not_an_input(cases, files)
         open_cases = [case for case in cases if overwrite or not files[case.case_id].exists()]
         if len(open_cases) < len(cases):
             get_logger("predict").info("%d output(s) are there already and are kept", len(cases) - len(open_cases))
@@ -206,9 +209,13 @@ def _make_folder(folder: Path) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(
-            f"cannot be written to ({error.strerror})", where=folder, fix="Choose another folder"
-        ) from error
+        raise InputError(f"cannot be written to ({error.strerror})", where=folder, fix=OTHER_FOLDER) from error
+
+
+def _check_not_an_input(cases: Sequence[Case], files: Mapping[str, Path]) -> None:
+    for case in cases:
+        if files[case.case_id].resolve() in {image.resolve() for image in case.images}:
+            raise InputError("is an image that would be overwritten", where=files[case.case_id], fix=OTHER_FOLDER)
 
 
 def _is_disk_full(error: Exception) -> bool:

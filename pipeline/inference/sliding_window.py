@@ -139,8 +139,19 @@ def _mirrored_mean(network: Network, batch: Tensor, axes: Sequence[int], num_cla
     return mean
 
 
+def full_resolution(output: Tensor | Sequence[Tensor]) -> Tensor:
+    """The scores (B, K, I, J, K') at full resolution of any output that deep supervision knows.
+
+    Args:
+        output: A tensor, a list of them from the highest resolution down, or DynUNet's stack (B, heads, K, I, J, K').
+    """
+    if not isinstance(output, Tensor):
+        return output[0]
+    return output[:, 0] if output.ndim == 6 else output
+
+
 def _scores(network: Network, batch: Tensor, num_classes: int) -> Tensor:
-    scores = network(batch)
+    scores = full_resolution(network(batch))
     expected = (batch.shape[0], num_classes, *batch.shape[2:])
     if tuple(scores.shape) != expected:
         raise InputError(

@@ -113,15 +113,15 @@ class _DiceCE(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         logits, target = ctx.saved_tensors
         own, every, ce = ((part * grad_output)[..., None] for part in (ctx.own, ctx.every, ctx.ce))
-        gradient = torch.empty_like(logits)
-        flat = gradient.flatten(2)
+        # Flat first: flattening permuted axes copies, and what is written into a copy is lost.
+        gradient = torch.empty_like(logits.flatten(2))
         for chunk in _chunks(logits, target, ctx.ignore_index):
             probability = chunk.log_probability.exp_().mul_(chunk.valid)
             # The softmax turns a gradient g by probability into p * (g - sum of g * p), the cross entropy into p - t.
             by_dice = (own * chunk.onehot).add_(every).mul_(probability)
             by_dice.sub_(probability * by_dice.sum(1, keepdim=True))
-            flat[:, :, chunk.voxels] = by_dice.add_(probability.sub_(chunk.onehot).mul_(ce))
-        return gradient, None, None
+            gradient[:, :, chunk.voxels] = by_dice.add_(probability.sub_(chunk.onehot).mul_(ce))
+        return gradient.unflatten(2, logits.shape[2:]), None, None
 
 
 def _sum_over_voxels(logits: Tensor, target: Tensor, ignore_index: int) -> _Sums:

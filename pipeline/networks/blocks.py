@@ -164,6 +164,15 @@ class Head(nn.Conv3d):
         """(B, C, I, J, K) -> logits (B, classes, I, J, K) in the autocast dtype."""
         voxels = x.flatten(2)
         batch, classes = len(x), self.out_channels
-        bias = self.bias[:, None].expand(batch, classes, voxels.shape[2])
+        # Autocast copies what it casts at full size, so the bias is cast before it is expanded over the voxels.
+        bias = self.bias.to(_compute_dtype(x))[:, None].expand(batch, classes, voxels.shape[2])
         logits = torch.baddbmm(bias, self.weight.flatten(1).expand(batch, classes, -1), voxels)
         return logits.unflatten(2, x.shape[2:])
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with `x` is computed in: autocast's dtype where it is on, else that of `x`."""
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type) if x.dtype != torch.float64 else x.dtype
+    return x.dtype

@@ -19,7 +19,8 @@ class GroupNorm(nn.GroupNorm):
     """Group norm, optionally with a leaky ReLU behind it, whose output has its input's dtype under autocast too.
 
     CUDA autocast has `group_norm` on its float32 list, which doubles the bytes of every activation behind it; here the
-    kernel takes half precision and computes its statistics in float32 inside. For the backward pass only the input
+    kernel takes half precision and sums in float32 inside; only mean and spread of a group are rounded to the input's
+    precision, as in every half-precision call of torch's kernel. For the backward pass only the input
     and the statistics are kept: the activation works in place on the output, which the next convolution keeps anyway.
     A hand-written function for both gained neither time nor memory over these two kernels.
 

@@ -56,6 +56,16 @@ def autocast(precision: Precision, device_type: DeviceType) -> AbstractContextMa
     return torch.autocast(device_type, dtype=dtype) if dtype is not None else nullcontext()
 
 
+def free_vram_bytes(device: torch.device | None = None) -> int:
+    """Bytes that a GPU still has for tensors: what the driver has free, and what torch keeps without using it.
+
+    Args:
+        device: The GPU; None is the current one.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX); emulation is slower than float32."""
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

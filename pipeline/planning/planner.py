@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from math import prod
+from statistics import median
 
 from pipeline.artifacts import content_hash, to_json
 from pipeline.config import PlanConfig
@@ -13,13 +14,15 @@ from pipeline.geometry import Shape3, format_shape
 from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NormalizationScheme, Plan
 from pipeline.planning.budget import estimate_overhead_bytes
 from pipeline.planning.candidates import Rung, choose_batch, choose_patch, patch_candidates
-from pipeline.planning.reasons import explain_choice
+from pipeline.planning.reasons import explain_choice, explain_normalization
 from pipeline.planning.rung_meter import RungMeter
 from pipeline.planning.spacing import TargetGrid, make_target_grid
 from pipeline.planning.topology import MAX_STAGES, round_up_patch
 
 # nnU-Net's bound: with more, an iteration sees so much of a small dataset at once that the batches repeat themselves.
 LARGEST_DATASET_SHARE = 0.05
+# nnU-Net's bound too: where cropping to what is not 0 leaves less of the median case, the rest is air or was masked.
+LARGEST_BODY_SHARE = 0.75
 _CT_WORD = re.compile(r"(?<![a-z0-9])ct(?![a-z0-9])", re.IGNORECASE)
 
 
@@ -42,6 +45,7 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int
         num_classes=len(fingerprint.labels),
         spacing=target.spacing,
     )
+    channels = _channel_plans(fingerprint, config)
     patches = _patches(config, target)
     rung = _choose_rung(meter, patches, config, budget_bytes)
     if config.batch_size == "auto" and rung.patch_size == patches[0]:
@@ -55,7 +59,7 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int
     return Plan(
         dataset_name=fingerprint.dataset_name,
         fingerprint_hash=content_hash(to_json(fingerprint)),
-        channels=_channel_plans(fingerprint, config),
+        channels=channels,
         labels=dict(fingerprint.labels),
         ignore_value=fingerprint.ignore_value,
         target_spacing=target.spacing,
@@ -71,6 +75,7 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int
         notes=(
             *([budget_note] if budget_note else []),
             target.reason,
+            *explain_normalization(channels, _cropped_share(fingerprint)),
             *explain_choice(meter, rung, patches, target, budget_bytes),
         ),
     )
@@ -140,13 +145,19 @@ def _memory_plan(meter: RungMeter, rung: Rung, budget_bytes: int) -> MemoryPlan:
 
 def _channel_plans(fingerprint: Fingerprint, config: PlanConfig) -> tuple[ChannelPlan, ...]:
     pairs = zip(fingerprint.channel_names, fingerprint.channels, strict=True)
-    return tuple(_channel_plan(name, statistics, config) for name, statistics in pairs)
+    use_body_mask = _cropped_share(fingerprint) < LARGEST_BODY_SHARE
+    return tuple(_channel_plan(name, statistics, config, use_body_mask) for name, statistics in pairs)
 
 
-def _channel_plan(name: str, statistics: ChannelStatistics, config: PlanConfig) -> ChannelPlan:
+def _cropped_share(fingerprint: Fingerprint) -> float:
+    """Share of a case's voxels that cropping to the box of what is not 0 leaves; the median over cases."""
+    return median(prod(case.cropped_shape) / prod(case.shape) for case in fingerprint.cases)
+
+
+def _channel_plan(name: str, statistics: ChannelStatistics, config: PlanConfig, use_body_mask: bool) -> ChannelPlan:
     scheme = normalization_scheme(name) if config.normalization == "auto" else config.normalization
     if scheme != "ct":
-        return ChannelPlan(name=name, scheme=scheme)
+        return ChannelPlan(name=name, scheme=scheme, use_body_mask=use_body_mask and scheme == "zscore")
     return ChannelPlan(
         name=name,
         scheme=scheme,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from pipeline.geometry import Shape3, format_shape
-from pipeline.plan import GIB
+from pipeline.plan import GIB, ChannelPlan
 from pipeline.planning.candidates import Rung
 from pipeline.planning.rung_meter import RungMeter
 from pipeline.planning.spacing import TargetGrid
@@ -20,6 +20,22 @@ def explain_choice(
         _recompute_sentence(meter, rung, budget_bytes),
         _batch_sentence(meter, rung, patches),
         _memory_sentence(meter, rung, budget_bytes),
+    )
+
+
+def explain_normalization(channels: tuple[ChannelPlan, ...], cropped_share: float) -> tuple[str, ...]:
+    """A sentence on the body mask where there is one.
+
+    Args:
+        channels: Of the plan.
+        cropped_share: Share of the median case's voxels that cropping leaves.
+    """
+    masked = [channel.name for channel in channels if channel.use_body_mask]
+    if not masked:
+        return ()
+    return (
+        f"Mean and spread of {', '.join(masked)} are taken over the body alone (voxels that are not 0, holes filled),"
+        f" because cropping to it leaves {cropped_share:.0%} of the voxels of the median case.",
     )
 
 

@@ -8,8 +8,7 @@ import torch
 
 from pipeline.config import PlanConfig
 from pipeline.geometry import Shape3, Spacing
-from pipeline.losses.deep_supervision import DeepSupervisionLoss
-from pipeline.losses.dice_ce import DiceCELoss
+from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.unet import UNet
 from pipeline.plan import NetworkPlan
 from pipeline.planning.budget import estimate_overhead_bytes
@@ -83,7 +82,7 @@ class RungMeter:
             network = UNet(self.in_channels, self.num_classes, network_plan, recompute_stages=rung.recompute_stages)
         return meter_step(
             network,
-            DeepSupervisionLoss(DiceCELoss()),
+            make_loss(),
             patch_size=rung.patch_size,
             in_channels=self.in_channels,
             batch_size=rung.batch_size,

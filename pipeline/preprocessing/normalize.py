@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import binary_fill_holes
 
 from pipeline.errors import InputError
 from pipeline.plan import ChannelPlan
-
-MAX_BACKGROUND_SHARE = 0.25
 
 
 def normalize(array: NDArray[Any], channels: tuple[ChannelPlan, ...]) -> NDArray[np.float32]:
     """Normalise every channel by its scheme; constant channels become 0.
 
-    "zscore" takes mean and standard deviation over the whole array, or, when more than a quarter of its voxels are
-    0 in all channels, over the others alone, and those stay 0 (nnU-Net's `use_mask_for_norm`, which decides once per
-    dataset; here each case decides).
+    "zscore" takes mean and standard deviation over the whole array, or with `use_body_mask` over the body alone, and
+    what is around it stays 0 (nnU-Net's `use_mask_for_norm`). The body is decided upon once for a dataset, by the
+    planner: cases that each decided for themselves would look different to the network.
 
     Args:
         array: (C, I, J, K), cropped.
@@ -31,7 +30,7 @@ def normalize(array: NDArray[Any], channels: tuple[ChannelPlan, ...]) -> NDArray
     Raises:
         InputError: The image holds NaN or infinite values.
     """
-    body = _body_mask(array) if any(channel.scheme == "zscore" for channel in channels) else None
+    body = _body_mask(array) if any(_needs_body(channel) for channel in channels) else None
     result = np.array(array, np.float32, order="C")
     if not np.isfinite(result).all():
         raise InputError("the image holds NaN or infinite values", fix="Repair the image")
@@ -39,15 +38,21 @@ def normalize(array: NDArray[Any], channels: tuple[ChannelPlan, ...]) -> NDArray
         if channel.scheme == "ct":
             _normalize_ct(image, channel)
         elif channel.scheme == "zscore":
-            _normalize_zscore(image, body)
+            _normalize_zscore(image, body if channel.use_body_mask else None)
     return result
 
 
+def _needs_body(channel: ChannelPlan) -> bool:
+    return channel.scheme == "zscore" and channel.use_body_mask
+
+
 def _body_mask(array: NDArray[Any]) -> NDArray[np.bool_] | None:
-    """Voxels that are not 0 in some channel, or None when so few are 0 that all voxels count."""
+    """Voxels that are not 0 in some channel or are enclosed by such; None when these are all voxels or none."""
     mask: NDArray[np.bool_] = (array != 0).any(axis=0)
-    share = 1.0 - np.count_nonzero(mask) / mask.size
-    return mask if MAX_BACKGROUND_SHARE < share < 1.0 else None
+    if not mask.all():
+        # Dark tissue may be exactly 0, and must not stay the mean of the image.
+        mask = binary_fill_holes(mask)
+    return None if mask.all() or not mask.any() else mask
 
 
 def _normalize_ct(image: NDArray[np.float32], channel: ChannelPlan) -> None:

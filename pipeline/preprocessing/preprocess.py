@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,11 +131,12 @@ def preprocess_dataset(
         Reason by case id of the cases that failed.
 
     Raises:
-        InputError: The folder is no store, cannot be written (a full disk), or is being filled by another process;
-            finished cases stay.
+        InputError: The folder is no store or another dataset's, cannot be written (a full disk), or is being filled
+            by another process; finished cases stay.
     """
     cases = [case for case in dataset.cases if case.case_id not in (leave_out or {})]
-    with fill_store(Path(store_folder), StoreInfo.of(plan)) as store:
+    known = {case.case_id for case in dataset.cases}
+    with fill_store(Path(store_folder), StoreInfo.of(plan), known_ids=known) as store:
         _remove_others(store, {case.case_id for case in cases})
         todo = [case for case in cases if not is_unchanged(case, store)]
         _say_what_is_to_do(len(todo), len(cases))
@@ -164,25 +165,16 @@ def preprocess_case(case: Case, *, plan: Plan, store: CaseStore) -> None:
 
 def _preprocess_cases(cases: list[Case], plan: Plan, store: CaseStore, num_workers: int | str) -> dict[str, str]:
     processes = fitting_num_workers(cases, plan, num_workers)
-    outcomes = map_unordered(partial(preprocess_case, plan=plan, store=store), cases, num_workers=processes)
     failures = {}
-    for outcome in track(outcomes, description="preprocess", total=len(cases)):
-        if isinstance(outcome.error, StoreWriteError):
-            _stop(outcomes)
-            raise outcome.error
-        if outcome.error is not None:
-            reason = "memory ran out" if isinstance(outcome.error, MemoryError) else str(outcome.error)
-            failures[outcome.item.case_id] = reason
-            get_logger().warning("%s: %s", outcome.item.case_id, reason)
+    with closing(map_unordered(partial(preprocess_case, plan=plan, store=store), cases, num_workers=processes)) as made:
+        for outcome in track(made, description="preprocess", total=len(cases)):
+            if isinstance(outcome.error, StoreWriteError):
+                raise outcome.error
+            if outcome.error is not None:
+                reason = "memory ran out" if isinstance(outcome.error, MemoryError) else str(outcome.error)
+                failures[outcome.item.case_id] = reason
+                get_logger().warning("%s: %s", outcome.item.case_id, reason)
     return failures
-
-
-def _stop(outcomes: Iterator[Any]) -> None:
-    """End a run early, without joblib's warning about the tasks that it had begun."""
-    if isinstance(outcomes, Generator):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            outcomes.close()
 
 
 def _remove_others(store: CaseStore, wanted: set[str]) -> None:

@@ -60,9 +60,10 @@ def change_intensity(rows: Tensor, parameters: Sequence[ChannelParameters], *, k
         if len(chosen) == len(rows):
             result = change(result, drawn_here, kept_axis)
             continue
-        changed = change(result[chosen], drawn_here, kept_axis)
+        index = _beside(rows, torch.tensor(chosen))
+        changed = change(result.index_select(0, index), drawn_here, kept_axis)
         result = rows.clone() if result is rows else result
-        result[chosen] = changed
+        result.index_copy_(0, index, changed)
     return result
 
 
@@ -143,7 +144,12 @@ Drawn = Sequence[ChannelParameters]
 
 
 def _values(rows: Tensor, drawn: Drawn, name: str) -> Tensor:
-    return rows.new_tensor([getattr(parameters, name) for parameters in drawn])
+    return _beside(rows, torch.tensor([getattr(parameters, name) for parameters in drawn], dtype=rows.dtype))
+
+
+def _beside(rows: Tensor, values: Tensor) -> Tensor:
+    """`values`, made on the CPU, on the device of `rows`; a GPU is not waited for, which takes pinned memory."""
+    return values.pin_memory().to(rows.device, non_blocking=True) if rows.is_cuda else values.to(rows.device)
 
 
 def _noise(rows: Tensor, drawn: Drawn, _: int | None) -> Tensor:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pipeline.artifacts import read_artifact, to_json, write_artifact
 from pipeline.errors import InputError
 from pipeline.geometry import Grid, Shape3, Spacing
+from pipeline.log import get_logger
 from pipeline.plan import Plan
 from pipeline.store.chunks import fitted_chunks, read_array, write_array
 from pipeline.store.foreground import MAX_SAMPLED_VOXELS, count_voxels, sample_foreground
@@ -78,7 +79,8 @@ class CaseStore:
     def create(cls, folder: Path, info: StoreInfo) -> CaseStore:
         """Open the store in `folder` for writing, making it where there is none.
 
-        Cases made with other settings than `info`'s go before it takes effect, so that no store ever mixes them.
+        Cases made with other settings than `info`'s go, with a warning, before it takes effect, so that no store ever
+        mixes them.
 
         Raises:
             InputError: The folder holds other files but no store, has a store of another version, or cannot be
@@ -89,14 +91,21 @@ class CaseStore:
             refuse_foreign_folder(folder)
             write_artifact(folder / "store.json", info)
         store = cls(folder, mode="a")
-        if store.info.differences(info):
-            for case_id in store.case_ids:
-                store.remove_case(case_id)
+        if differences := store.info.differences(info):
+            store._remove_all("; ".join(differences))
         # As text, because equal dictionaries may differ in their order, which numbers the classes.
         if to_json(store.info) != to_json(info):
             write_artifact(folder / "store.json", info)
             store.info = info
         return store
+
+    def _remove_all(self, reason: str) -> None:
+        case_ids = self.case_ids
+        if case_ids:
+            line = "%s: made by another plan (%s); its %d case(s) are removed and made anew"
+            get_logger("store").warning(line, self.folder, reason, len(case_ids))
+        for case_id in case_ids:
+            self.remove_case(case_id)
 
     def check_plan(self, plan: Plan) -> None:
         """Raise `InputError` naming what differs when the store was made by another plan.

@@ -12,7 +12,7 @@ IGNORE_INDEX = -1
 """Class index of voxels that take no part in the loss."""
 
 # Raised whenever the same files and plan would give other voxels: cases of an older version are then made anew.
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 
 Slices3 = tuple[slice, slice, slice]
 
@@ -165,6 +165,6 @@ class StoreInfo(Record):
 
 
 def _normalization(channel: ChannelPlan) -> list[Any]:
-    if channel.scheme != "ct":
-        return [channel.scheme]
-    return [channel.scheme, channel.lower, channel.upper, channel.mean, channel.std]
+    if channel.scheme == "ct":
+        return [channel.scheme, channel.lower, channel.upper, channel.mean, channel.std]
+    return [channel.scheme, "body"] if channel.scheme == "zscore" and channel.use_body_mask else [channel.scheme]

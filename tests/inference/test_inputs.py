@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 
 from pipeline.errors import InputError
@@ -77,3 +79,20 @@ def test_a_folder_that_is_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("no images")
     with pytest.raises(InputError):
         find_inputs(tmp_path)
+
+
+def test_a_table_without_labels_is_enough_to_predict(tmp_path: Path) -> None:
+    path = tmp_path / "scans.csv"
+    path.write_text("case_id,image_T1,image_T2\nb,b1.nii.gz,b2.nii.gz\na,a1.nii.gz,a2.nii.gz\n")
+    cases = find_inputs(path)
+    assert [case.case_id for case in cases] == ["a", "b"]
+    assert cases[1].images == (tmp_path / "b1.nii.gz", tmp_path / "b2.nii.gz")
+
+
+def test_a_volume_lying_about_does_not_hide_the_dataset_around_it(tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+        volume = np.ones((3, 4, 5), np.uint8)
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / name / "case.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "atlas.nii.gz")
+    assert [case.case_id for case in find_inputs(tmp_path)] == ["case"]

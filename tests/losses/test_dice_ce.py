@@ -30,19 +30,28 @@ def _value_and_gradient(loss, logits: Tensor, target: Tensor) -> tuple[Tensor, T
     return value.detach(), leaf.grad
 
 
-def _case(num_classes: int, dtype: torch.dtype, *, channels_last: bool = False) -> tuple[Tensor, Tensor]:
+LAYOUTS = {
+    "contiguous": lambda logits: logits,
+    "channels last": lambda logits: logits.contiguous(memory_format=torch.channels_last_3d),
+    "transposed": lambda logits: logits.transpose(2, 4).contiguous().transpose(2, 4),
+    "channels last, transposed": lambda logits: (
+        logits.transpose(3, 4).contiguous(memory_format=torch.channels_last_3d).transpose(3, 4)
+    ),
+}
+
+
+def _case(num_classes: int, dtype: torch.dtype, *, layout: str = "contiguous") -> tuple[Tensor, Tensor]:
     logits = 3 * torch.randn(2, num_classes, *SHAPE, dtype=dtype)
-    memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
-    return logits.contiguous(memory_format=memory_format), torch.randint(0, num_classes, (2, *SHAPE))
+    return LAYOUTS[layout](logits), torch.randint(0, num_classes, (2, *SHAPE))
 
 
 @pytest.mark.usefixtures("_chunked")
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch_dice", [False, True])
 @pytest.mark.parametrize("num_classes", [2, 5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_value_and_gradient_equal_monai(dtype, tolerance, num_classes, batch_dice, channels_last):
-    logits, target = _case(num_classes, dtype, channels_last=channels_last)
+def test_value_and_gradient_equal_monai(dtype, tolerance, num_classes, batch_dice, layout):
+    logits, target = _case(num_classes, dtype, layout=layout)
     target[1] = target[1].clamp(max=num_classes - 2)
     ours = DiceCELoss(batch_dice=batch_dice, smooth=1e-3, dice_weight=0.7, ce_weight=1.9)
     options = {"smooth_nr": 1e-3, "smooth_dr": 1e-3, "lambda_dice": 0.7, "lambda_ce": 1.9, "batch": batch_dice}
@@ -54,6 +63,14 @@ def test_value_and_gradient_equal_monai(dtype, tolerance, num_classes, batch_dic
     torch.testing.assert_close(
         gradient, expected_gradient, rtol=tolerance, atol=tolerance * expected_gradient.abs().max().item()
     )
+
+
+def test_the_gradient_of_a_network_that_permutes_its_output_is_that_of_its_plain_output():
+    logits, target = _case(3, torch.float64)
+    leaves = [logits.clone().requires_grad_(), logits.transpose(2, 4).contiguous().requires_grad_()]
+    DiceCELoss()(leaves[0], target).backward()
+    DiceCELoss()(leaves[1].transpose(2, 4), target).backward()
+    torch.testing.assert_close(leaves[1].grad.transpose(2, 4), leaves[0].grad, rtol=1e-12, atol=1e-15)
 
 
 def test_the_default_arguments_are_monais():

@@ -17,6 +17,7 @@ from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.networks.blocks import Head, MergeBlock, ResidualBlock
 from pipeline.networks.norms import GroupNorm
 from pipeline.networks.unet import UNet, num_heads
+from pipeline.planning.storages import StorageCounter
 
 SHAPE = (4, 12, 24)
 
@@ -167,6 +168,21 @@ def test_the_head_equals_the_convolution_it_stands_for(channels_last):
     x = torch.randn(2, 5, 3, 4, 7, dtype=torch.float64)
     x = x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
     torch.testing.assert_close(head(x), F.conv3d(x, head.weight, head.bias), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_head_takes_nothing_of_the_logits_size_beyond_logits_and_gradient(dtype):
+    head, counter = Head(2, 7), StorageCounter()
+    x = torch.randn(2, 2, 8, 16, 24, dtype=dtype)
+    counter.claim([x, *head.parameters()], "input")
+    given = counter.live_bytes
+    with counter, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = head(x)
+        forward_bytes = counter.peak_bytes - given
+        logits.backward(torch.ones_like(logits))
+    assert logits.dtype == dtype
+    assert forward_bytes < 1.01 * logits.nbytes
+    assert counter.peak_bytes - given < 2.01 * logits.nbytes
 
 
 def test_state_dict_has_one_key_per_weight(small_plan):

@@ -14,7 +14,7 @@ STATISTICS = ChannelStatistics(lower=-950.0, upper=1200.0, mean=90.0, std=250.0,
 
 @pytest.fixture(scope="session")
 def fingerprint_of() -> Callable[..., Fingerprint]:
-    """Make the fingerprint of `num_cases` equal cases."""
+    """Make the fingerprint of `num_cases` equal cases, or of one case for each of `full_shapes`, before cropping."""
 
     def make(
         shape: Shape3,
@@ -23,8 +23,10 @@ def fingerprint_of() -> Callable[..., Fingerprint]:
         num_classes: int = 3,
         num_cases: int = 10,
         channel_names: tuple[str, ...] = ("T1",),
+        full_shapes: tuple[Shape3, ...] = (),
     ) -> Fingerprint:
-        case = {"patient": "a", "shape": shape, "spacing": spacing, "cropped_shape": shape}
+        case = {"patient": "a", "spacing": spacing, "cropped_shape": shape}
+        shapes = full_shapes or (shape,) * num_cases
         return Fingerprint(
             dataset_name="made up",
             channel_names=channel_names,
@@ -32,8 +34,8 @@ def fingerprint_of() -> Callable[..., Fingerprint]:
             ignore_value=None,
             channels=(STATISTICS,) * len(channel_names),
             cases=tuple(
-                CaseFingerprint(case_id=f"case{index}", voxels_by_class=(1,) * num_classes, **case)
-                for index in range(num_cases)
+                CaseFingerprint(case_id=f"case{index}", voxels_by_class=(1,) * num_classes, shape=full_shape, **case)
+                for index, full_shape in enumerate(shapes)
             ),
         )
 

@@ -141,6 +141,25 @@ def test_channels_are_normalised_each_in_its_own_way(fingerprint_of: Fingerprint
     assert [channel.scheme for channel in forced] == ["none", "none"]
 
 
+@pytest.mark.parametrize(
+    ("planes", "expected"),
+    [((16, 16, 16), False), ((16, 20, 400), False), ((16, 22, 22), True), ((24, 24, 16, 20), True)],
+)
+def test_the_body_mask_is_decided_once_by_the_median_case(
+    fingerprint_of: FingerprintOf, planes: tuple[int, ...], expected: bool
+) -> None:
+    # Cropped cases have 16 planes: of 20 that is 80%, of 22 it is 73%, of 24 it is 67%.
+    full_shapes = tuple((n, 20, 12) for n in planes)
+    fingerprint = fingerprint_of((16, 20, 12), channel_names=("T1", "CT", "T2"), full_shapes=full_shapes)
+    plan = make_plan(fingerprint, tiny_config(), budget_bytes=GIB)
+    assert [channel.use_body_mask for channel in plan.channels] == [expected, False, expected]
+    notes = [note for note in plan.notes if "over the body alone" in note]
+    assert len(notes) == expected
+    assert not expected or "T1, T2" in notes[0]
+    forced = make_plan(fingerprint, tiny_config(normalization="none"), budget_bytes=GIB)
+    assert not any(channel.use_body_mask for channel in forced.channels)
+
+
 def test_a_plan_comes_back_from_its_file_as_it_was(plan: Plan, tmp_path: Path) -> None:
     write_artifact(tmp_path / "plan.json", plan)
     assert read_artifact(tmp_path / "plan.json", Plan) == plan

@@ -13,6 +13,7 @@ from pipeline.preprocessing.normalize import normalize
 from pipeline.store import PatchLocation
 
 ZSCORE = ChannelPlan(name="T1", scheme="zscore")
+BODY = ChannelPlan(name="T1", scheme="zscore", use_body_mask=True)
 CT = ChannelPlan(name="CT", scheme="ct", lower=-100.0, upper=240.0, mean=40.0, std=35.0)
 SHAPE = (9, 14, 11)
 
@@ -52,35 +53,59 @@ def test_the_input_is_not_changed_and_each_channel_has_its_own_scheme() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.0, 1.7e6])
-@pytest.mark.parametrize("scheme", ["zscore", "ct"])
-def test_a_constant_image_becomes_finite_and_zero_where_each_case_decides(value: float, scheme: str) -> None:
-    channel = ChannelPlan(name="x", scheme=scheme, lower=value, upper=value, mean=value, std=0.0)
+@pytest.mark.parametrize(("scheme", "use_body_mask"), [("zscore", False), ("zscore", True), ("ct", False)])
+def test_a_constant_image_becomes_finite_and_zero(value: float, scheme: str, use_body_mask: bool) -> None:
+    channel = ChannelPlan(
+        name="x", scheme=scheme, lower=value, upper=value, mean=value, std=0.0, use_body_mask=use_body_mask
+    )
     result = normalize(np.full((1, *SHAPE), value, np.float32), (channel,))
     np.testing.assert_array_equal(result, np.float32(value) - np.float32(value))
 
 
-def test_wide_zero_margins_are_left_out_of_the_statistics_and_stay_zero() -> None:
+@pytest.mark.parametrize("num_planes", [1, 4, 8])
+def test_with_a_body_mask_zero_margins_are_left_out_of_the_statistics_and_stay_zero(num_planes: int) -> None:
+    image = make_image()
+    image[:, :num_planes] = 0
+    body = image[0, num_planes:].astype(np.float64)
+    result = normalize(image, (BODY,))[0]
+    assert not result[:num_planes].any()
+    np.testing.assert_allclose(result[num_planes:], (body - body.mean()) / body.std(), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_planes", [1, 4, 8])
+def test_without_a_body_mask_zero_margins_count_however_wide_they_are(num_planes: int) -> None:
+    image = make_image()
+    image[:, :num_planes] = 0
+    exact = image.astype(np.float64)
+    np.testing.assert_allclose(normalize(image, (ZSCORE,)), (exact - exact.mean()) / exact.std(), atol=1e-5)
+
+
+def test_zeros_inside_the_body_are_tissue() -> None:
     image = make_image()
     image[:, :4] = 0
+    image[0, 6:8, 5:8, 4:6] = 0
     body = image[0, 4:].astype(np.float64)
-    result = normalize(image, (ZSCORE,))[0]
+    result = normalize(image, (BODY,))[0]
     assert not result[:4].any()
     np.testing.assert_allclose(result[4:], (body - body.mean()) / body.std(), atol=1e-5)
+    assert (result[6:8, 5:8, 4:6] < -2).all()
 
 
-def test_narrow_zero_margins_count() -> None:
-    image = make_image()
-    image[:, :2] = 0
-    exact = image.astype(np.float64)
-    assert (image == 0).mean() < 0.25
-    np.testing.assert_allclose(normalize(image, (ZSCORE,)), (exact - exact.mean()) / exact.std(), atol=1e-5)
+def test_the_body_mask_is_for_its_own_channel_and_for_zscore_alone() -> None:
+    image = np.concatenate([make_image(seed=1), make_image(seed=2), make_image(seed=3)])
+    image[:, :4] = 0
+    ct = ChannelPlan(name="CT", scheme="ct", lower=-100.0, upper=240.0, mean=40.0, std=35.0, use_body_mask=True)
+    result = normalize(image, (BODY, ZSCORE, ct))
+    assert not result[0, :4].any()
+    np.testing.assert_array_equal(result[1], normalize(image[1:2], (ZSCORE,))[0])
+    np.testing.assert_array_equal(result[2], normalize(image[2:], (CT,))[0])
 
 
 def test_a_voxel_is_background_only_when_all_channels_are_zero() -> None:
     image = np.concatenate([make_image(seed=1), make_image(seed=2)])
     image[0, :4] = 0
     exact = image[0].astype(np.float64)
-    result = normalize(image, (ZSCORE, ZSCORE))[0]
+    result = normalize(image, (BODY, BODY))[0]
     np.testing.assert_allclose(result, (exact - exact.mean()) / exact.std(), atol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import resource
@@ -193,6 +194,7 @@ def test_plan_keys_that_voxels_do_not_follow_from_redo_nothing(
         {"target_spacing": (1.2, 1.6, 1.8)},
         {"anisotropic_axis": 1},
         {"channels": (ChannelPlan(name="T1", scheme="none"),)},
+        {"channels": (ChannelPlan(name="T1", scheme="zscore", use_body_mask=True),)},
         {"labels": {"background": 0, "vessel": 7, "organ": 3}},
     ],
 )
@@ -207,6 +209,45 @@ def test_plan_keys_that_voxels_follow_from_redo_every_case(
     assert remade(before, data_times(folder)) == {"case_00", "case_01"}
     assert all(contents(folder)[case_id] != old[case_id] for case_id in old)
     CaseStore(folder).check_plan(other)
+
+
+def test_cases_that_another_plan_made_are_announced_with_what_differs_before_they_go(
+    make_dataset: MakeDataset, plan: Plan, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = make_dataset(2)
+    with caplog.at_level(logging.WARNING):
+        fill(dataset, plan, folder)
+        fill(dataset, replace(plan, patch_size=(8, 16, 8)), folder)
+        assert not caplog.messages
+        fill(dataset, replace(plan, target_spacing=(1.2, 1.6, 1.8)), folder)
+    (message,) = caplog.messages
+    assert "target_spacing: [1.2, 1.6, 1.3], the plan has [1.2, 1.6, 1.8]" in message
+    assert "2 case(s) are removed" in message
+
+
+@pytest.mark.parametrize("change", [{}, {"target_spacing": (1.2, 1.6, 1.8)}])
+def test_the_store_of_another_dataset_is_refused_and_left_as_it_is(
+    make_dataset: MakeDataset, plan: Plan, folder: Path, change: dict
+) -> None:
+    dataset = make_dataset(4)
+    fill(replace(dataset, cases=dataset.cases[:2]), plan, folder)
+    before = contents(folder)
+    with pytest.raises(InputError, match=r"store of another dataset: none of its 2 case\(s\) \(case_00, case_01\)"):
+        fill(replace(dataset, cases=dataset.cases[2:]), replace(plan, **change), folder)
+    assert contents(folder) == before
+    assert CaseStore(folder).info.target_spacing == plan.target_spacing
+
+
+def test_an_empty_store_and_one_of_cases_left_out_may_be_filled(
+    make_dataset: MakeDataset, plan: Plan, folder: Path
+) -> None:
+    dataset = make_dataset(4)
+    everything = {case.case_id: "bad" for case in dataset.cases}
+    fill(replace(dataset, cases=dataset.cases[:2]), plan, folder, leave_out=everything)
+    assert CaseStore(folder).case_ids == ()
+    fill(replace(dataset, cases=dataset.cases[2:]), plan, folder)
+    fill(dataset, plan, folder, leave_out={"case_02": "bad", "case_03": "bad"})
+    assert CaseStore(folder).case_ids == ("case_00", "case_01")
 
 
 def test_cases_that_left_the_dataset_or_are_left_out_leave_the_store(

@@ -88,18 +88,6 @@ def test_a_batch_gives_the_same_as_its_patches_one_by_one() -> None:
         assert torch.equal(labels[n], alone[1])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_same_as_the_cpu_but_for_the_noise() -> None:
-    augmentation = make_augmentation(**{**dict.fromkeys(NAMES, 0.6), "noise": 0.0})
-    boxes = [make_box(seed) for seed in range(6)]
-    images, labels = torch.stack([image for image, _ in boxes]), torch.stack([label for _, label in boxes])
-    drawn = draw_many(augmentation, 6)
-    here = augmentation.augment_batch(images, labels, drawn)
-    there = augmentation.augment_batch(images.cuda(), labels.cuda(), drawn)
-    torch.testing.assert_close(there[0].cpu(), here[0], atol=1e-4, rtol=0)
-    assert (there[1].cpu() == here[1]).float().mean() > 0.999
-
-
 def test_every_spatial_change_moves_image_and_label_alike() -> None:
     shape = (48, 50, 44)
     label = torch.from_numpy(np.random.default_rng(3).integers(-1, 100, shape).astype(np.int16))

@@ -36,6 +36,15 @@ def assert_equal_to_rows(ours: Tensor, theirs: list[Tensor], tolerance: float = 
     torch.testing.assert_close(ours, torch.stack([torch.as_tensor(t) for t in theirs]), atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_drawn_values_come_in_the_precision_of_the_rows(dtype: torch.dtype) -> None:
+    rows = make_rows().to(dtype)
+    changed = change_intensity(rows, [ALL, ChannelParameters(), ALL._replace(noise_seed=6)])
+    assert changed.dtype == dtype
+    scaled = change_intensity(rows, [ChannelParameters(brightness=0.1), ChannelParameters(), ChannelParameters()])
+    assert torch.equal(scaled, torch.cat([rows[:1] * 0.1, rows[1:]]))
+
+
 def test_brightness_equals_monai_scale_intensity() -> None:
     from monai.transforms import ScaleIntensity
 

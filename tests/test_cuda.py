@@ -1,0 +1,170 @@
+"""What only a GPU can show: half precision and determinism of the step, and that augmentation does not wait for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import AugmentationConfig
+from pipeline.losses.dice_ce import DiceCELoss
+from pipeline.losses.segmentation_loss import make_loss
+from pipeline.networks.norms import GroupNorm
+from pipeline.networks.unet import UNet
+from pipeline.plan import NetworkPlan
+from pipeline.sampling.augmentation import Augmentation
+from pipeline.sampling.intensity import ChannelParameters, change_intensity
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SHAPE = (8, 24, 16)
+PATCH = (12, 17, 10)
+NETWORK = NetworkPlan(
+    features_per_stage=(8, 12, 16, 16),
+    strides=((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2)),
+    kernel_sizes=((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+    num_blocks_per_stage=(2, 1, 1, 1),
+    num_groups=4,
+)
+EVERY_CHANGE = ChannelParameters(
+    noise_std=0.2,
+    noise_seed=5,
+    blur_sigma=0.8,
+    brightness=1.2,
+    contrast=0.8,
+    low_resolution=0.6,
+    gamma=1.3,
+    gamma_inverted=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+# ---- norm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_group_norm_keeps_half_precision_under_autocast_with_statistics_in_float32(dtype: torch.dtype) -> None:
+    norm = GroupNorm(4, 12).cuda()
+    x = (torch.randn(2, 12, *SHAPE, device="cuda") * 3 + 1).to(dtype).requires_grad_()
+    with torch.autocast("cuda", dtype):
+        y = norm(x)
+    y.backward(torch.ones_like(y))
+    assert y.dtype == x.grad.dtype == dtype
+    exact = F.group_norm(x.detach().double(), 4, eps=norm.eps)
+    # Half precision holds a value of 4 to 0.02; sums of thousands of values in it would be off by far more.
+    torch.testing.assert_close(y.detach().double(), exact, atol=0.05, rtol=0)
+
+
+def test_norms_of_a_network_leave_no_float32_activation_under_autocast() -> None:
+    network, seen = UNet(1, 3, NETWORK).cuda(), set()
+    for module in network.modules():
+        module.register_forward_hook(lambda _module, _inputs, output: seen.add(getattr(output, "dtype", None)))
+    with torch.autocast("cuda", torch.bfloat16):
+        network(torch.randn(1, 1, *SHAPE, device="cuda"))
+    assert seen <= {torch.bfloat16, None}
+
+
+# ---- loss
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_and_its_gradient_are_those_of_the_cpu(dtype: torch.dtype, batch_dice: bool) -> None:
+    logits, target = (3 * torch.randn(2, 4, *SHAPE)).to(dtype), torch.randint(-1, 4, (2, *SHAPE))
+    here, there = logits.clone().requires_grad_(), logits.cuda().requires_grad_()
+    loss = DiceCELoss(batch_dice=batch_dice)
+    values = [loss(here, target), loss(there, target.cuda())]
+    for value in values:
+        value.backward()
+    assert there.grad.dtype == dtype
+    torch.testing.assert_close(values[1].cpu(), values[0], rtol=1e-4, atol=1e-5)
+    largest = float(here.grad.abs().max())
+    torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=0.02, atol=1e-3 * largest)
+
+
+# ---- augmentation
+
+
+def test_augmentation_gives_the_same_as_on_the_cpu_but_for_the_noise() -> None:
+    chances = dict.fromkeys(("mirror", "rotate", "scale", "blur", "brightness", "contrast"), 0.6)
+    config = AugmentationConfig(**chances, low_resolution=0.6, gamma=0.6, noise=0.0)
+    augmentation = Augmentation(config, patch_size=PATCH, num_channels=2)
+    images, labels = torch.randn(6, 2, 21, 26, 19), torch.randint(-1, 4, (6, 21, 26, 19), dtype=torch.int16)
+    drawn = [augmentation.draw(np.random.default_rng([1, n])) for n in range(6)]
+    here = augmentation.augment_batch(images, labels, drawn)
+    there = augmentation.augment_batch(images.cuda(), labels.cuda(), drawn)
+    assert there[0].is_cuda
+    torch.testing.assert_close(there[0].cpu(), here[0], atol=1e-3, rtol=0)
+    assert (there[1].cpu() == here[1]).float().mean() > 0.999
+
+
+def test_intensity_changes_do_not_wait_for_the_gpu() -> None:
+    rows = torch.randn(3, *PATCH, device="cuda")
+    drawn = [EVERY_CHANGE, ChannelParameters(), EVERY_CHANGE._replace(noise_seed=6)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        changed = change_intensity(rows, drawn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(changed[1], rows[1])
+    assert torch.isfinite(changed).all()
+    assert not torch.allclose(changed[0], rows[0])
+
+
+# ---- step
+
+
+def take_steps(
+    network: nn.Module, image: Tensor, target: Tensor, dtype: torch.dtype, *, num_steps: int, scaled: bool
+) -> list[float]:
+    """Losses of AdamW steps under autocast, as Lightning's mixed precision takes them."""
+    loss, optimizer = make_loss(), torch.optim.AdamW(network.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cuda", enabled=scaled)
+    values = []
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype):
+            value = loss(network(image), target)
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        values.append(float(value.detach()))
+    return values
+
+
+@pytest.mark.parametrize(("dtype", "scaled"), [(torch.float16, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize("recompute_stages", [0, 4])
+def test_a_network_learns_one_patch_in_half_precision(dtype: torch.dtype, scaled: bool, recompute_stages: int) -> None:
+    target = torch.zeros(1, *SHAPE, dtype=torch.int64)
+    target[:, 2:6, 3:15, 4:10] = 1
+    image = (0.3 * torch.randn(1, 1, *SHAPE) + target[:, None]).cuda()
+    network = UNet(1, 2, NETWORK, recompute_stages=recompute_stages).cuda()
+    values = take_steps(network, image, target.cuda(), dtype, num_steps=60, scaled=scaled)
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+    assert np.isfinite(values).all()
+    assert values[-1] < 0.6 * values[0]
+
+
+def gradients(network: nn.Module, image: Tensor, target: Tensor, *, bf16: bool) -> dict[str, Tensor]:
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        value = make_loss()(network(image), target)
+    value.backward()
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recomputed_gradients_are_the_plain_ones(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    image, target = torch.randn(2, 1, *SHAPE).cuda(), torch.randint(0, 3, (2, *SHAPE)).cuda()
+    plain, recomputed = UNet(1, 3, NETWORK).cuda(), UNet(1, 3, NETWORK, recompute_stages=4).cuda()
+    recomputed.load_state_dict(plain.state_dict())
+    expected, found = (gradients(network, image, target, bf16=bf16) for network in (plain, recomputed))
+    for name, gradient in found.items():
+        tolerance = 0.01 * float(expected[name].abs().max()) + 1e-12
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance)
