@@ -104,7 +104,11 @@ def check_splits(splits: Splits, patients: Mapping[str, str]) -> None:
         f"fold {index}: {problem}" for index, fold in enumerate(splits.folds) for problem in _problems(fold, patients)
     ]
     if problems:
-        raise InputError("; ".join(problems), where="splits", fix="Correct splits.json, or delete it to make it anew")
+        raise InputError(
+            "; ".join(problems),
+            where="splits",
+            fix="Correct splits.json before the run begins; for a run that has begun, give another --run_dir",
+        )
 
 
 def _problems(fold: Fold, patients: Mapping[str, str]) -> Iterator[str]:

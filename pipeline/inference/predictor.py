@@ -20,7 +20,7 @@ from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.io.nifti import write_label
 from pipeline.io.volume import Volume
 from pipeline.log import get_logger, track
-from pipeline.networks.precision import DeviceType, autocast, choose_device_type, choose_precision
+from pipeline.networks.precision import DeviceType, autocast, choose_device_type, choose_precision, free_vram_bytes
 from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights
 from pipeline.plan import Plan, Precision
@@ -195,7 +195,7 @@ class Predictor:
         if self.device_type == "cpu":
             return "cpu"
         num_bytes = 4 * (self.plan.num_classes + self.plan.num_channels + 1) * image[0].numel()
-        return "cuda" if num_bytes < SCORES_SHARE * torch.cuda.mem_get_info()[0] else "cpu"
+        return "cuda" if num_bytes < SCORES_SHARE * free_vram_bytes() else "cpu"
 
 
 def _is_finite(scores: Tensor) -> bool:

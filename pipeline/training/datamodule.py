@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +15,26 @@ from pipeline.errors import VoxfitError
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import EpochSampler, collate_patches
 from pipeline.training.processes import PREFETCH_FACTOR, prepare_worker
+
+
+class WaitClock:
+    """Sums up the seconds that a training waits for data.
+
+    Attributes:
+        seconds: Since the clock was made.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the clock inside the block."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += perf_counter() - started
 
 
 class PatchDataModule(pl.LightningDataModule):
@@ -27,6 +50,10 @@ class PatchDataModule(pl.LightningDataModule):
         num_workers: Data worker processes, kept alive over epochs; 0 makes the patches in the training process.
         pin_memory: Lay batches out for asynchronous copies to a GPU.
         augmentation: Applied to whole batches on the device of the network, for datasets that defer it.
+        niceness: By how much data workers give way to the training process.
+
+    Attributes:
+        wait_clock: How long batches were waited for; what is done with them afterwards does not count.
     """
 
     def __init__(
@@ -38,6 +65,7 @@ class PatchDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         augmentation: Augmentation | None = None,
+        niceness: int = 0,
     ) -> None:
         super().__init__()
         self.dataset = dataset
@@ -46,22 +74,26 @@ class PatchDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.augmentation = augmentation
+        self.niceness = niceness
+        self.wait_clock = WaitClock()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """One epoch of batches, from the trainer's current epoch on."""
         sampler = StreamSampler(self.iterations_per_epoch * self.batch_size)
         sampler.set_epoch(self._finished_epochs())
-        return DataLoader(
+        loader = _TimedLoader(
             _Guarded(self.dataset),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=_collate,
             pin_memory=self.pin_memory,
-            worker_init_fn=prepare_worker,
+            worker_init_fn=partial(prepare_worker, niceness=self.niceness),
             persistent_workers=self.num_workers > 0,
             prefetch_factor=PREFETCH_FACTOR if self.num_workers > 0 else None,
         )
+        loader.clock = self.wait_clock
+        return loader
 
     def _finished_epochs(self) -> int:
         # Not `trainer.current_epoch`: when a run resumes, Lightning asks for the loader before it counts that one up.
@@ -95,6 +127,27 @@ class StreamSampler(EpochSampler):
     def set_epoch(self, epoch: int) -> None:
         """Go on to the samples of `epoch`, counted from 0."""
         self.first = epoch * self.num
+
+
+class _TimedLoader(DataLoader[Any]):
+    """A loader whose clock runs while it is waited for: until a batch is there, and until an epoch has begun."""
+
+    # No argument of its own: Lightning looks into the constructors of loaders.
+    clock = WaitClock()
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with self.clock.running():
+            batches = super().__iter__()
+        return self._timed(batches)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            with self.clock.running():
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
 
 
 class _Guarded(Dataset[Any]):

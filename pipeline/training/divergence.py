@@ -16,6 +16,8 @@ SCALER_PATIENCE = 10
 
 class _Seen(NamedTuple):
     loss: Tensor
+    is_finite: Tensor
+    copied: torch.cuda.Event | None
     case_ids: tuple[str, ...]
     iteration: int
 
@@ -23,9 +25,10 @@ class _Seen(NamedTuple):
 class DivergenceGuard(pl.Callback):
     """Raises when a loss is NaN or infinite, naming the cases of the batch.
 
-    A loss is looked at one iteration late, and the last one at the end of the epoch before anything is saved, so that
-    a GPU is never waited for. With fp16 single bad losses are part of the method (the gradient scaler leaves that step
-    out and lowers its scale): only ten in a row count.
+    A loss is looked at one iteration late, and the last one at the end of the epoch before anything is saved. The
+    verdict is copied to the host as soon as the GPU has the loss, so that looking waits for no later iteration. With
+    fp16 single bad losses are part of the method (the gradient scaler leaves that step out and lowers its scale): only
+    ten in a row count.
 
     Args:
         last_checkpoint: What is named as the way back, once it exists.
@@ -46,7 +49,8 @@ class DivergenceGuard(pl.Callback):
         """Look at the loss of the iteration before, and keep this one."""
         self._look()
         iteration = trainer.current_epoch * self.iterations_per_epoch + batch_idx + 1
-        self._pending = _Seen(outputs["loss"], tuple(batch.get("case_id", ())), iteration)
+        is_finite, copied = _copied_to_host(torch.isfinite(outputs["loss"]))
+        self._pending = _Seen(outputs["loss"], is_finite, copied, tuple(batch.get("case_id", ())), iteration)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Look at the last loss, and at the weights, which the last step may have spoilt without a bad loss."""
@@ -58,7 +62,9 @@ class DivergenceGuard(pl.Callback):
         seen, self._pending = self._pending, None
         if seen is None:
             return
-        if bool(torch.isfinite(seen.loss)):
+        if seen.copied is not None:
+            seen.copied.synchronize()
+        if bool(seen.is_finite):
             self._bad_in_a_row = 0
             return
         self._bad_in_a_row += 1
@@ -70,6 +76,15 @@ class DivergenceGuard(pl.Callback):
         way_back = f"The last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint.is_file() else ""
         remedy = "Look at the case, lower optim.lr, or train in 32-true"
         return TrainingDivergedError(what, where=where, fix=". ".join(filter(None, [remedy, way_back])))
+
+
+def _copied_to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The flag on the host, to be read once the event has passed; without an event it is there already."""
+    if flag.device.type != "cuda":
+        return flag, None
+    on_host, copied = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(flag.device))
+    return on_host, copied
 
 
 def weights_are_finite(module: nn.Module) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from pipeline.networks.weights import EMA_KEY
 
@@ -20,34 +20,33 @@ def warmed_up_decay(decay: float, num_updates: int) -> float:
 class WeightAverage(pl.Callback):
     """Averages the weights after every optimiser step and keeps the average in the checkpoints.
 
-    Parameters are averaged, buffers (such as running statistics of a batch norm) are copied. Checkpoints hold the
-    averaged network under `ema_state_dict`, by the network's own keys.
+    Parameters are averaged, from the weights after the first step on; buffers (such as running statistics of a batch
+    norm) are copied. Checkpoints hold the averaged network under `ema_state_dict`, by the network's own keys. Not
+    torch's AveragedModel: the count that it keeps as a tensor makes every step wait for a GPU.
 
     Args:
         network: The network that is trained; copied at once.
         decay: Of the average, per optimiser step, once warmed up.
+
+    Attributes:
+        network: The averaged network.
     """
 
     def __init__(self, network: nn.Module, *, decay: float) -> None:
         self.decay = decay
-        self._average = AveragedModel(network, multi_avg_fn=self._mix)
+        self.network = deepcopy(network).requires_grad_(False)
         self._num_updates = 0
         self._steps_seen = 0
 
-    @property
-    def network(self) -> nn.Module:
-        """The averaged network."""
-        return self._average.module
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Follow the trained network onto its device (its own counter stays, so that no step waits for a GPU)."""
+        """Follow the trained network onto its device."""
         self.network.to(pl_module.device)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Average once per optimiser step, whatever the accumulation."""
         if trainer.global_step > self._steps_seen:
             self._steps_seen = trainer.global_step
-            self._average.update_parameters(pl_module.network)
+            self._follow(pl_module.network)
             self._num_updates += 1
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -59,10 +58,14 @@ class WeightAverage(pl.Callback):
         """Go on with the saved average."""
         self.network.load_state_dict(checkpoint[EMA_KEY])
         self._num_updates = int(checkpoint["ema_num_updates"])
-        self._average.n_averaged.fill_(self._num_updates)
         self._steps_seen = int(checkpoint["global_step"])
 
     @torch.no_grad()
-    def _mix(self, averaged: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
-        weight = 1 - warmed_up_decay(self.decay, self._num_updates)
-        torch._foreach_lerp_(averaged, current, weight)
+    def _follow(self, network: nn.Module) -> None:
+        averaged, current = list(self.network.parameters()), list(network.parameters())
+        if self._num_updates == 0:
+            torch._foreach_copy_(averaged, current)
+        else:
+            torch._foreach_lerp_(averaged, current, 1 - warmed_up_decay(self.decay, self._num_updates))
+        for kept, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
+            kept.copy_(buffer)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.log import get_logger
 from pipeline.plan import GIB
+from pipeline.training.datamodule import WaitClock
 from pipeline.training.metrics_table import COUNT_COLUMNS, VALIDATION_SECONDS, MetricsTable, Row
 from pipeline.training.validation import ValidationResult, WholeVolumeValidation
 
@@ -23,34 +24,37 @@ class EpochTimer(pl.Callback):
 
     Stands first among the callbacks, so that validation and saving are not counted. On a GPU, which works on while
     the next batch is waited for, the share is an upper bound.
+
+    Args:
+        wait_clock: Runs while data is waited for.
+
+    Attributes:
+        seconds: Of the training part of the epoch.
+        wait_seconds: How many of them were spent waiting for data.
+        peak_vram_bytes: The most that tensors took on the GPU in the training part; 0 on a CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wait_clock: WaitClock) -> None:
+        self.wait_clock = wait_clock
         self.seconds = 0.0
         self.wait_seconds = 0.0
+        self.peak_vram_bytes = 0
         self._epoch_start = 0.0
-        self._idle_since = 0.0
+        self._waited_before = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start both clocks."""
-        self._epoch_start = self._idle_since = perf_counter()
-        self.wait_seconds = 0.0
+        """Start to measure."""
+        self._epoch_start, self._waited_before = perf_counter(), self.wait_clock.seconds
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """The wait is over."""
-        self.wait_seconds += perf_counter() - self._idle_since
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """The wait begins."""
-        self._idle_since = perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Stop, once the GPU has done what it was given."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
+            self.peak_vram_bytes = torch.cuda.max_memory_allocated(pl_module.device)
         self.seconds = perf_counter() - self._epoch_start
+        self.wait_seconds = self.wait_clock.seconds - self._waited_before
 
 
 class EpochReport(pl.Callback):
@@ -95,23 +99,22 @@ class EpochReport(pl.Callback):
         """Write the row and the line."""
         losses, self._losses = torch.stack(self._losses).double(), []
         # Bad losses are let through by the divergence guard with fp16 only, where their steps were left out.
-        row = self._row(trainer, pl_module, float(losses[torch.isfinite(losses)].mean()))
+        row = self._row(trainer, float(losses[torch.isfinite(losses)].mean()))
         self.table.append(row)
         for logger in trainer.loggers:
             scalars = {key: value for key, value in row.items() if value is not None and key not in COUNT_COLUMNS}
             logger.log_metrics(scalars, step=trainer.global_step)
         get_logger("train").info(self._line(row))
 
-    def _row(self, trainer: pl.Trainer, pl_module: Any, train_loss: float) -> Row:
+    def _row(self, trainer: pl.Trainer, train_loss: float) -> Row:
         epoch = trainer.current_epoch + 1
-        cuda = pl_module.device.type == "cuda"
         row: Row = {
             "epoch": epoch,
             "iteration": epoch * self.iterations_per_epoch,
             "optimizer_step": int(trainer.global_step),
             "seconds": round(self.timer.seconds, 3),
             "data_wait_share": round(self.timer.wait_seconds / max(self.timer.seconds, 1e-9), 4),
-            "peak_vram_bytes": torch.cuda.max_memory_allocated(pl_module.device) if cuda else 0,
+            "peak_vram_bytes": self.timer.peak_vram_bytes,
             "peak_ram_bytes": peak_ram_bytes(),
             "lr": self._lr,
             "train_loss": train_loss,

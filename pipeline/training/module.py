@@ -5,7 +5,6 @@ Shapes: images (B, C, I, J, K), labels (B, I, J, K).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -47,9 +46,8 @@ class SegmentationModule(pl.LightningModule):
         return self.network(images)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The loss of one batch with keys `image` and `label`; logs `train_loss`, the epoch's mean."""
+        """The loss of one batch with keys `image` and `label`."""
         loss: Tensor = self.loss(self.network(batch["image"]), batch["label"])
-        self.log("train_loss", loss, on_step=False, on_epoch=True, logger=False, batch_size=len(batch["image"]))
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -57,10 +55,3 @@ class SegmentationModule(pl.LightningModule):
         optimizer = make_optimizer(self.network, self.optim)
         scheduler = make_scheduler(optimizer, self.optim, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def full_resolution(output: Tensor | Sequence[Tensor]) -> Tensor:
-    """The logits (B, K, I, J, K) at the highest resolution of any output that the loss understands."""
-    if isinstance(output, Tensor):
-        return output[:, 0] if output.ndim == 6 else output
-    return output[0]

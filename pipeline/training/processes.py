@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ WORKER_BYTES = 300 * 1024**2
 COPIES_PER_PATCH = 4
 # Options of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# A step on a CPU waits for its slowest thread, so a worker must not take a core from one; 10 is what `nice` adds.
+NICENESS_BESIDE_CPU_NETWORK = 10
 
 
 class Processes(NamedTuple):
@@ -70,13 +73,19 @@ def keep_freed_memory() -> None:
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
+        # Setting any option ends glibc's own adaptation, and older releases refuse a threshold above 32 MiB.
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
     except (OSError, AttributeError):
         return
 
 
-def prepare_worker(_: int) -> None:
-    """Set up a data worker: one thread, and Ctrl-C is left to the training process, which ends its workers itself."""
+def prepare_worker(_: int, *, niceness: int = 0) -> None:
+    """Set up a data worker: one thread, and Ctrl-C is left to the training process, which ends its workers itself.
+
+    Args:
+        niceness: By how much it gives way to others, as for `os.nice`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(niceness)
     torch.set_num_threads(1)

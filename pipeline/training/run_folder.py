@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import yaml
-
-from pipeline.artifacts import read_artifact, to_json, write_artifact, write_text
-from pipeline.config import TrainConfig, to_dict
+from pipeline.artifacts import content_hash, read_artifact, to_json, write_artifact
+from pipeline.config import TrainConfig
+from pipeline.datasets.splits import Splits
 from pipeline.errors import InputError
 from pipeline.plan import Plan, Record
+from pipeline.saved_config import find_changes, write_config
 
 # What may change between two starts of one run. Paths may: what they lead to is compared instead (the plan) or was
 # checked against it (the store). `max_epochs` may not: the learning-rate schedule is stretched over it.
-HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs")
-HARMLESS_GROUP = "hardware."
+HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs", "hardware.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,7 @@ class RunRecord(Record):
     Attributes:
         status: "running" from the first start on, "finished" once everything is done.
         fold: Of the split, or "all".
+        splits_hash: Of the folds; "" in records of earlier versions.
         versions: Of the software that matters.
         device: The GPU's name, or "cpu".
         precision, precision_reason: What was computed in, and why.
@@ -54,6 +54,7 @@ class RunRecord(Record):
     schema_version: int = 1
     status: Literal["running", "finished"] = "running"
     fold: int | Literal["all"]
+    splits_hash: str = ""
     versions: dict[str, str]
     device: str
     precision: str
@@ -120,14 +121,15 @@ class RunFolder:
         """`run.json`, or None before the first start."""
         return read_artifact(self.record, RunRecord) if self.record.is_file() else None
 
-    def begin(self, plan: Plan, config: TrainConfig) -> None:
-        """Write down plan and options, or check that the run found here had the same; sweep up what a kill left.
+    def begin(self, plan: Plan, splits: Splits, config: TrainConfig) -> None:
+        """Write down plan, folds and options, or check that the run found here had the same; sweep up what a kill left.
 
         Raises:
-            InputError: The folder holds a run with other options or another plan; the difference is shown.
+            InputError: The folder holds a run with other options, another plan or other folds; the difference is shown.
         """
+        self._check_splits(splits)
         if self.config.is_file() and self.plan.is_file():
-            differences = [*self._plan_differences(plan), *self._config_differences(config)]
+            differences = [*self._plan_differences(plan), *find_changes(self.config, config, harmless=HARMLESS)]
             if differences:
                 raise InputError(
                     f"holds a run with other options: {'; '.join(differences)}",
@@ -136,9 +138,27 @@ class RunFolder:
                 )
         else:
             write_artifact(self.plan, plan)
+        if not self._holds(splits):
+            write_artifact(self.splits, splits)
         for path in self.path.rglob(".*.partial.*"):
             path.unlink(missing_ok=True)
-        write_text(self.config, yaml.safe_dump(to_dict(config), sort_keys=False))
+        write_config(self.config, config)
+
+    def _check_splits(self, splits: Splits) -> None:
+        """Also when `splits.json` was deleted and made anew: `run.json` tells which folds were trained with."""
+        record = self.read_record()
+        if record is None:
+            return
+        same = record.splits_hash == hash_of(splits) if record.splits_hash else self._holds(splits)
+        if not same:
+            raise InputError(
+                "the folds are not those the run was trained with",
+                where=self.splits,
+                fix="Put them back to resume it, or give another --run_dir",
+            )
+
+    def _holds(self, splits: Splits) -> bool:
+        return self.splits.is_file() and read_artifact(self.splits, Splits) == splits
 
     def _plan_differences(self, plan: Plan) -> Iterator[str]:
         before, now = json.loads(to_json(read_artifact(self.plan, Plan))), json.loads(to_json(plan))
@@ -147,20 +167,7 @@ class RunFolder:
                 shown = f" (was {before.get(key)}, now {now[key]})" if not isinstance(now[key], dict | list) else ""
                 yield f"the plan's {key}{shown}"
 
-    def _config_differences(self, config: TrainConfig) -> Iterator[str]:
-        try:
-            before = dict(_flat(yaml.safe_load(self.config.read_text(encoding="utf-8"))))
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-            raise InputError("is no config of a run", where=self.config, fix="Give another --run_dir") from error
-        for key, value in _flat(to_dict(config)):
-            harmless = key in HARMLESS or key.startswith(HARMLESS_GROUP)
-            if not harmless and before.get(key, value) != value:
-                yield f"{key} (was {before[key]}, now {value})"
 
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def hash_of(splits: Splits) -> str:
+    """A short stable hash of all folds."""
+    return content_hash(to_json(splits))

@@ -11,21 +11,23 @@ from typing import Literal
 import pytorch_lightning as pl
 from torch import nn
 
+from pipeline.datasets.splits import Splits
 from pipeline.log import get_logger
 from pipeline.networks.weights import read_weights
 from pipeline.training.checkpoints import CheckpointWriter
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
-from pipeline.training.run_folder import Counts, RunRecord
+from pipeline.training.run_folder import Counts, RunRecord, hash_of
 from pipeline.training.settings import Settings
 from pipeline.training.validation import ValidationResult, Validator
 
 PACKAGES = ("voxfit", "torch", "pytorch-lightning", "monai", "numpy", "blosc2")
 
 
-def started_record(settings: Settings, fold: int | Literal["all"], network: nn.Module) -> RunRecord:
+def started_record(settings: Settings, fold: int | Literal["all"], network: nn.Module, *, splits: Splits) -> RunRecord:
     """The record of a run that begins or goes on."""
     return RunRecord(
         fold=fold,
+        splits_hash=hash_of(splits),
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         device=settings.device_name,
         precision=settings.precision.precision,

@@ -16,13 +16,12 @@ from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import InputError
 from pipeline.log import get_logger
-from pipeline.losses.deep_supervision import DeepSupervisionLoss
-from pipeline.losses.dice_ce import DiceCELoss
+from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.unet import UNet
 from pipeline.plan import Plan
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import PatchDataset
-from pipeline.store import IGNORE_INDEX, CaseStore
+from pipeline.store import CaseStore
 from pipeline.training.checkpoints import AtomicCheckpointIO, CheckpointWriter, FoundCheckpoint, find_checkpoint
 from pipeline.training.datamodule import PatchDataModule
 from pipeline.training.divergence import SCALER_PATIENCE, DivergenceGuard
@@ -30,9 +29,10 @@ from pipeline.training.ema import WeightAverage
 from pipeline.training.epoch_report import EpochReport, EpochTimer
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.module import SegmentationModule
-from pipeline.training.processes import keep_freed_memory, torch_threads
+from pipeline.training.processes import NICENESS_BESIDE_CPU_NETWORK, keep_freed_memory, torch_threads
 from pipeline.training.quiet import quiet_lightning
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
+from pipeline.training.run_lock import run_lock
 from pipeline.training.run_record import finished_record, started_record
 from pipeline.training.seeding import IterationSeed
 from pipeline.training.settings import Settings, resolve_settings
@@ -89,7 +89,7 @@ def fit_fold(
 
     Raises:
         InputError: Options do not fit the plan, the machine or the run found in the folder; cases are missing in the
-            store.
+            store; another process trains in the folder.
         StoppedError: Ctrl-C or SIGTERM; the same call goes on.
         TrainingDivergedError: The loss is NaN or infinite.
     """
@@ -97,43 +97,46 @@ def fit_fold(
     settings = resolve_settings(plan, config)
     fold = select_fold(splits, config.fold)
     _check_cases(store_folder, fold)
-    folder.begin(plan, config)
-    if not folder.splits.is_file():
-        write_artifact(folder.splits, splits)
-    record = folder.read_record()
-    if record is not None and record.status == "finished":
-        logger.info("%s is finished; give another --run_dir to train anew", folder.path)
-        return FitResult.of(folder, record)
+    with run_lock(folder.path):
+        folder.begin(plan, splits, config)
+        record = folder.read_record()
+        if record is not None and record.status == "finished":
+            logger.info("%s is finished; give another --run_dir to train anew", folder.path)
+            return FitResult.of(folder, record)
 
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    if network is None:
-        network = UNet(plan.num_channels, plan.num_classes, plan.network, recompute_stages=settings.recompute_stages)
-    module = SegmentationModule(
-        network,
-        DeepSupervisionLoss(DiceCELoss(ignore_index=IGNORE_INDEX, batch_dice=False)),
-        optim=config.optim,
-        total_steps=settings.total_steps,
-    )
-    data = make_data(plan, store_folder, fold, config, settings)
-    found = find_checkpoint(folder, module.state_dict())
-    table = MetricsTable(
-        folder.metrics, class_names=plan.class_names[1:], keep_epochs=found.counts.epoch if found else 0
-    )
-    validator = make_validator(plan, store_folder, fold.validation)
-    callbacks = make_callbacks(network, folder, table, validator, config, settings)
-    write_artifact(folder.record, record := started_record(settings, config.fold, network))
-    logger.info("%d training and %d validation cases; %s", len(fold.train), len(fold.validation), settings.describe())
-
-    if settings.device_type == "cpu":
-        keep_freed_memory()
-    with torch_threads(settings.processes.num_threads), quiet_lightning():
-        trainer = make_trainer(folder, callbacks.in_order, config, settings, found)
-        _fit(trainer, module, data, found)
-        record = finished_record(
-            record, trainer=trainer, network=network, validator=validator, writer=callbacks.writer, table=table
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        if network is None:
+            network = UNet(
+                plan.num_channels, plan.num_classes, plan.network, recompute_stages=settings.recompute_stages
+            )
+        module = SegmentationModule(
+            network,
+            make_loss(),
+            optim=config.optim,
+            total_steps=settings.total_steps,
         )
-    write_artifact(folder.record, record)
-    return FitResult.of(folder, record)
+        data = make_data(plan, store_folder, fold, config, settings)
+        found = find_checkpoint(folder, module.state_dict())
+        table = MetricsTable(
+            folder.metrics, class_names=plan.class_names[1:], keep_epochs=found.counts.epoch if found else 0
+        )
+        validator = make_validator(plan, store_folder, fold.validation)
+        callbacks = make_callbacks(network, data, folder, table, validator, config, settings)
+        write_artifact(folder.record, record := started_record(settings, config.fold, network, splits=splits))
+        logger.info(
+            "%d training and %d validation cases; %s", len(fold.train), len(fold.validation), settings.describe()
+        )
+
+        if settings.device_type == "cpu":
+            keep_freed_memory()
+        with torch_threads(settings.processes.num_threads), quiet_lightning():
+            trainer = make_trainer(folder, callbacks.in_order, config, settings, found)
+            _fit(trainer, module, data, found)
+            record = finished_record(
+                record, trainer=trainer, network=network, validator=validator, writer=callbacks.writer, table=table
+            )
+        write_artifact(folder.record, record)
+        return FitResult.of(folder, record)
 
 
 def select_fold(splits: Splits, fold: int | str) -> Fold:
@@ -175,6 +178,7 @@ def make_data(plan: Plan, store_folder: Path, fold: Fold, config: TrainConfig, s
         num_workers=settings.processes.num_workers,
         pin_memory=settings.device_type == "cuda",
         augmentation=augmentation if settings.augment_on_gpu else None,
+        niceness=NICENESS_BESIDE_CPU_NETWORK if settings.device_type == "cpu" else 0,
     )
 
 
@@ -205,6 +209,7 @@ class Callbacks:
 
 def make_callbacks(
     network: nn.Module,
+    data: PatchDataModule,
     folder: RunFolder,
     table: MetricsTable,
     validator: Validator,
@@ -212,7 +217,7 @@ def make_callbacks(
     settings: Settings,
 ) -> Callbacks:
     """Everything that happens around the training step."""
-    iterations, timer = config.iterations_per_epoch, EpochTimer()
+    iterations, timer = config.iterations_per_epoch, EpochTimer(data.wait_clock)
     patience = SCALER_PATIENCE if settings.precision.precision == "16-mixed" else 0
     guard = DivergenceGuard(folder.last_checkpoint, iterations_per_epoch=iterations, patience=patience)
     average = WeightAverage(network, decay=config.optim.ema_decay) if config.optim.ema_decay > 0 else None

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from pipeline.evaluation.metrics import dice
 from pipeline.geometry import Shape3
 from pipeline.inference.sliding_window import sliding_window_scores
+from pipeline.networks.precision import free_vram_bytes
 from pipeline.store import CaseStore
-from pipeline.training.module import full_resolution
 
 SCORE_SHARE_OF_FREE_MEMORY = 0.5
 
@@ -100,7 +100,7 @@ class Validator:
         if device.type == "cuda" and self._scores_fit(volume, device):
             volume = volume.to(device)
         scores = sliding_window_scores(
-            lambda window: full_resolution(network(window)),
+            network,
             volume,
             window=self.patch_size,
             num_classes=self.num_classes,
@@ -112,7 +112,7 @@ class Validator:
 
     def _scores_fit(self, volume: Tensor, device: torch.device) -> bool:
         needed = (self.num_classes + len(volume)) * volume[0].numel() * 4
-        return needed < SCORE_SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]
+        return needed < SCORE_SHARE_OF_FREE_MEMORY * free_vram_bytes(device)
 
 
 @contextmanager

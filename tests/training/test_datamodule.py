@@ -81,20 +81,22 @@ def test_the_stream_needs_no_trainer(plan, store):
 
 
 class Confides(Dataset):
-    """Items that tell the number of threads, and whether Ctrl-C is ignored, where they are made."""
+    """Items that tell the number of threads, whether Ctrl-C is ignored, and the niceness where they are made."""
 
     def __getitem__(self, index: int) -> dict:
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        facts = torch.tensor([torch.get_num_threads(), ignored]).reshape(2, 1, 1, 1)
+        facts = torch.tensor([torch.get_num_threads(), ignored, os.nice(0)]).reshape(3, 1, 1, 1)
         return {"image": facts, "label": facts[0], "case_id": "", "index": index}
 
 
-def test_a_data_worker_has_one_thread_and_leaves_ctrl_c_to_the_training():
-    data = PatchDataModule(Confides(), batch_size=1, iterations_per_epoch=1, num_workers=1)
+def test_a_data_worker_has_one_thread_leaves_ctrl_c_to_the_training_and_gives_way():
+    before = os.nice(0)
+    data = PatchDataModule(Confides(), batch_size=1, iterations_per_epoch=1, num_workers=1, niceness=3)
     with torch_threads(2):
         batch = next(iter(data.train_dataloader()))
         assert torch.get_num_threads() == 2
-    assert batch["image"].flatten().tolist() == [1, 1]
+    assert batch["image"].flatten().tolist() == [1, 1, before + 3]
+    assert os.nice(0) == before
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
 

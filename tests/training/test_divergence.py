@@ -83,3 +83,28 @@ def test_a_single_infinite_weight_is_seen():
     with torch.no_grad():
         network.weight[1, 2] = float("inf")
     assert not weights_are_finite(network)
+
+
+def test_the_verdict_on_a_loss_is_made_when_it_is_given_and_not_when_it_is_looked_at(tmp_path):
+    """Whatever is launched after it, and may write over its memory, is not waited for."""
+    guard = DivergenceGuard(tmp_path / "last.ckpt", iterations_per_epoch=9)
+    good, bad = torch.tensor(1.0), torch.tensor(float("inf"))
+    guard.on_train_batch_end(Position(), None, {"loss": good}, {}, 0)
+    good.fill_(float("nan"))
+    guard.on_train_batch_end(Position(), None, {"loss": bad}, {}, 1)
+    bad.fill_(1.0)
+    with pytest.raises(TrainingDivergedError, match="iteration 2"):
+        guard.on_train_epoch_end(Position(), nn.Linear(1, 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_looking_at_a_loss_on_a_gpu_does_not_wait_for_the_iteration_after_it(tmp_path):
+    guard, later = DivergenceGuard(tmp_path / "last.ckpt", iterations_per_epoch=9), torch.cuda.Event()
+    for index in range(2):
+        loss = torch.ones((), device="cuda")
+        if index == 1:
+            torch.cuda._sleep(10**10)
+            later.record()
+        guard.on_train_batch_end(Position(), None, {"loss": loss}, {}, index)
+    assert not later.query()
+    torch.cuda.synchronize()

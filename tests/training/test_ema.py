@@ -38,6 +38,24 @@ def test_the_average_follows_its_formula_in_float64_and_only_optimiser_steps_cou
     assert torch.allclose(average.network.weight.double(), reference, atol=1e-6)
 
 
+def test_buffers_are_copied_the_average_takes_no_gradient_and_the_trained_weights_stay():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    average, progress = WeightAverage(network, decay=0.9), Progress()
+    module = torch.nn.Module()
+    module.network = network
+    for step in range(1, 4):
+        network(torch.full((4, 3), float(step)) + torch.arange(4)[:, None])
+        progress.global_step, before = step, [parameter.clone() for parameter in network.parameters()]
+        average.on_train_batch_end(progress, module)
+        assert all(torch.equal(*pair) for pair in zip(network.parameters(), before, strict=True))
+    kept, trained = dict(average.network.named_buffers()), dict(network.named_buffers())
+    assert kept["1.num_batches_tracked"] == 3
+    assert all(torch.equal(kept[name], trained[name]) for name in trained)
+    assert all(kept[name].data_ptr() != trained[name].data_ptr() for name in trained)
+    assert not any(parameter.requires_grad for parameter in average.network.parameters())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
 def test_the_average_is_validated_saved_and_predicted_with(plan, store, splits, make_config):
     result = fit_fold(plan, store, splits, make_config(optim=OptimConfig(ema_decay=0.9)))
     checkpoint = torch.load(result.last_checkpoint, weights_only=True)

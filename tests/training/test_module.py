@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import OptimConfig
+from pipeline.inference.sliding_window import full_resolution
 from pipeline.losses.deep_supervision import DeepSupervisionLoss
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.networks.norms import replace_batchnorm
@@ -16,7 +17,7 @@ from pipeline.networks.unet import UNet
 from pipeline.plan import Plan
 from pipeline.sampling.patch_dataset import PatchDataset
 from pipeline.training.datamodule import PatchDataModule
-from pipeline.training.module import SegmentationModule, full_resolution
+from pipeline.training.module import SegmentationModule
 from pipeline.training.quiet import quiet_lightning
 
 # case_0 has ignored voxels, and a mean over two patches of unequal counts is not the mean of their means.
@@ -104,10 +105,7 @@ class Pyramid(Stacked):
 def test_any_form_of_output_gives_a_loss_with_gradients_and_full_resolution_logits(network):
     module = SegmentationModule(network, DeepSupervisionLoss(DiceCELoss()), optim=OptimConfig(), total_steps=1)
     batch = {"image": torch.randn(2, 1, 8, 6, 4), "label": torch.randint(0, 3, (2, 8, 6, 4), dtype=torch.int16)}
-    logged = []
-    module.log = lambda name, *_, **__: logged.append(name)  # Lightning's needs a running trainer
     module.training_step(batch, 0).backward()
-    assert logged == ["train_loss"]
     assert all(parameter.grad is not None for parameter in network.parameters())
     assert full_resolution(network(batch["image"])).shape == (2, 3, 8, 6, 4)
 

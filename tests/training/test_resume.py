@@ -5,15 +5,24 @@ import multiprocessing
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.config import AugmentationConfig, OptimConfig
+from pipeline.datasets.splits import Splits, make_splits
+from pipeline.errors import InputError
+from pipeline.geometry import Grid
 from pipeline.networks.unet import UNet
+from pipeline.plan import NetworkPlan, Plan
+from pipeline.store import CaseStore, StoreInfo
+from pipeline.training.run_folder import RunFolder, RunRecord
 from pipeline.training.trainer import fit_fold
 
 TIMES_AND_MEMORY = {"seconds", "data_wait_share", "peak_ram_bytes", "validation_seconds"}
@@ -33,11 +42,12 @@ class Dropping(nn.Module):
         self.dropout = nn.Dropout3d(0.2)
         self.fails_at, self.passes = fails_at, 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         self.passes += self.training
         if self.passes == self.fails_at:
             raise PowerCutError
-        return self.dropout(self.unet(x))
+        output = self.unet(x)
+        return [self.dropout(each) for each in output] if isinstance(output, list) else self.dropout(output)
 
 
 def state_of(run_dir: Path) -> dict:
@@ -149,3 +159,84 @@ def test_a_run_killed_after_its_last_epoch_only_writes_its_record(plan, store, s
     assert record.read_text() == finished
     assert rows_of(whole.run_dir) == rows
     assert whole.last_checkpoint.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_run_does_not_go_on_with_other_folds_even_if_they_were_made_anew(
+    plan, store, splits, make_config, tmp_path, deleted
+):
+    with pytest.raises(PowerCutError):
+        fit_fold(plan, store, splits, make_config(), network=Dropping(plan, fails_at=6))
+    folder = RunFolder(tmp_path / "run")
+    others = make_splits({f"case_{index}": "" for index in range(6)}, num_folds=3, seed=9)
+    assert others.folds[0] != splits.folds[0]
+    folder.splits.unlink() if deleted else write_artifact(folder.splits, others)
+    with pytest.raises(InputError, match="the folds are not those the run was trained with") as raised:
+        fit_fold(plan, store, others, make_config(), network=Dropping(plan))
+    assert "give another --run_dir" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert fit_fold(plan, store, splits, make_config(), network=Dropping(plan)).counts.epoch == 3
+    assert read_artifact(folder.splits, Splits) == splits
+
+
+def test_a_record_without_a_hash_is_compared_by_the_saved_folds(plan, store, splits, make_config, tmp_path):
+    with pytest.raises(PowerCutError):
+        fit_fold(plan, store, splits, make_config(), network=Dropping(plan, fails_at=6))
+    folder = RunFolder(tmp_path / "run")
+    record = read_artifact(folder.record, RunRecord)
+    assert record.splits_hash
+    write_artifact(folder.record, replace(record, splits_hash=""))
+    others = make_splits({f"case_{index}": "" for index in range(6)}, num_folds=3, seed=9)
+    with pytest.raises(InputError, match="the folds are not those"):
+        fit_fold(plan, store, others, make_config(), network=Dropping(plan))
+    assert fit_fold(plan, store, splits, make_config(), network=Dropping(plan)).counts.epoch == 3
+
+
+@pytest.fixture
+def thick_plan(plan) -> Plan:
+    """Thick slices, two channels, four stages with losses of their own for the lower ones."""
+    network = NetworkPlan(
+        features_per_stage=(4, 8, 8, 8),
+        strides=((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2)),
+        kernel_sizes=((3, 3, 1), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+        num_blocks_per_stage=(1, 1, 1, 1),
+        num_decoder_blocks=1,
+        num_groups=2,
+        deep_supervision=True,
+    )
+    channels = (*plan.channels, replace(plan.channels[0], name="T2"))
+    shape = {"target_spacing": (1.0, 1.0, 4.0), "anisotropic_axis": 2, "patch_size": (16, 24, 8)}
+    return replace(plan, channels=channels, network=network, **shape)
+
+
+@pytest.fixture
+def thick_store(thick_plan, tmp_path) -> Path:
+    """Cases whose classes are the signs of the two channels, plus noise."""
+    store = CaseStore.create(tmp_path / "thick_store", StoreInfo.of(thick_plan))
+    for index in range(6):
+        rng, shape = np.random.default_rng(index), (22 - index, 25 + index, 7 + index)
+        i, j, _ = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+        outer, inner = i**2 + j**2 < 0.7, i**2 + j**2 < 0.3
+        image = np.stack([outer, inner]) + 0.2 * rng.standard_normal((2, *shape))
+        label = outer.astype(np.int16) + inner
+        store.write_case(f"case_{index}", image.astype(np.float32), label, native_grid=Grid(shape, np.eye(4)))
+    return store.folder
+
+
+def test_thick_slices_two_channels_and_deep_supervision_train_and_resume(thick_plan, thick_store, splits, make_config):
+    options = {
+        "store": str(thick_store),
+        "iterations_per_epoch": 12,
+        "augmentation": AugmentationConfig(),
+        "optim": OptimConfig(name="adamw", lr=0.02),
+    }
+    assert len(UNet(2, 3, thick_plan.network)(torch.zeros(1, 2, 16, 24, 8))) > 1
+    whole = fit_fold(thick_plan, thick_store, splits, make_config("whole", **options), network=Dropping(thick_plan))
+    config = make_config("cut", **options)
+    with pytest.raises(PowerCutError):
+        fit_fold(thick_plan, thick_store, splits, config, network=Dropping(thick_plan, fails_at=20))
+    cut = fit_fold(thick_plan, thick_store, splits, config, network=Dropping(thick_plan))
+    assert_equal(state_of(cut.run_dir), state_of(whole.run_dir))
+    assert rows_of(cut.run_dir) == rows_of(whole.run_dir)
+    losses = [float(row["train_loss"]) for row in rows_of(whole.run_dir)]
+    assert losses[-1] < 0.8 * losses[0]

@@ -176,3 +176,19 @@ def test_precision_and_recomputation_are_options_that_keep_the_run_finite(plan, 
     result = fit_fold(plan, store, splits, config)
     assert all(0 < float(row["train_loss"]) < 3 for row in rows_of(result.run_dir))
     assert all(value.dtype == torch.float32 for value in read_weights(result.last_checkpoint).values())
+
+
+def largest_move(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    return max(float((after[key] - before[key]).abs().max()) for key in before)
+
+
+def test_the_gradient_is_clipped_to_its_norm_and_zero_switches_that_off(plan, store, splits, make_config):
+    moves = {}
+    for norm in (1e-6, 0.0):
+        network = UNet(plan.num_channels, plan.num_classes, plan.network)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        optim = OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.0, warmup_fraction=0.0, gradient_clip_norm=norm)
+        fit_fold(plan, store, splits, make_config(f"run_{norm}", optim=optim), network=network)
+        moves[norm] = largest_move(before, network.state_dict())
+    assert moves[1e-6] < 12 * 0.1 * 1e-6 + 1e-6  # twelve steps, and the rounding of weights near one
+    assert moves[0.0] > 1e-3
