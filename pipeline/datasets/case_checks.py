@@ -16,8 +16,9 @@ from pipeline.io.nifti import read_label, read_volume
 from pipeline.io.volume import Volume
 from pipeline.plan import Record
 
-# A healthy patient has no lesion: such cases are listed, and train like any other.
-WARNING_KINDS = frozenset({"unlisted_file", "empty_label"})
+# A healthy patient has no lesion, and a sequence that was not taken is often filled with zeros: such cases are listed,
+# and train like any other.
+WARNING_KINDS = frozenset({"unlisted_file", "empty_label", "constant_channel"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,8 @@ def image_is_usable(image: Volume, num_channels: int, findings: Findings) -> boo
             count = channel.size - int(np.count_nonzero(np.isfinite(channel)))
             findings.add("non_finite_image", f"channel {index} has {count} voxel(s) that are NaN or infinite")
         elif low == high:
-            findings.add("constant_image", f"channel {index} is {low:g} everywhere")
+            kind = "constant_image" if image.num_channels == 1 else "constant_channel"
+            findings.add(kind, f"channel {index} is {low:g} everywhere")
     return not {"channel_count", "non_finite_image"} & {problem.kind for problem in findings.problems}
 
 

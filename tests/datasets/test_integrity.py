@@ -12,8 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.datasets import workers
+from pipeline.datasets.case_checks import Findings, image_is_usable
 from pipeline.datasets.dataset import read_dataset
 from pipeline.datasets.integrity import Problem, find_problems
+from pipeline.io.nifti import read_volume
 
 Save = Callable[..., Path]
 SHAPE = (9, 7, 5)
@@ -55,7 +57,7 @@ def test_one_case_can_have_many_problems(msd: Path, save: Save) -> None:
     save(msd / "labelsTr/a.nii.gz", label)
     assert _found(msd) == [
         ("a", kind)
-        for kind in ("channel_count", "constant_image", "non_finite_image", "undeclared_label", "shape_mismatch")
+        for kind in ("channel_count", "constant_channel", "non_finite_image", "undeclared_label", "shape_mismatch")
     ]
     text = _messages(msd)
     assert "has 2 channel(s), the dataset declares 1" in text
@@ -199,3 +201,15 @@ class TestRealData:
 def _pair(shared_data: Path, case_id: str) -> tuple[Any, Any]:
     root = shared_data / "hippocampus"
     return root / f"imagesTr/{case_id}.nii.gz", root / f"labelsTr/{case_id}.nii.gz"
+
+
+def test_a_channel_that_was_not_taken_is_a_warning_and_an_image_without_content_is_not(msd: Path, save: Save) -> None:
+    channels = np.zeros((*SHAPE, 2), np.float32)
+    channels[..., 0] = np.random.default_rng(0).normal(size=SHAPE)
+    path = save(msd / "two.nii.gz", channels)
+    findings = Findings("a")
+    assert image_is_usable(read_volume(path), 2, findings)
+    assert [(problem.kind, problem.is_warning) for problem in findings.problems] == [("constant_channel", True)]
+    findings = Findings("b")
+    image_is_usable(read_volume(save(msd / "one.nii.gz", np.zeros(SHAPE, np.float32))), 1, findings)
+    assert [(problem.kind, problem.is_warning) for problem in findings.problems] == [("constant_image", False)]
