@@ -21,7 +21,7 @@ if [ ! -e "$stamp" ]; then
         if ! command -v nvidia-smi > /dev/null && .venv/bin/pip install --quiet --dry-run --report - \
             --constraint "$constraints" torch 2> /dev/null | grep -q '"name": "nvidia'; then
             echo "error: pip would fetch several GB of CUDA libraries, and there is no GPU here." >&2
-            echo "Install PyTorch's CPU build first (pytorch.org tells how), or export PYTHON of an environment that has it." >&2
+            echo "Install PyTorch's CPU build first (its web page tells how), or export PYTHON of an environment that has it." >&2
             exit 2
         fi
         .venv/bin/pip install --quiet --constraint "$constraints" torch
