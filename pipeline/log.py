@@ -38,9 +38,20 @@ def _console_handler() -> logging.Handler:
         from rich.logging import RichHandler
 
         return RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     return handler
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what standard error is now: notebooks and test runners replace and close it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            self.handleError(record)
 
 
 class _QuietFileHandler(logging.FileHandler):

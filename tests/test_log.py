@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError, StoppedError
-from pipeline.log import get_logger, log_to_file, track
+from pipeline.log import configure_logging, get_logger, log_to_file, track
 
 
 @pytest.fixture(autouse=True)
-def untouched_logger() -> Iterator[None]:
+def fresh_logger() -> Iterator[None]:
+    """The logger as it is in a new process, whatever tests before this one configured."""
     logger = get_logger()
-    level, handlers, propagate = logger.level, list(logger.handlers), logger.propagate
+    before = logger.level, list(logger.handlers), logger.propagate
     logger.setLevel(logging.NOTSET)
+    logger.handlers[:], logger.propagate = [], True
     yield
-    logger.setLevel(level)
-    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(before[0])
+    logger.handlers[:], logger.propagate = before[1:]
 
 
 def test_information_reaches_the_file_without_the_command_line(tmp_path: Path) -> None:
@@ -58,7 +60,15 @@ def test_a_full_disk_drops_lines_and_nothing_else(capsys: pytest.CaptureFixture[
 
 
 def test_progress_without_a_terminal_is_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
-    get_logger().propagate = True
     with caplog.at_level(logging.INFO, logger="voxfit"):
         assert list(track(range(3), description="preprocess", total=3)) == [0, 1, 2]
     assert caplog.messages == ["preprocess: 3 of 3"]
+
+
+def test_lines_go_to_what_standard_error_is_now(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    get_logger().info("a line")
+    assert capsys.readouterr().err.endswith(" a line\n")
+    configure_logging()
+    get_logger().info("another")
+    assert capsys.readouterr().err.count("another") == 1
