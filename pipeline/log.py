@@ -22,10 +22,10 @@ def get_logger(name: str = "") -> logging.Logger:
     return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
 
 
-def configure_logging(*, verbose: bool = False) -> None:
+def configure_logging() -> None:
     """Send the project's log to standard error: styled on a terminal, plain lines otherwise."""
     logger = get_logger()
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in [h for h in logger.handlers if not isinstance(h, logging.FileHandler)]:
         logger.removeHandler(handler)
