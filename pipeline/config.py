@@ -210,10 +210,15 @@ class HardwareConfig(Checked):
     """Threads of the network on a CPU; auto takes the allotted CPUs."""
     recompute_stages: int | Auto = "auto"
     """Stages, from the highest resolution, whose activations are recomputed; auto is the plan's."""
+    slab_stages: int | Auto = "auto"
+    """Stages, from the highest resolution, that run in slabs instead; auto is the plan's."""
+    offload_stages: int | Auto = "auto"
+    """Slab stages, from the highest resolution, whose kept tensors lie in host memory; auto is the plan's."""
 
     def problems(self) -> list[str]:
         found = _at_least(self, 1, "devices", "num_threads", prefix="hardware.")
-        return found + _at_least(self, 0, "num_workers", "recompute_stages", prefix="hardware.")
+        counts = ("num_workers", "recompute_stages", "slab_stages", "offload_stages")
+        return found + _at_least(self, 0, *counts, prefix="hardware.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,33 @@ class MemoryPlan(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rung(Record):
+    """One way to run a training step, and what it takes.
+
+    Attributes:
+        patch_size: Training patch along i, j, k.
+        batch_size: Patches per device and iteration.
+        accumulate_grad_batches: Iterations per optimiser step.
+        recompute_stages: Stages, from the highest resolution, whose activations are recomputed.
+        slab_stages: Stages, from the highest resolution, that run in slabs instead; they are not recomputed.
+        offload_stages: Slab stages, from the highest resolution, whose kept tensors lie in host memory.
+        required_bytes: Predicted memory of the device, overhead included.
+        host_bytes: Predicted pinned host memory.
+        relative_time: Time per voxel against the plain step (no recomputation, no slabs), estimated.
+    """
+
+    patch_size: Shape3
+    batch_size: int = 1
+    accumulate_grad_batches: int = 1
+    recompute_stages: int = 0
+    slab_stages: int = 0
+    offload_stages: int = 0
+    required_bytes: int = 0
+    host_bytes: int = 0
+    relative_time: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan(Record):
     """Everything that follows from the data and the budget; written by `voxfit plan`.
 
@@ -135,8 +162,13 @@ class Plan(Record):
         accumulate_grad_batches: Iterations per optimiser step.
         precision: "auto" lets the device decide at training time (bf16 where it has it).
         recompute_stages: Number of stages, from the highest resolution, whose activations are recomputed.
+        slab_stages: Number of stages, from the highest resolution, that run in slabs instead.
+        offload_stages: Number of slab stages, from the highest resolution, whose kept tensors lie in host memory.
         network: Shape of the network.
         memory: What the meter said.
+        candidates: Rungs that were looked at, the chosen one among them.
+        fallbacks: Rungs that take less than the chosen one, in the order in which a training that runs out of memory
+            steps down. All of them train the same network.
         notes: Why the planner chose what it did, a sentence each.
     """
 
@@ -156,8 +188,12 @@ class Plan(Record):
     accumulate_grad_batches: int = 1
     precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
     recompute_stages: int = 0
+    slab_stages: int = 0
+    offload_stages: int = 0
     network: NetworkPlan
     memory: MemoryPlan
+    candidates: tuple[Rung, ...] = ()
+    fallbacks: tuple[Rung, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ LAYERS = [
     {"artifacts", "saved_config", "parallel", "io"},
     {"store", "synthetic", "datasets"},
     {"preprocessing"},
+    {"slabs"},
     {"networks", "losses", "sampling"},
     {"planning", "inference", "evaluation"},
     {"training"},

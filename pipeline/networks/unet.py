@@ -9,6 +9,9 @@ from pipeline.errors import InputError
 from pipeline.networks.blocks import DecoderStage, Head, make_encoder_stage
 from pipeline.networks.recompute import recompute
 from pipeline.plan import NetworkPlan
+from pipeline.slabs.rows import PendingLogits, WholeRows
+
+Outputs = Tensor | PendingLogits | list[Tensor | PendingLogits]
 
 
 class UNet(nn.Module):
@@ -20,11 +23,29 @@ class UNet(nn.Module):
         network: Stages, highest resolution first; the last one is the bottleneck.
         recompute_stages: Number of stages, from the highest resolution, whose encoder and decoder activations are
             recomputed in the backward pass instead of kept. Outputs and gradients stay the same.
+        slab_stages: Number of stages, from the highest resolution, that run in slabs: of their activations only the
+            raw outputs of convolutions are kept. They are not recomputed.
+        offload_stages: Number of slab stages, from the highest resolution, whose kept tensors lie in host memory.
+        fused_head: Give `PendingLogits` instead of logits while gradients are recorded in train mode; losses of this
+            project take the logits from them voxels by voxels.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, network: NetworkPlan, *, recompute_stages: int = 0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        network: NetworkPlan,
+        *,
+        recompute_stages: int = 0,
+        slab_stages: int = 0,
+        offload_stages: int = 0,
+        fused_head: bool = False,
+    ) -> None:
         super().__init__()
         self.recompute_stages = recompute_stages
+        self.slab_stages = slab_stages
+        self.offload_stages = offload_stages
+        self.fused_head = fused_head
         self.total_stride = network.total_stride
         channels = (in_channels, *network.features_per_stage)
         self.encoder = nn.ModuleList(
@@ -35,10 +56,11 @@ class UNet(nn.Module):
             Head(network.features_per_stage[index], num_classes) for index in range(num_heads(network))
         )
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+    def forward(self, x: Tensor) -> Outputs:
         """Logits (B, K, I, J, K) of x (B, C, I, J, K).
 
-        In train mode with more than one head a list, highest resolution first.
+        In train mode with more than one head a list, highest resolution first. See `fused_head` for what stands for
+        logits then.
 
         Raises:
             InputError: The size is not a multiple of the network's stride.
@@ -56,8 +78,14 @@ class UNet(nn.Module):
         for index in reversed(range(len(self.decoder))):
             x = self._run(index, self.decoder[index], x, skips.pop())
             if index < wanted:
-                logits.insert(0, self.heads[index](x))
+                logits.insert(0, self._head(index, x))
         return logits if len(logits) > 1 else logits[0]
+
+    def _head(self, index: int, x: Tensor) -> Tensor | PendingLogits:
+        head = self.heads[index]
+        if self.fused_head and self.training and torch.is_grad_enabled():
+            return PendingLogits(WholeRows(x), head.weight, head.bias)
+        return head(x)
 
     def _run(self, index: int, stage: nn.Module, *inputs: Tensor) -> Tensor:
         if index < self.recompute_stages and torch.is_grad_enabled():

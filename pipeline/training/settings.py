@@ -27,7 +27,7 @@ class Settings(NamedTuple):
         accumulate_grad_batches: Iterations per optimiser step.
         flushed_iterations: Iterations left at the end of an epoch for a smaller optimiser step of their own; 0 is best.
         total_steps: Optimiser steps of the whole training.
-        recompute_stages: Of the plan's U-Net.
+        recompute_stages, slab_stages, offload_stages: Of the plan's U-Net.
         processes: Threads and data workers.
         augment_on_gpu: In batch on the GPU instead of patch by patch in data workers.
     """
@@ -39,6 +39,8 @@ class Settings(NamedTuple):
     flushed_iterations: int
     total_steps: int
     recompute_stages: int
+    slab_stages: int
+    offload_stages: int
     processes: Processes
     augment_on_gpu: bool
 
@@ -73,7 +75,6 @@ def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
     accumulate = _accumulation(plan, config, batch_size)
     per_epoch = steps_per_epoch(iterations_per_epoch=config.iterations_per_epoch, accumulate_grad_batches=accumulate)
     planned = plan.precision if hardware.precision == "auto" else hardware.precision
-    recompute = plan.recompute_stages if hardware.recompute_stages == "auto" else hardware.recompute_stages
     return Settings(
         device_type=device_type,
         precision=choose_precision(planned, device_type=device_type),
@@ -81,7 +82,9 @@ def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
         accumulate_grad_batches=accumulate,
         flushed_iterations=config.iterations_per_epoch % accumulate,
         total_steps=per_epoch * config.max_epochs,
-        recompute_stages=min(recompute, plan.network.num_stages),
+        recompute_stages=_stages(plan, config, "recompute_stages"),
+        slab_stages=_stages(plan, config, "slab_stages"),
+        offload_stages=_stages(plan, config, "offload_stages"),
         processes=share_cpus(
             num_threads=hardware.num_threads,
             num_workers=hardware.num_workers,
@@ -97,6 +100,11 @@ def _accumulation(plan: Plan, config: TrainConfig, batch_size: int) -> int:
     if config.effective_batch == "auto":
         return -(-plan.effective_batch // batch_size)
     return accumulation_for(batch_size=batch_size, effective_batch=config.effective_batch)
+
+
+def _stages(plan: Plan, config: TrainConfig, name: str) -> int:
+    option = getattr(config.hardware, name)
+    return min(getattr(plan, name) if option == "auto" else option, plan.network.num_stages)
 
 
 def _patch_bytes(plan: Plan) -> int:

@@ -106,9 +106,7 @@ def fit_fold(
 
         pl.seed_everything(config.seed, workers=True, verbose=False)
         if network is None:
-            network = UNet(
-                plan.num_channels, plan.num_classes, plan.network, recompute_stages=settings.recompute_stages
-            )
+            network = make_network(plan, settings)
         module = SegmentationModule(
             network,
             make_loss(),
@@ -137,6 +135,18 @@ def fit_fold(
             )
         write_artifact(folder.record, record)
         return FitResult.of(folder, record)
+
+
+def make_network(plan: Plan, settings: Settings) -> UNet:
+    """The plan's U-Net, run as the settings say."""
+    return UNet(
+        plan.num_channels,
+        plan.num_classes,
+        plan.network,
+        recompute_stages=settings.recompute_stages,
+        slab_stages=settings.slab_stages,
+        offload_stages=settings.offload_stages,
+    )
 
 
 def select_fold(splits: Splits, fold: int | str) -> Fold:
