@@ -1,4 +1,4 @@
-"""Every command as a function: the one module that joins the layers, and the Python interface.
+"""Every stage as a function: the one module that joins the layers, and the Python interface.
 
 Each function takes its config dataclass from `pipeline.config` and does what `voxfit COMMAND` does.
 Heavy libraries are imported when a function needs them, so that importing this module is cheap.
@@ -6,11 +6,9 @@ Heavy libraries are imported when a function needs them, so that importing this 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.allocation import resolve_num_workers
 from pipeline.artifacts import content_hash, read_artifact, to_json, write_artifact
@@ -20,16 +18,13 @@ from pipeline.config import (
     PlanConfig,
     PredictConfig,
     PreprocessConfig,
-    RunConfig,
     TrainConfig,
 )
-from pipeline.errors import CasesFailedError, InputError
+from pipeline.errors import CasesFailedError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
-from pipeline.saved_config import find_changes, write_config
 
 if TYPE_CHECKING:
-    from rich.console import Group
     from torch import nn
 
     from pipeline.datasets.dataset import Dataset
@@ -41,10 +36,6 @@ if TYPE_CHECKING:
     from pipeline.training.trainer import FitResult
 
 Result = TypeVar("Result")
-# What may change between two calls of `run` in one folder: another fold is a run of its own, and the rest decides how
-# the work is done, not what comes of it.
-HOW_ONLY = ("num_workers", "skip_bad_cases", "train.validate_every_n_epochs", "train.hardware.")
-FREE_TO_CHANGE = ("work_dir", "fold", *HOW_ONLY)
 
 
 # ---- inspect
@@ -61,17 +52,13 @@ def inspect(config: InspectConfig) -> Inspection:
 
 
 def plan(config: PlanConfig) -> Plan:
-    """Check the dataset, measure it, and write `plan.json` and `fingerprint.json`.
+    """Check the dataset, measure it, run the planned step where there is a GPU, and write plan and fingerprint.
 
     Raises:
-        InputError: The dataset has problems and `skip_bad_cases` is off, or nothing fits the budget.
+        InputError: The dataset has problems and `skip_bad_cases` is off, or nothing fits the budget, by prediction or
+            when it was run on the GPU that is present.
         CasesFailedError: The plan was made without bad cases.
     """
-    made, left_out = _plan(config)
-    return _finish(made, left_out, done=f"{config.out} was written")
-
-
-def _plan(config: PlanConfig) -> tuple[Plan, dict[str, str]]:
     from pipeline.datasets.dataset import read_dataset
     from pipeline.datasets.examination import examine_cases
     from pipeline.datasets.fingerprint import make_fingerprint
@@ -85,9 +72,17 @@ def _plan(config: PlanConfig) -> tuple[Plan, dict[str, str]]:
     left_out = find_bad_cases(dataset, examined, num_workers=num_workers, skip=config.skip_bad_cases)
     fingerprint = make_fingerprint(dataset, num_workers=num_workers, leave_out=left_out, examined=examined)
     made = make_plan(fingerprint, config, budget_bytes=budget[0], budget_note=budget[1])
+    made = _probed(made, config)
     write_artifact(Path(config.out).with_name("fingerprint.json"), fingerprint)
     write_artifact(Path(config.out), made)
-    return made, left_out
+    return _finish(made, left_out, done=f"{config.out} was written")
+
+
+def _probed(made: Plan, config: PlanConfig) -> Plan:
+    """The plan after its step was run where there is a GPU."""
+    from pipeline.training.probed_plan import probed, without_probe
+
+    return probed(made) if config.probe == "auto" else without_probe(made)
 
 
 def _budget(config: PlanConfig) -> tuple[int, str]:
@@ -107,23 +102,17 @@ def preprocess(config: PreprocessConfig) -> CaseStore:
         CasesFailedError: Some cases were left out or failed; with `skip_bad_cases` off nothing is started
             when a case has problems.
     """
-    from pipeline.store import CaseStore
-
-    failures = _preprocess(config)
-    return _finish(CaseStore(Path(config.store)), failures, done=f"{config.store} was filled")
-
-
-def _preprocess(config: PreprocessConfig) -> dict[str, str]:
     from pipeline.datasets.dataset import read_dataset
     from pipeline.preprocessing.preprocess import preprocess_dataset
+    from pipeline.store import CaseStore
 
-    dataset = read_dataset(config.dataset)
+    dataset, store, done = read_dataset(config.dataset), Path(config.store), f"{config.store} was filled"
     made = read_artifact(Path(config.plan), Plan)
     left_out = _left_out_by_plan(made, dataset, config)
-    failures = preprocess_dataset(dataset, made, Path(config.store), num_workers=config.num_workers, leave_out=left_out)
+    failures = preprocess_dataset(dataset, made, store, num_workers=config.num_workers, leave_out=left_out)
     if failures and not config.skip_bad_cases:
-        raise CasesFailedError({**left_out, **failures}, done=f"{config.store} was filled")
-    return {**left_out, **failures}
+        raise CasesFailedError({**left_out, **failures}, done=done)
+    return _finish(CaseStore(store), {**left_out, **failures}, done=done)
 
 
 def _left_out_by_plan(made: Plan, dataset: Dataset, config: PreprocessConfig) -> dict[str, str]:
@@ -270,117 +259,7 @@ def _shown_cases(config: EvaluateConfig, metrics: Metrics) -> list[ReportCase]:
     )
 
 
-# ---- run
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What `voxfit run` made: the scores of the validation fold, and the page that shows them."""
-
-    metrics: Metrics
-    report: Path
-
-
-def run(config: RunConfig, *, network: nn.Module | None = None) -> RunResult:
-    """Plan, preprocess, train, predict the validation fold, evaluate, report; resumes where it was.
-
-    Raises:
-        CasesFailedError: Everything is done, without the cases that it lists.
-    """
-    work_dir = Path(config.work_dir)
-    _keep_config(work_dir / "config.yaml", config)
-    with log_to_file(work_dir / "log.txt"):
-        failures = _prepare(config, work_dir)
-        run_dir = work_dir / f"fold_{config.fold}"
-        paths = {"plan": str(work_dir / "plan.json"), "store": str(work_dir / "store"), "run_dir": str(run_dir)}
-        options = {**_values(config.train), **paths, "fold": config.fold, "max_epochs": config.max_epochs}
-        fit = train(TrainConfig(**options), network=network)
-        result, failed = _assess(config, fit, network)
-        return _finish(result, {**failures, **failed}, done=f"{run_dir} is finished")
-
-
-def describe_run(result: RunResult) -> Group:
-    """The table of scores and where the report is."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from pipeline.evaluation.explain import describe_metrics
-
-    return Group(describe_metrics(result.metrics), Text(f"report: {result.report}"))
-
-
-def _keep_config(path: Path, config: RunConfig) -> None:
-    """Save the options, or refuse to continue a folder in which a plan was made with others."""
-    changes = []
-    if path.is_file() and path.with_name("plan.json").is_file():
-        changes = find_changes(path, config, harmless=FREE_TO_CHANGE)
-    if changes:
-        fix = "Put them back to continue, or give another --work_dir"
-        raise InputError(f"was made with other options: {'; '.join(changes)}", where=path.parent, fix=fix)
-    write_config(path, config)
-
-
-def _prepare(config: RunConfig, work_dir: Path) -> dict[str, str]:
-    """The plan, unless it is there already (and perhaps edited), and the store; reasons of cases left out."""
-    plan_path = work_dir / "plan.json"
-    common: dict[str, Any] = {name: getattr(config, name) for name in ("dataset", "num_workers", "skip_bad_cases")}
-    if not plan_path.is_file():
-        _plan(PlanConfig(**_values(config.plan), **common, out=str(plan_path), vram=config.vram))
-    return _preprocess(PreprocessConfig(**common, plan=str(plan_path), store=str(work_dir / "store")))
-
-
-def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tuple[RunResult, dict[str, str]]:
-    """Predict the held-out cases on their own grids, score them, write the report; with the cases that failed."""
-    from pipeline.datasets.splits import Splits
-
-    run_dir, hardware = fit.run_dir, config.train.hardware
-    held_out = read_artifact(run_dir / "splits.json", Splits).folds[config.fold].validation
-    predictions, report = run_dir / "validation", run_dir / "report.html"
-    prediction = PredictConfig(
-        run_dir=str(run_dir),
-        input=config.dataset,
-        output=str(predictions),
-        tta=config.tta,
-        accelerator=hardware.accelerator,
-        num_threads=hardware.num_threads,
-    )
-    evaluation = EvaluateConfig(
-        predictions=str(predictions),
-        labels=config.dataset,
-        images=config.dataset,
-        out=str(predictions / "metrics.json"),
-        report=str(report),
-        run_dir=str(run_dir),
-        num_workers=config.num_workers,
-    )
-    _, failed = _collect(predict, prediction, network=network, case_ids=held_out)
-    facts = _facts(config, run_dir)
-    metrics, not_scored = _collect(evaluate, evaluation, case_ids=held_out, facts=facts)
-    return RunResult(metrics, report), {**not_scored, **failed}
-
-
-def _collect(command: Callable[..., Result], config: Any, **options: Any) -> tuple[Result, dict[str, str]]:
-    """What a command gives, and the cases that it failed for, which do not end the chain."""
-    try:
-        return command(config, **options), {}
-    except CasesFailedError as error:
-        return cast(Result, error.result), error.failures
-
-
-def _facts(config: RunConfig, run_dir: Path) -> dict[str, str]:
-    """What the report says of data, plan and run."""
-    from pipeline.geometry import format_shape, format_spacing
-
-    made, record = read_artifact(run_dir / "plan.json", Plan), json.loads((run_dir / "run.json").read_text())
-    return {
-        "dataset": made.dataset_name,
-        "fold": f"{config.fold} of {config.train.num_folds}",
-        "spacing": f"{format_spacing(made.target_spacing)} mm",
-        "patch": f"{format_shape(made.patch_size)} voxels, batch {record['batch_size']}",
-        "training": f"{config.max_epochs} epochs, {record['counts']['optimizer_step']} optimiser steps",
-        "precision": f"{record['precision']} on {record['device']}",
-        "mirroring": config.tta,
-    }
+# ---- what is shared
 
 
 def _finish(result: Result, failures: Mapping[str, str], *, done: str) -> Result:
@@ -388,8 +267,3 @@ def _finish(result: Result, failures: Mapping[str, str], *, done: str) -> Result
     if failures:
         raise CasesFailedError(failures, done=done, result=result)
     return result
-
-
-def _values(config: Any) -> dict[str, Any]:
-    """The fields of a config by name, groups as they are."""
-    return {item.name: getattr(config, item.name) for item in fields(config)}

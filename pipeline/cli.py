@@ -1,4 +1,4 @@
-"""The command line: one table of commands, each a config dataclass and a function of `pipeline.api`."""
+"""The command line: one table of commands, each a config dataclass and a function of `pipeline.api` or `.chain`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "run": Command(options.RunConfig, "pipeline.api:run", "pipeline.api:describe_run"),
+    "run": Command(options.RunConfig, "pipeline.chain:run", "pipeline.chain:describe_run"),
     "inspect": Command(
         options.InspectConfig, "pipeline.api:inspect", "pipeline.datasets.inspection:describe_inspection"
     ),

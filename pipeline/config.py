@@ -82,9 +82,15 @@ class PlanOptions(Checked):
     """Intensity normalisation; auto decides per channel from its name."""
     precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
     """Training precision; auto takes bf16 where the device has it."""
+    max_relative_time: float = 1.6
+    """Most that a voxel may take, against the plain step, for a larger field of view; 1 allows the plain step only."""
+    offload: Literal["auto", "off"] = "auto"
+    """Whether kept tensors may lie in pinned host memory; auto only where nothing else fits the same patch."""
+    probe: Literal["auto", "off"] = "auto"
+    """Run the chosen step on the GPU and step down until one fits; auto does where there is a GPU."""
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "batch_size", "effective_batch", "base_features", "num_groups")
+        found = _at_least(self, 1, "batch_size", "effective_batch", "base_features", "num_groups", "max_relative_time")
         if isinstance(self.batch_size, int) and self.batch_size > 0 and self.effective_batch % self.batch_size:
             found.append(f"effective_batch: {self.effective_batch} is not a multiple of batch_size {self.batch_size}")
         if self.max_features < self.base_features:
@@ -102,6 +108,10 @@ class PlanConfig(PlanOptions):
     """Where the plan is written; fingerprint.json is written beside it."""
     vram: str = "auto"
     """Memory budget such as 24GiB; auto takes the GPU's, or 8GiB where there is none."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser whose state is counted; `voxfit run` takes that of its training."""
+    ema: bool = False
+    """Count averaged weights as well; `voxfit run` does where its training averages them."""
     skip_bad_cases: bool = False
     """Leave out cases with problems instead of stopping at them (exit code 3)."""
     num_workers: int | Auto = "auto"

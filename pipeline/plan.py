@@ -5,23 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pydantic import ConfigDict
-
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, Spacing
+from pipeline.rungs import BlockName, Execution, NetworkPlan, NormName, Probe, ProbedRung, ProbeOutcome, Record, Rung
+
+__all__ = [
+    "GIB",
+    "BlockName",
+    "ChannelPlan",
+    "Execution",
+    "MemoryPlan",
+    "NetworkPlan",
+    "NormName",
+    "NormalizationScheme",
+    "Plan",
+    "Precision",
+    "Probe",
+    "ProbeOutcome",
+    "ProbedRung",
+    "Record",
+    "Rung",
+]
 
 GIB = 1024**3
 
 Precision = Literal["bf16-mixed", "16-mixed", "32-true"]
 NormalizationScheme = Literal["ct", "zscore", "none"]
-NormName = Literal["group", "instance", "batch"]
-BlockName = Literal["plain", "residual"]
-
-
-class Record:
-    """A dataclass that is read from JSON strictly: unknown keys are errors, numbers are not made from text."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,58 +57,6 @@ class ChannelPlan(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkPlan(Record):
-    """The shape of the 3D U-Net; one entry per stage, highest resolution first.
-
-    Attributes:
-        features_per_stage: Channels of each stage.
-        strides: Down-sampling into each stage along i, j, k; the first is (1, 1, 1).
-        kernel_sizes: Convolution kernel of each stage.
-        num_blocks_per_stage: Convolution blocks of each encoder stage; the decoder uses the plan's
-            `num_decoder_blocks` in each.
-        num_decoder_blocks: Convolution blocks of each decoder stage.
-        block: "plain" (convolution, norm, activation) or "residual".
-        norm: Normalisation; "group" does not depend on the batch size.
-        num_groups: Groups of the group norm, clipped to a divisor of the channels. 32 is the figure of its authors
-            (Wu and He 2018); few groups learn far more slowly here, see docs/benchmarks.md.
-        deep_supervision: Whether lower decoder stages get a loss of their own.
-    """
-
-    features_per_stage: tuple[int, ...]
-    strides: tuple[Shape3, ...]
-    kernel_sizes: tuple[Shape3, ...]
-    num_blocks_per_stage: tuple[int, ...]
-    num_decoder_blocks: int = 2
-    block: BlockName = "plain"
-    norm: NormName = "group"
-    num_groups: int = 32
-    deep_supervision: bool = True
-
-    def __post_init__(self) -> None:
-        lengths = {
-            name: len(getattr(self, name))
-            for name in ("features_per_stage", "strides", "kernel_sizes", "num_blocks_per_stage")
-        }
-        if len(set(lengths.values())) != 1:
-            raise InputError(f"network: one entry per stage is needed, got {lengths}")
-        if self.num_stages < 2:
-            raise InputError("network.features_per_stage: at least two stages are needed")
-
-    @property
-    def num_stages(self) -> int:
-        """Number of resolutions, the bottleneck included."""
-        return len(self.features_per_stage)
-
-    @property
-    def total_stride(self) -> Shape3:
-        """Product of all strides: patch sizes are multiples of it."""
-        product = [1, 1, 1]
-        for stride in self.strides:
-            product = [p * s for p, s in zip(product, stride, strict=True)]
-        return product[0], product[1], product[2]
-
-
-@dataclass(frozen=True, kw_only=True)
 class MemoryPlan(Record):
     """What one training step was metered to take, in bytes of tensors plus the stated overhead.
 
@@ -108,39 +65,19 @@ class MemoryPlan(Record):
         peak_bytes: Metered peak of one step with the chosen patch, batch, precision and recomputation.
         overhead_bytes: What a device adds (context, convolution workspace, fragmentation); an estimate.
         parts: Bytes at the peak by what holds them; they add up to `peak_bytes`.
+        host_bytes: Pinned host memory that the step takes for offloaded tensors.
     """
 
     budget_bytes: int
     peak_bytes: int
     overhead_bytes: int
     parts: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rung(Record):
-    """One way to run a training step, and what it takes.
-
-    Attributes:
-        patch_size: Training patch along i, j, k.
-        batch_size: Patches per device and iteration.
-        accumulate_grad_batches: Iterations per optimiser step.
-        recompute_stages: Stages, from the highest resolution, whose activations are recomputed.
-        slab_stages: Stages, from the highest resolution, that run in slabs instead; they are not recomputed.
-        offload_stages: Slab stages, from the highest resolution, whose kept tensors lie in host memory.
-        required_bytes: Predicted memory of the device, overhead included.
-        host_bytes: Predicted pinned host memory.
-        relative_time: Time per voxel against the plain step (no recomputation, no slabs), estimated.
-    """
-
-    patch_size: Shape3
-    batch_size: int = 1
-    accumulate_grad_batches: int = 1
-    recompute_stages: int = 0
-    slab_stages: int = 0
-    offload_stages: int = 0
-    required_bytes: int = 0
     host_bytes: int = 0
-    relative_time: float = 1.0
+
+    @property
+    def required_bytes(self) -> int:
+        """Tensors and overhead together: what has to fit the budget."""
+        return self.peak_bytes + self.overhead_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +101,16 @@ class Plan(Record):
         recompute_stages: Number of stages, from the highest resolution, whose activations are recomputed.
         slab_stages: Number of stages, from the highest resolution, that run in slabs instead.
         offload_stages: Number of slab stages, from the highest resolution, whose kept tensors lie in host memory.
+        optimizer: The optimiser whose state was metered.
+        ema: Whether averaged weights were counted.
         network: Shape of the network.
         memory: What the meter said.
-        candidates: Rungs that were looked at, the chosen one among them.
+        candidates: Rungs that were looked at, the chosen one among them; for people, nothing depends on them. Those of
+            other patches may belong to other networks.
         fallbacks: Rungs that take less than the chosen one, in the order in which a training that runs out of memory
-            steps down. All of them train the same network.
+            steps down. All of them train the same network with the same effective batch.
         notes: Why the planner chose what it did, a sentence each.
+        probe: What real steps on the device took; None where none was run.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -190,16 +131,57 @@ class Plan(Record):
     recompute_stages: int = 0
     slab_stages: int = 0
     offload_stages: int = 0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    ema: bool = False
     network: NetworkPlan
     memory: MemoryPlan
     candidates: tuple[Rung, ...] = ()
     fallbacks: tuple[Rung, ...] = ()
     notes: tuple[str, ...] = ()
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
-        problems = [*self._patch_problems(), *self._count_problems()]
+        problems = [
+            *self._own_rung().problems(self.network),
+            *self._label_problems(),
+            *self._rung_problems(),
+        ]
         if problems:
             raise InputError("; ".join(problems))
+
+    @property
+    def execution(self) -> Execution:
+        """How the network's stages are run."""
+        return Execution(self.recompute_stages, self.slab_stages, self.offload_stages)
+
+    @property
+    def rung(self) -> Rung:
+        """The chosen step as a rung, with what is predicted of it."""
+        rung = self._own_rung()
+        # After an edit by hand the step may be none of those that were looked at; then nothing is known of it.
+        return next((known for known in self.candidates if known.is_same_step(rung)), rung)
+
+    def _own_rung(self) -> Rung:
+        return Rung(
+            patch_size=self.patch_size,
+            batch_size=self.batch_size,
+            accumulate_grad_batches=self.accumulate_grad_batches,
+            **self.execution._asdict(),
+            required_bytes=self.memory.required_bytes,
+            host_bytes=self.memory.host_bytes,
+        )
+
+    def optimizer_warning(self, optimizer: str, *, ema: bool) -> str:
+        """A sentence where a training's optimiser takes other memory than the metered one, or "".
+
+        Args:
+            optimizer: Name of the training's optimiser.
+            ema: Whether the training averages weights.
+        """
+        planned, trained = (_optimizer_words(*pair) for pair in ((self.optimizer, self.ema), (optimizer, ema)))
+        if planned == trained:
+            return ""
+        return f"the plan's memory was metered for {planned}, but the training uses {trained}: plan again to count it"
 
     @property
     def num_channels(self) -> int:
@@ -226,22 +208,28 @@ class Plan(Record):
         """Patches per optimiser step and device."""
         return self.batch_size * self.accumulate_grad_batches
 
-    def _patch_problems(self) -> list[str]:
-        stride = self.network.total_stride
-        if all(size > 0 and size % s == 0 for size, s in zip(self.patch_size, stride, strict=True)):
-            return []
-        return [f"patch_size: {list(self.patch_size)} is not a multiple of the network's stride {list(stride)}"]
+    def _rung_problems(self) -> list[str]:
+        """Problems of the rungs: fallbacks are trained with, candidates are only shown."""
+        found = []
+        for index, rung in enumerate(self.fallbacks):
+            own = rung.problems(self.network)
+            if not own and rung.effective_batch != self.effective_batch:
+                own = [f"effective batch {rung.effective_batch} is not the plan's {self.effective_batch}"]
+            found += [f"fallbacks.{index}.{problem}" for problem in own]
+        for index, rung in enumerate(self.candidates):
+            if min(rung.patch_size) < 1:
+                found.append(f"candidates.{index}.patch_size: must be positive, got {list(rung.patch_size)}")
+            found += [f"candidates.{index}.{problem}" for problem in rung.batch_problems()]
+        return found
 
-    def _count_problems(self) -> list[str]:
-        problems = [
-            f"{name}: must be at least 1, got {getattr(self, name)}"
-            for name in ("batch_size", "accumulate_grad_batches")
-            if getattr(self, name) < 1
-        ]
-        if not 0 <= self.recompute_stages <= self.network.num_stages:
-            problems.append(f"recompute_stages: must be 0 to {self.network.num_stages}, got {self.recompute_stages}")
+    def _label_problems(self) -> list[str]:
+        problems = []
         if len(set(self.labels.values())) != len(self.labels) or len(self.labels) < 2:
             problems.append("labels: at least two classes with different values are needed")
         if self.labels and next(iter(self.labels.values())) != 0:
             problems.append("labels: the first class must be the background with value 0")
         return problems
+
+
+def _optimizer_words(name: str, ema: bool) -> str:
+    return f"{name} with averaged weights" if ema else name

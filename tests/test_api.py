@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from pipeline import api
+from pipeline import api, chain
 from pipeline.cli import main
 from pipeline.config import (
     AugmentationConfig,
@@ -61,7 +61,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work folder of `voxfit run` on the cases."""
     work_dir = tmp_path_factory.mktemp("work")
-    api.run(run_config(dataset, work_dir))
+    chain.run(run_config(dataset, work_dir))
     return work_dir
 
 
@@ -90,13 +90,13 @@ def test_one_call_does_everything_and_leaves_every_file_of_the_design(finished: 
 
 def test_the_same_call_again_recomputes_nothing(dataset: Path, finished: Path) -> None:
     before = state_of(finished)
-    api.run(run_config(dataset, finished))
+    chain.run(run_config(dataset, finished))
     assert state_of(finished) == before
 
 
 def test_other_options_in_the_same_folder_are_refused_and_named(dataset: Path, finished: Path) -> None:
     with pytest.raises(InputError, match=r"made with other options: max_epochs \(was 2, now 3\)"):
-        api.run(run_config(dataset, finished, max_epochs=3))
+        chain.run(run_config(dataset, finished, max_epochs=3))
 
 
 def test_predictions_lie_on_the_grid_of_their_images(dataset: Path, finished: Path) -> None:
@@ -158,7 +158,7 @@ def dirty(dataset: Path, tmp_path: Path) -> Path:
 
 def test_bad_cases_stop_the_run_before_anything_is_made(dirty: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
-        api.run(run_config(dirty, tmp_path / "work"))
+        chain.run(run_config(dirty, tmp_path / "work"))
     assert "case_1" in str(error.value)
     assert "case_2" in str(error.value)
     assert "--skip_bad_cases" in str(error.value)
@@ -196,7 +196,7 @@ def test_a_case_without_foreground_is_listed_and_trains_all_the_same(dataset: Pa
     nibabel.save(nibabel.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), label)
     inspection = api.inspect(InspectConfig(path=str(folder), num_workers=1))
     assert [problem.kind for problem in inspection.problems] == ["empty_label"]
-    result = api.run(run_config(folder, tmp_path / "work", max_epochs=1))
+    result = chain.run(run_config(folder, tmp_path / "work", max_epochs=1))
     assert result.report.is_file()
 
 
@@ -283,11 +283,11 @@ def test_a_held_out_case_that_cannot_be_predicted_does_not_lose_the_scores_of_th
     config = run_config(folder, work_dir)
     write_config(work_dir / "config.yaml", config)
     with pytest.raises(CasesFailedError) as error:
-        api.run(config)
+        chain.run(config)
     lost = predictions[0].name.split(".")[0]
     assert set(error.value.failures) == {lost}
     result = error.value.result
-    assert isinstance(result, api.RunResult)
+    assert isinstance(result, chain.RunResult)
     assert [case.case_id for case in result.metrics.cases] == [predictions[1].name.split(".")[0]]
 
 
@@ -295,18 +295,18 @@ def test_another_fold_goes_into_the_same_work_folder(dataset: Path, finished: Pa
     work_dir = tmp_path / "work"
     shutil.copytree(finished, work_dir)
     before = state_of(work_dir / "fold_0")
-    api.run(run_config(dataset, work_dir, fold=1, max_epochs=2))
+    chain.run(run_config(dataset, work_dir, fold=1, max_epochs=2))
     assert (work_dir / "fold_1" / "report.html").is_file()
     assert state_of(work_dir / "fold_0") == before
 
 
 def test_a_call_that_failed_before_the_plan_does_not_bind_the_folder(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError):
-        api.run(run_config(dataset / "nowhere", tmp_path, max_epochs=1))
+        chain.run(run_config(dataset / "nowhere", tmp_path, max_epochs=1))
     with pytest.raises(InputError, match="lots"):
-        api.run(run_config(dataset, tmp_path, vram="lots"))
+        chain.run(run_config(dataset, tmp_path, vram="lots"))
     assert not (tmp_path / "fingerprint.json").exists()
-    assert api.run(run_config(dataset, tmp_path, max_epochs=1)).report.is_file()
+    assert chain.run(run_config(dataset, tmp_path, max_epochs=1)).report.is_file()
 
 
 def test_an_interrupted_run_is_finished_by_the_same_command(dataset: Path, finished: Path, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_an_interrupted_run_is_finished_by_the_same_command(dataset: Path, finis
     (run_dir / "report.html").unlink()
     for path in (work_dir / "store" / "cases").glob("case_2*"):
         path.unlink()
-    api.run(run_config(dataset, work_dir))
+    chain.run(run_config(dataset, work_dir))
     assert first.stat().st_mtime_ns == kept
     assert (
         nibabel.load(second).get_fdata().tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pipeline.networks.unet import UNet
 from pipeline.plan import NetworkPlan
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.intensity import ChannelParameters, change_intensity
+from pipeline.slabs import store as slab_store
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -28,6 +31,7 @@ NETWORK = NetworkPlan(
     num_blocks_per_stage=(2, 1, 1, 1),
     num_groups=4,
 )
+WIDE_NETWORK = replace(NETWORK, features_per_stage=(32, 48, 64, 64), num_blocks_per_stage=(2, 2, 2, 2))
 EVERY_CHANGE = ChannelParameters(
     noise_std=0.2,
     noise_seed=5,
@@ -168,3 +172,40 @@ def test_recomputed_gradients_are_the_plain_ones(bf16: bool, monkeypatch: pytest
     for name, gradient in found.items():
         tolerance = 0.01 * float(expected[name].abs().max()) + 1e-12
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("offload_stages", [0, 1, 2])
+def test_gradients_of_a_step_in_slabs_are_the_plain_ones(
+    bf16: bool, offload_stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slab_store, "SLAB_BYTES", 1)
+    monkeypatch.setattr(slab_store, "SMALLEST_SLAB_ROWS", 2)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    image, target = torch.randn(2, 1, *SHAPE).cuda(), torch.randint(0, 3, (2, *SHAPE)).cuda()
+    plain = UNet(1, 3, NETWORK).cuda()
+    slabs = UNet(1, 3, NETWORK, slab_stages=2, offload_stages=offload_stages, fused_head=True).cuda()
+    slabs.load_state_dict(plain.state_dict())
+    expected, found = (gradients(network, image, target, bf16=bf16) for network in (plain, slabs))
+    for name, gradient in found.items():
+        tolerance = (0.05 if bf16 else 1e-4) * float(expected[name].abs().max()) + 1e-12
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance)
+
+
+def peak_bytes(shape: tuple[int, ...], **rung: int) -> int:
+    network = UNet(1, 60, WIDE_NETWORK, fused_head=True, **rung).cuda()
+    image, target = torch.randn(1, 1, *shape).cuda(), torch.randint(0, 60, (1, *shape)).cuda()
+    gradients(network, image, target, bf16=True)
+    network.zero_grad()
+    torch.cuda.reset_peak_memory_stats()
+    gradients(network, image, target, bf16=True)
+    return torch.cuda.max_memory_allocated()
+
+
+def test_slabs_and_host_memory_lower_the_peak_of_the_device() -> None:
+    shape = (96, 96, 80)
+    plain, slabs, offloaded = (
+        peak_bytes(shape, **rung) for rung in ({}, {"slab_stages": 2}, {"slab_stages": 2, "offload_stages": 2})
+    )
+    assert slabs < 0.6 * plain
+    assert offloaded < 0.8 * slabs

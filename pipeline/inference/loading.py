@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,21 @@ def read_plan(run_dir: Path) -> Plan:
     if not path.is_file():
         raise InputError("is no run folder: it has no plan.json", where=run_dir, fix="Give the folder of a training")
     return read_artifact(path, Plan)
+
+
+def as_trained(plan: Plan, run_dir: Path) -> Plan:
+    """The plan with patch and execution as the run came to use them: an out-of-memory may have stepped them down.
+
+    Windows of the training patch see group statistics as training did. Runs without a readable record keep the plan's.
+    """
+    try:
+        record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        patch = record.get("patch_size") or plan.patch_size
+        reached = [each["to_rung"] for each in record.get("step_downs", ())][-1:]
+        stages = {name: rung[name] for rung in reached for name in ("slab_stages", "offload_stages")}
+        return replace(plan, patch_size=tuple(patch), candidates=(), fallbacks=(), **stages)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return plan
 
 
 def read_precision(run_dir: Path) -> Precision | None:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from pipeline.allocation import allotted_cpus
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
-from pipeline.inference.loading import find_checkpoint, load_weights, read_mirror_axes, read_plan, read_precision
+from pipeline.inference.loading import (
+    as_trained,
+    find_checkpoint,
+    load_weights,
+    read_mirror_axes,
+    read_plan,
+    read_precision,
+)
 from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.io.nifti import write_label
 from pipeline.io.volume import Volume
@@ -85,10 +92,10 @@ class Predictor:
             InputError: The run has no plan or no such checkpoint, the weights are another network's, there is no GPU,
                 or mirroring is asked of a run that was trained without.
         """
-        plan = read_plan(run_dir)
+        plan = as_trained(read_plan(run_dir), run_dir)
         weights = read_weights(find_checkpoint(run_dir, checkpoint))
         device_type = choose_device_type(accelerator)
-        network = network if network is not None else UNet(plan.num_channels, plan.num_classes, plan.network)
+        network = network if network is not None else _make_network(plan)
         load_weights(network, weights, where=run_dir)
         choice = choose_precision(read_precision(run_dir) or plan.precision, device_type=device_type)
         if device_type == "cpu":
@@ -196,6 +203,17 @@ class Predictor:
             return "cpu"
         num_bytes = 4 * (self.plan.num_classes + self.plan.num_channels + 1) * image[0].numel()
         return "cuda" if num_bytes < SCORES_SHARE * free_vram_bytes() else "cpu"
+
+
+def _make_network(plan: Plan) -> UNet:
+    """The plan's U-Net; windows of the size of its patch fit where the training step did."""
+    return UNet(
+        plan.num_channels,
+        plan.num_classes,
+        plan.network,
+        slab_stages=plan.slab_stages,
+        offload_stages=plan.offload_stages,
+    )
 
 
 def _is_finite(scores: Tensor) -> bool:

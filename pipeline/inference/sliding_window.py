@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
+from pipeline.slabs.rows import PendingLogits
+from pipeline.slabs.store import slab_ranges, slab_rows
 
 Network = Callable[[Tensor], Tensor]
 
@@ -42,7 +44,8 @@ def sliding_window_scores(
     the network is the caller's: open `torch.autocast` around the call. Put the network in evaluation mode first.
 
     Args:
-        network: Takes (B, C, *window) and gives (B, num_classes, *window).
+        network: Takes (B, C, *window) and gives (B, num_classes, *window). Where it has a method `pending_logits`, as
+            our U-Net has, logits of a whole window never exist.
         image: (C, I, J, K) of a floating type. Scores are gathered where it lies: on the GPU for speed, or on the
             host when the scores of a whole volume are too large for the GPU.
         window: Size of the windows in voxels. A smaller volume is padded with zeros on both sides and cropped back.
@@ -66,11 +69,16 @@ def sliding_window_scores(
     scores = torch.zeros((num_classes, *shape), dtype=torch.float32, device=image.device)
     total = torch.zeros((1, *shape), dtype=torch.float32, device=image.device)
     weights = gaussian_weights(window).to(image.device)[None]
+    flips = _flips(tta_axes)
     for places in _batched(window_slices(shape, window, overlap=overlap), window_batch):
         batch = torch.stack([padded[(slice(None), *place)] for place in places]).to(device or image.device)
-        for place, window_scores in zip(places, _mirrored_mean(network, batch, tta_axes, num_classes), strict=True):
-            seen = total[(slice(None), *place)].add_(weights)
-            scores[(slice(None), *place)].lerp_(window_scores.to(scores), weights / seen)
+        for flip in flips:
+            for rows, batch_scores in _mirrored_rows(network, batch, flip, num_classes):
+                share = weights[:, rows] / len(flips)
+                for place, window_scores in zip(places, batch_scores, strict=True):
+                    where = (slice(None), slice(place[0].start + rows.start, place[0].start + rows.stop), *place[1:])
+                    seen = total[where].add_(share)
+                    scores[where].lerp_(window_scores.to(scores), share / seen)
     return scores[(slice(None), *inner)].contiguous()
 
 
@@ -129,14 +137,30 @@ def _pad(image: Tensor, window: Shape3) -> tuple[Tensor, tuple[slice, slice, sli
     return functional.pad(image, borders), (inner[0], inner[1], inner[2])
 
 
-def _mirrored_mean(network: Network, batch: Tensor, axes: Sequence[int], num_classes: int) -> Tensor:
-    """Scores of a batch, averaged over every combination of mirrored axes."""
+def _flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Every combination of axes to mirror, none first, as axes of a batch."""
     spatial = sorted({axis + 2 for axis in axes})
-    mean = _scores(network, batch, num_classes)
-    flips = [flip for count in range(1, len(spatial) + 1) for flip in combinations(spatial, count)]
-    for done, flip in enumerate(flips, start=2):
-        mean = mean.lerp(_scores(network, batch.flip(flip), num_classes).flip(flip), 1 / done)
-    return mean
+    return [flip for count in range(len(spatial) + 1) for flip in combinations(spatial, count)]
+
+
+def _mirrored_rows(
+    network: Network, batch: Tensor, flip: tuple[int, ...], num_classes: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of windows and their scores (B, K, n, j, k), as the network gives them for the mirrored batch."""
+    num_rows = batch.shape[2]
+    for rows, scores in _score_rows(network, batch.flip(flip), num_classes):
+        yield (slice(num_rows - rows.stop, num_rows - rows.start) if 2 in flip else rows), scores.flip(flip)
+
+
+def _score_rows(network: Network, batch: Tensor, num_classes: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of windows and their scores; a few rows at a time where the network can leave its logits pending."""
+    if not hasattr(network, "pending_logits"):
+        yield slice(0, batch.shape[2]), _scores(network, batch, num_classes)
+        return
+    pending: PendingLogits = network.pending_logits(batch)
+    _check_shape(pending.shape, batch, num_classes)
+    for start, stop in slab_ranges(batch.shape[2], slab_rows(pending.shape, torch.float32)):
+        yield slice(start, stop), pending.compute(start, stop)
 
 
 def full_resolution(output: Tensor | Sequence[Tensor]) -> Tensor:
@@ -152,13 +176,17 @@ def full_resolution(output: Tensor | Sequence[Tensor]) -> Tensor:
 
 def _scores(network: Network, batch: Tensor, num_classes: int) -> Tensor:
     scores = full_resolution(network(batch))
+    _check_shape(scores.shape, batch, num_classes)
+    return scores
+
+
+def _check_shape(found: torch.Size, batch: Tensor, num_classes: int) -> None:
     expected = (batch.shape[0], num_classes, *batch.shape[2:])
-    if tuple(scores.shape) != expected:
+    if tuple(found) != expected:
         raise InputError(
-            f"the network gives {format_shape(scores.shape)} for windows of {format_shape(batch.shape)}, "
+            f"the network gives {format_shape(found)} for windows of {format_shape(batch.shape)}, "
             f"expected {format_shape(expected)}"
         )
-    return scores.float()
 
 
 def _batched(places: Sequence[tuple[slice, slice, slice]], size: int) -> Iterator[list[tuple[slice, slice, slice]]]:

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.slabs.rows import PendingLogits
+
+Outputs = Tensor | PendingLogits
+
 
 class DeepSupervisionLoss(nn.Module):
     """The weighted mean of a loss over outputs of falling resolution; each weight is half the one before.
@@ -22,12 +26,12 @@ class DeepSupervisionLoss(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, outputs: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+    def forward(self, outputs: Outputs | Sequence[Outputs], target: Tensor) -> Tensor:
         """The loss as a scalar.
 
         Args:
-            outputs: Logits (B, K, I, J, K), a sequence of them with the highest resolution first, or a stack
-                (B, heads, K, I, J, K) at one resolution as MONAI's DynUNet returns in training.
+            outputs: Logits (B, K, I, J, K) or what stands for them, a sequence of them with the highest resolution
+                first, or a stack (B, heads, K, I, J, K) at one resolution as MONAI's DynUNet returns in training.
             target: (B, I, J, K) class indices at the highest resolution; taken to lower ones by nearest neighbour.
         """
         heads = _as_list(outputs)
@@ -36,7 +40,9 @@ class DeepSupervisionLoss(nn.Module):
         return sum(w * value for w, value in zip(weights, losses, strict=True)) / sum(weights)
 
 
-def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _as_list(outputs: Outputs | Sequence[Outputs]) -> list[Outputs]:
+    if isinstance(outputs, PendingLogits):
+        return [outputs]
     if isinstance(outputs, Tensor):
         return list(outputs.unbind(1)) if outputs.ndim == 6 else [outputs]
     return list(outputs)

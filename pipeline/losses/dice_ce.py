@@ -1,33 +1,45 @@
 """Soft Dice + cross entropy that keeps nothing for the backward pass but the logits and the target.
 
-The softmax is taken chunk by chunk over the voxels, once for the sums and again for the gradient, so no probabilities,
-one-hot target or float copy of the whole patch ever exist.
+The voxels are taken chunk by chunk, once for the sums and again for the gradient, so no probabilities, one-hot target
+or float copy of the whole patch ever exist. From `PendingLogits` no logits exist either (see `fused_head`).
 
-Legend: B samples, K classes, V voxels; logits (B, K, I, J, K'), target (B, I, J, K').
+Legend: B samples, K channels of the logits, (I, J, K') voxels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Elements of a chunk: few enough that its temporaries (some 16 MiB each) do not count beside the network's, and many
-# enough that a GPU is busy. The bound on their number keeps the temporaries near a tenth of half-precision logits.
-CHUNK_ELEMENTS = 2**22
-MAX_CHUNKS = 64
+from pipeline.errors import InputError
+from pipeline.losses.chunks import split_voxels, without_repeats
+from pipeline.losses.fused_head import fused_head_loss
+from pipeline.losses.region_terms import RegionTerms, make_membership
+from pipeline.losses.softmax_terms import SoftmaxTerms
+from pipeline.losses.terms import LossOptions, Sums, Terms, finish
+from pipeline.slabs.rows import PendingLogits
 
 
 class DiceCELoss(nn.Module):
-    """Softmax Dice over the foreground classes plus cross entropy over all classes, in float32 or better.
+    """Dice plus cross entropy, in float32 or better, from logits or from pending logits alike.
 
-    The Dice term of a class is `1 - (2 * overlap + smooth) / (predicted + reference + smooth)`; its mean is taken over
-    the foreground classes (and samples). Equal to MONAI's `DiceCELoss(include_background=False, softmax=True,
-    to_onehot_y=True, batch=batch_dice, smooth_nr=smooth, smooth_dr=smooth, lambda_dice=dice_weight,
-    lambda_ce=ce_weight)`, with an ignore label on top.
+    The Dice term of a channel is `1 - (2 * overlap + smooth) / (predicted + reference + smooth)`.
+
+    Without regions, channels are classes that exclude each other: softmax, Dice over the foreground classes, cross
+    entropy over all classes. Equal to MONAI's `DiceCELoss(include_background=False, softmax=True, to_onehot_y=True,
+    batch=batch_dice, smooth_nr=smooth, smooth_dr=smooth, lambda_dice=dice_weight, lambda_ce=ce_weight)`; and with
+    `weight=class_weights` where `weighted_dice` is set, because MONAI weights both parts.
+
+    With regions, channels are regions that may overlap: sigmoid, Dice over all regions, binary cross entropy. Equal to
+    MONAI's `DiceLoss(sigmoid=True)` plus torch's `BCEWithLogitsLoss` on the multi-hot target.
+
+    An ignore label comes on top of both.
 
     Args:
         ignore_index: Target value of voxels that take part in neither term.
@@ -35,6 +47,16 @@ class DiceCELoss(nn.Module):
         smooth: Added to numerator and denominator; a class absent from prediction and target costs nothing.
         dice_weight: Weight of the Dice term.
         ce_weight: Weight of the cross entropy.
+        class_weights: K weights. The cross entropy is the weighted mean over voxels, each with the weight of its class
+            (torch's `CrossEntropyLoss(weight=...)`); with regions, voxels inside a region count so much (torch's
+            `BCEWithLogitsLoss(pos_weight=...)`).
+        weighted_dice: Multiply each channel's Dice term by its class weight too. Their mean is still divided by the
+            number of channels, as MONAI does.
+        regions: The classes that make up each region. The target stays a map of class indices; classes in no region
+            are background.
+
+    Raises:
+        InputError: Weights or regions make no sense.
     """
 
     def __init__(
@@ -45,107 +67,89 @@ class DiceCELoss(nn.Module):
         smooth: float = 1e-5,
         dice_weight: float = 1.0,
         ce_weight: float = 1.0,
+        class_weights: Sequence[float] | None = None,
+        weighted_dice: bool = False,
+        regions: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        self.ignore_index = ignore_index
-        self.batch_dice = batch_dice
-        self.smooth = smooth
-        self.dice_weight = dice_weight
-        self.ce_weight = ce_weight
+        _check_weights(class_weights, weighted_dice, regions)
+        self.options = LossOptions(ignore_index, batch_dice, smooth, dice_weight, ce_weight)
+        self.weighted_dice = weighted_dice
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
+        self.register_buffer("class_weights", weights, persistent=False)
+        membership = None if regions is None else make_membership(regions)
+        self.register_buffer("membership", membership, persistent=False)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor | PendingLogits, target: Tensor) -> Tensor:
         """The loss as a float32 scalar (float64 for float64 logits); finite when every voxel is ignored.
 
         Args:
-            logits: (B, K, I, J, K'), any floating dtype, K at least 2.
+            outputs: Logits (B, K, I, J, K') in any floating dtype, K at least 2 without regions; or what stands for
+                them.
             target: (B, I, J, K'), class indices of any integer dtype.
 
         Raises:
             ValueError: The shapes do not belong together.
         """
-        if target.shape != (logits.shape[0], *logits.shape[2:]):
-            raise ValueError(f"target {tuple(target.shape)} does not belong to logits {tuple(logits.shape)}")
-        return _DiceCE.apply(logits, target, self)
+        self._check_shapes(outputs.shape, target.shape)
+        if isinstance(outputs, PendingLogits):
+            return fused_head_loss(outputs, target, self._terms())
+        return _DiceCE.apply(outputs, target, self._terms())
+
+    def _terms(self) -> Terms:
+        if self.membership is None:
+            return SoftmaxTerms(self.options, self.class_weights, self.weighted_dice)
+        return RegionTerms(self.options, self.membership, self.class_weights, self.weighted_dice)
+
+    def _check_shapes(self, logits: torch.Size, target: torch.Size) -> None:
+        if target != (logits[0], *logits[2:]):
+            raise ValueError(f"target {tuple(target)} does not belong to logits {tuple(logits)}")
+        for name, wanted in (("regions", self.membership), ("class_weights", self.class_weights)):
+            if wanted is not None and len(wanted) != logits[1]:
+                raise ValueError(f"{len(wanted)} {name} do not belong to logits {tuple(logits)}")
 
 
-class _Sums(NamedTuple):
-    """What both terms need: (B, K) sums over voxels, the summed cross entropy, the number of voxels that count."""
-
-    overlap: Tensor
-    predicted: Tensor
-    reference: Tensor
-    cross_entropy: Tensor
-    num_valid: Tensor
-
-
-class _Chunk(NamedTuple):
-    """A range of voxels: log probabilities and masked one-hot target (B, K, V), mask (B, 1, V)."""
-
-    voxels: slice
-    log_probability: Tensor
-    onehot: Tensor
-    valid: Tensor
+def _check_weights(
+    class_weights: Sequence[float] | None, weighted_dice: bool, regions: Sequence[Sequence[int]] | None
+) -> None:
+    if class_weights is None:
+        if weighted_dice:
+            raise InputError(
+                "there are no weights for a weighted Dice", where="weighted_dice", fix="Give class_weights"
+            )
+        return
+    if not all(0 <= weight < math.inf for weight in class_weights):
+        raise InputError(f"weights {list(class_weights)} are not all finite and 0 or more", where="class_weights")
+    if regions is not None and len(regions) != len(class_weights):
+        raise InputError(
+            f"{len(class_weights)} weights for {len(regions)} regions", where="class_weights", fix="Give one per region"
+        )
 
 
 class _DiceCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, loss: DiceCELoss) -> Tensor:
-        sums = _sum_over_voxels(logits, target, loss.ignore_index)
-        axes = [0] if loss.batch_dice else []
-        overlap, predicted, reference = (part.sum(axes, keepdim=True) if axes else part for part in sums[:3])
-        numerator = 2 * overlap + loss.smooth
-        denominator = predicted + reference + loss.smooth
-        foreground = torch.ones_like(numerator)
-        foreground[:, 0] = 0
-        scale = foreground / foreground.sum()
-        num_valid = sums.num_valid.clamp(min=1)
-        # Derivatives by the probability of a class: at its own voxels, at every voxel, and of the cross entropy.
-        ctx.own = -2 * loss.dice_weight * scale / denominator
-        ctx.every = loss.dice_weight * scale * numerator / denominator**2
-        ctx.ce = loss.ce_weight / num_valid
-        ctx.ignore_index = loss.ignore_index
+    def forward(ctx: Any, logits: Tensor, target: Tensor, terms: Terms) -> Tensor:
+        flat, flat_target = logits.flatten(2), target.flatten(1)
+        parts = (terms.add_up(flat[:, :, voxels], flat_target[:, voxels]) for voxels in _split(flat))
+        value, ctx.slopes = finish(reduce(Sums.plus, parts), terms)
+        ctx.terms = terms
         ctx.save_for_backward(logits, target)
-        dice = (scale * (1 - numerator / denominator)).sum()
-        return loss.dice_weight * dice + loss.ce_weight * sums.cross_entropy / num_valid
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         logits, target = ctx.saved_tensors
-        own, every, ce = ((part * grad_output)[..., None] for part in (ctx.own, ctx.every, ctx.ce))
-        # Flat first: flattening permuted axes copies, and what is written into a copy is lost.
-        gradient = torch.empty_like(logits.flatten(2))
-        for chunk in _chunks(logits, target, ctx.ignore_index):
-            probability = chunk.log_probability.exp_().mul_(chunk.valid)
-            # The softmax turns a gradient g by probability into p * (g - sum of g * p), the cross entropy into p - t.
-            by_dice = (own * chunk.onehot).add_(every).mul_(probability)
-            by_dice.sub_(probability * by_dice.sum(1, keepdim=True))
-            gradient[:, :, chunk.voxels] = by_dice.add_(probability.sub_(chunk.onehot).mul_(ce))
+        flat, target = logits.flatten(2), target.flatten(1)
+        slopes = ctx.slopes.times(grad_output)
+        # Made flat, because flattening permuted axes copies and what is written into a copy would be lost.
+        gradient = torch.empty_like(flat)
+        for voxels in _split(flat):
+            ctx.terms.differentiate(flat[:, :, voxels], target[:, voxels], slopes, out=gradient[:, :, voxels])
         return gradient.unflatten(2, logits.shape[2:]), None, None
 
 
-def _sum_over_voxels(logits: Tensor, target: Tensor, ignore_index: int) -> _Sums:
-    parts: list[Tensor] = []
-    for chunk in _chunks(logits, target, ignore_index):
-        cross_entropy = -(chunk.log_probability * chunk.onehot).sum()
-        probability = chunk.log_probability.exp_()
-        overlap = (probability * chunk.onehot).sum(2)
-        found = [overlap, probability.mul_(chunk.valid).sum(2), chunk.onehot.sum(2), cross_entropy, chunk.valid.sum()]
-        parts = [part + new for part, new in zip(parts, found, strict=True)] if parts else found
-    return _Sums(*parts)
-
-
-def _chunks(logits: Tensor, target: Tensor, ignore_index: int) -> Iterator[_Chunk]:
-    num_samples, num_classes = logits.shape[:2]
-    logits, target = logits.flatten(2), target.flatten(1)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    num_voxels = target.shape[1]
-    length = max(CHUNK_ELEMENTS // (num_samples * num_classes), -(-num_voxels // MAX_CHUNKS), 1)
-    for start in range(0, num_voxels, length):
-        voxels = slice(start, min(start + length, num_voxels))
-        part = target[:, None, voxels]
-        valid = part != ignore_index
-        log_probability = logits[:, :, voxels].to(dtype).log_softmax(1)
-        onehot = torch.zeros_like(log_probability)
-        onehot.scatter_(1, torch.where(valid, part, 0).long(), valid.to(dtype))
-        yield _Chunk(voxels, log_probability, onehot, valid.to(dtype))
+def _split(logits: Tensor) -> list[slice]:
+    """Chunks of the voxels of logits (B, K, V)."""
+    batch, num_channels, num_voxels = logits.shape
+    return without_repeats(split_voxels(num_voxels, batch * num_channels), logits)

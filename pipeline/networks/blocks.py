@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from pipeline.geometry import Shape3
 from pipeline.networks.norms import make_norm
 from pipeline.plan import NetworkPlan
+from pipeline.slabs.dtypes import compute_dtype
 
 NEGATIVE_SLOPE = 0.01
 
@@ -165,14 +166,6 @@ class Head(nn.Conv3d):
         voxels = x.flatten(2)
         batch, classes = len(x), self.out_channels
         # Autocast copies what it casts at full size, so the bias is cast before it is expanded over the voxels.
-        bias = self.bias.to(_compute_dtype(x))[:, None].expand(batch, classes, voxels.shape[2])
+        bias = self.bias.to(compute_dtype(x.dtype, x.device))[:, None].expand(batch, classes, voxels.shape[2])
         logits = torch.baddbmm(bias, self.weight.flatten(1).expand(batch, classes, -1), voxels)
         return logits.unflatten(2, x.shape[2:])
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product with `x` is computed in: autocast's dtype where it is on, else that of `x`."""
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type) if x.dtype != torch.float64 else x.dtype
-    return x.dtype

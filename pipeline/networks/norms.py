@@ -5,14 +5,12 @@ Shapes: (B, C, I, J, K).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.plan import NormName
+from pipeline.slabs.dtypes import without_autocast
 
 
 class GroupNorm(nn.GroupNorm):
@@ -46,17 +44,10 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (B, C, ...) -> same shape and dtype."""
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device):
             weight, bias = (None if part is None else part.to(x.dtype) for part in (self.weight, self.bias))
             y = F.group_norm(x, self.num_groups, weight, bias, self.eps)
         return y if self.negative_slope is None else F.leaky_relu_(y, self.negative_slope)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """No autocast for a block; the meta device knows none."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def clip_num_groups(num_groups: int, num_channels: int) -> int:

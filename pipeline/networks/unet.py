@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.networks.blocks import DecoderStage, Head, make_encoder_stage
 from pipeline.networks.recompute import recompute
+from pipeline.networks.slab_stages import run_in_slabs
 from pipeline.plan import NetworkPlan
 from pipeline.slabs.rows import PendingLogits, WholeRows
 
@@ -42,6 +43,12 @@ class UNet(nn.Module):
         fused_head: bool = False,
     ) -> None:
         super().__init__()
+        if slab_stages and (network.block != "plain" or network.norm == "batch"):
+            raise InputError(
+                f"{network.block} blocks with {network.norm} norm cannot run in slabs",
+                where="slab_stages",
+                fix="Use plain blocks with group or instance norm, or 0",
+            )
         self.recompute_stages = recompute_stages
         self.slab_stages = slab_stages
         self.offload_stages = offload_stages
@@ -65,25 +72,61 @@ class UNet(nn.Module):
         Raises:
             InputError: The size is not a multiple of the network's stride.
         """
+        is_recorded = self.training and torch.is_grad_enabled()
+        outputs = self._outputs(x, pending=self.fused_head and is_recorded)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def pending_logits(self, x: Tensor) -> PendingLogits:
+        """The logits of the highest resolution before they are computed, to be taken by rows.
+
+        Args:
+            x: (B, C, I, J, K).
+        """
+        output = self._outputs(x, pending=True)[0]
+        assert isinstance(output, PendingLogits)
+        return output
+
+    def _outputs(self, x: Tensor, *, pending: bool) -> list[Tensor | PendingLogits]:
         if any(size % stride for size, stride in zip(x.shape[2:], self.total_stride, strict=True)):
             shape, stride = list(x.shape[2:]), list(self.total_stride)
             raise InputError(f"size {shape} is not a multiple of the network's stride {stride}", where="patch_size")
+        if self.slab_stages:
+            return run_in_slabs(self, x, pending=pending)
+        return self.run_stages(x, pending=pending)[1]
+
+    def run_stages(
+        self, x: Tensor, *, first: int = 0, pending: bool = False
+    ) -> tuple[Tensor, list[Tensor | PendingLogits]]:
+        """The stages from `first` on, down to the bottleneck and up again.
+
+        Args:
+            x: Input of the network, or for a later stage what its first convolution gave.
+            first: The highest-resolution stage to run.
+            pending: Leave logits to whoever takes the outputs.
+
+        Returns:
+            The activation of decoder stage `first`, and the outputs of the heads from there on down.
+        """
         skips = []
-        for index, stage in enumerate(self.encoder):
-            x = self._run(index, stage, x)
+        for index, stage in enumerate(self.encoder[first:], start=first):
+            x = self._run(index, nn.Sequential(stage[0].norm, *stage[1:]) if index == first > 0 else stage, x)
             skips.append(x)
         x = skips.pop()
-        wanted = len(self.heads) if self.training else 1
-        logits = []
-        for index in reversed(range(len(self.decoder))):
+        outputs: list[Tensor | PendingLogits] = []
+        for index in reversed(range(first, len(self.decoder))):
             x = self._run(index, self.decoder[index], x, skips.pop())
-            if index < wanted:
-                logits.insert(0, self._head(index, x))
-        return logits if len(logits) > 1 else logits[0]
+            if index < self.num_outputs:
+                outputs.insert(0, self._head(index, x, pending=pending))
+        return x, outputs
 
-    def _head(self, index: int, x: Tensor) -> Tensor | PendingLogits:
+    @property
+    def num_outputs(self) -> int:
+        """Heads that are computed: all of them in train mode."""
+        return len(self.heads) if self.training else 1
+
+    def _head(self, index: int, x: Tensor, *, pending: bool) -> Tensor | PendingLogits:
         head = self.heads[index]
-        if self.fused_head and self.training and torch.is_grad_enabled():
+        if pending:
             return PendingLogits(WholeRows(x), head.weight, head.bias)
         return head(x)
 

@@ -2,7 +2,9 @@
 
 Seen with torch 2.13: with half-precision inputs and float32 weights the fake batch, group and layer norms return half
 statistics where the real ones return float32, and the fake backward of group norm returns a float32 gradient where
-the real one has the input's dtype. And a short `torch.arange(...).tolist()`, as in MONAI's losses, raises.
+the real one has the input's dtype. Softmaxes from bf16 to float32, as GPUs have them, are refused. Some of torch's
+losses return a scalar whose storage is as large as the input. And a short `torch.arange(...).tolist()`, as in MONAI's
+losses, raises.
 """
 
 from __future__ import annotations
@@ -12,26 +14,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 aten = torch.ops.aten
 LONGEST_KNOWN_RANGE = 64
+# Marks keys of this mode in torch's cache.
+_KEY = "metered"
 
 
-class CorrectedFakeKernels(TorchDispatchMode):
-    """Makes fake norms and ranges behave as real CPU ones do; enter it inside `FakeTensorMode`."""
+class MeterFakeMode(FakeTensorMode):
+    """A fake mode whose norms, losses and ranges behave as real CPU ones do, and softmaxes as those of a GPU too.
+
+    It also looks known operators up faster than torch does: steps in slabs are tens of thousands of small operators.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is compiled, and torch's guard against it costs a tenth of the time.
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        if func in _SOFTMAXES and args[2]:
+            with self:
+                return torch.empty_like(args[0], dtype=torch.float32, memory_format=torch.contiguous_format)
+        result = self.dispatch(func, types, args, kwargs)
         if func in _DTYPES:
-            return _with_dtypes(result, _DTYPES[func](args))
+            with self:
+                return _with_dtypes(result, _DTYPES[func](args))
+        if func in _LOSSES and result.ndim == 0:
+            with self:
+                return torch.empty(torch.broadcast_shapes(args[0].shape, args[1].shape), dtype=result.dtype).resize_(())
         if func in _RANGES and result.numel() <= LONGEST_KNOWN_RANGE:
             # Fake tensors may carry the value they are known to have; then reading it is no error.
             with unset_fake_temporarily():
                 result.constant = func(*args, **kwargs)
         return result
+
+    def _prep_args_for_hash(self, result: list[Any], args: Any, *rest: Any) -> None:
+        """Torch's key of its cache of results, with less said of dense tensors: here all have known sizes."""
+        for arg in [args] if isinstance(args, dict) else args:
+            if _is_dense_fake(arg) and arg.fake_mode is self and arg.constant is None:
+                result += (_KEY, arg.dtype, arg.shape, arg.stride(), arg.storage_offset(), arg.requires_grad)
+                result += (arg.fake_device, arg.untyped_storage().nbytes(), arg.is_inference())
+            else:
+                super()._prep_args_for_hash(result, arg if isinstance(arg, dict) else (arg,), *rest)
+
+
+def _is_dense_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor) and value.layout is torch.strided
 
 
 def _with_dtypes(result: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
@@ -58,4 +89,11 @@ _DTYPES: dict[Any, Callable[[Sequence[Any]], tuple[torch.dtype | None, ...]]] = 
     aten.native_layer_norm.default: _norm_dtypes,
     aten.native_group_norm_backward.default: _group_norm_backward_dtypes,
 }
+_LOSSES = (
+    aten.mse_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.soft_margin_loss.default,
+    aten.binary_cross_entropy.default,
+)
+_SOFTMAXES = (aten._softmax.default, aten._log_softmax.default)
 _RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)

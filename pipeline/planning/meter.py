@@ -1,7 +1,7 @@
 """How much memory a training step takes, found by running that very step on tensors without storage.
 
 Works for any network, loss and optimiser, needs no GPU and allocates nothing. What it counts are tensor storages; what
-a device adds to them is estimated in `pipeline.planning.budget`. Shapes: images (B, C, I, J, K), targets (B, I, J, K).
+a GPU adds to them is estimated in `pipeline.planning.budget`. Shapes: images (B, C, I, J, K), targets (B, I, J, K).
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_iter
 
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3
 from pipeline.plan import Precision
-from pipeline.planning.fake_kernels import CorrectedFakeKernels
+from pipeline.planning.cuda_autocast import cuda_autocast_rules
+from pipeline.planning.fake_kernels import MeterFakeMode
 from pipeline.planning.storages import StorageCounter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Loss = Callable[[Any, Tensor], Tensor]
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 OptimizerName = Literal["sgd", "adamw"]
 
-PARTS = ("parameters", "gradients", "optimizer", "input", "activations", "loss", "working")
+PARTS = ("parameters", "gradients", "optimizer", "input", "activations", "head", "working")
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,35 @@ class StepMemory:
     """The metered peak of one training step.
 
     Attributes:
-        peak_bytes: Most bytes of tensor storages that were live at one time.
+        peak_bytes: Most bytes of tensor storages that were live on the device at one time.
         parts: Bytes at that moment by what holds them, all of `PARTS`; they add up to `peak_bytes`. "parameters" are
-            weights and buffers, "activations" what the network's forward pass left for the backward pass, logits
-            and half-precision weights included, "loss" what the loss left for it, and "working" everything that
-            comes and goes inside a pass.
+            weights and buffers, "activations" what the network's forward pass left for the backward pass,
+            half-precision weights included, "head" the logits of every output and what the loss left for its backward
+            pass, and "working" everything that comes and goes inside a pass.
+        host_bytes: Most bytes of host buffers that were live at one time, for what is offloaded.
+        process_bytes: Most bytes by which the step makes a process on a CPU grow, estimated for one thread and glibc:
+            tensors, host buffers, what convolutions allocate inside themselves (`pipeline.planning.workspace`), and
+            freed blocks that the C library keeps (`pipeline.planning.storages`). None for a GPU.
     """
 
     peak_bytes: int
     parts: dict[str, int]
+    host_bytes: int = 0
+    process_bytes: int | None = None
+
+
+class StepOptions(TypedDict, total=False):
+    """How a step is run.
+
+    Attributes:
+        precision: As in the plan ("bf16-mixed" where it is left out); the mixed ones run under autocast.
+        optimizer: "sgd" (with momentum, the default), "adamw", or a function that makes one from the parameters.
+        accumulate_grad_batches: Above one (the default), gradients of earlier iterations are live during a step.
+    """
+
+    precision: Precision
+    optimizer: OptimizerName | MakeOptimizer
+    accumulate_grad_batches: int
 
 
 def meter_step(
@@ -53,14 +78,13 @@ def meter_step(
     patch_size: Shape3,
     in_channels: int,
     batch_size: int = 1,
-    precision: Precision = "bf16-mixed",
-    optimizer: OptimizerName | MakeOptimizer = "sgd",
-    accumulate_grad_batches: int = 1,
+    device_type: Literal["cpu", "cuda"] = "cuda",
+    **options: Unpack[StepOptions],
 ) -> StepMemory:
     """Meter one training step (forward, loss, backward, optimiser) without allocating anything.
 
-    Operators follow the CPU's autocast rules, so a network whose operators CUDA's autocast alone takes to float32
-    (such as plain `nn.GroupNorm`) takes more on a GPU than is metered; networks of this project do not depend on them.
+    Where the kernels of a GPU keep other things than those of a CPU, the CPU's are counted: dropout's mask is as wide
+    as its input instead of one byte.
 
     Args:
         network: Any network; neither changed nor run. It may lie on any device, "meta" included.
@@ -68,24 +92,22 @@ def meter_step(
         patch_size: I, J, K.
         in_channels: C.
         batch_size: B.
-        precision: As in the plan; the mixed ones run under autocast.
-        optimizer: "sgd" (with momentum), "adamw", or a function that makes one from the parameters.
-        accumulate_grad_batches: Above one, gradients of earlier iterations are live during a step.
+        device_type: Whose autocast rules operators follow: which of them run in half precision, and which in float32.
+        options: As for `StepOptions`.
 
     Raises:
         InputError: The network or the loss branches on values of tensors, which fake ones do not have.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), CorrectedFakeKernels():
-            return count_step(
+        with MeterFakeMode(allow_non_fake_inputs=True), _rules_of(device_type):
+            memory = count_step(
                 _fake_copy(network),
                 _fake_copy(loss) if isinstance(loss, nn.Module) else loss,
                 torch.empty(batch_size, in_channels, *patch_size),
                 torch.zeros(batch_size, *patch_size, dtype=torch.int64),
-                precision=precision,
-                optimizer=optimizer,
-                accumulate_grad_batches=accumulate_grad_batches,
+                **options,
             )
+        return memory if device_type == "cpu" else replace(memory, process_bytes=None)
     except DataDependentOutputException as error:
         raise InputError(
             f"the step cannot be metered because it reads the value of a tensor ({error})",
@@ -100,7 +122,7 @@ def count_step(
     images: Tensor,
     targets: Tensor,
     *,
-    precision: Precision,
+    precision: Precision = "bf16-mixed",
     optimizer: OptimizerName | MakeOptimizer = "sgd",
     accumulate_grad_batches: int = 1,
 ) -> StepMemory:
@@ -109,7 +131,7 @@ def count_step(
     It is the step that every later one repeats: the optimiser has its state, and gradients of the step before are
     there. Both come from an optimiser step on gradients of zero, which is counted too.
 
-    Args: as for `meter_step`, with the batch itself instead of its sizes.
+    Args: as for `meter_step` and `StepOptions`, with the batch itself instead of its sizes.
     """
     counter = StorageCounter()
     counter.claim([*network.parameters(), *network.buffers()], "parameters")
@@ -126,7 +148,12 @@ def count_step(
         if step.forget_state_of_unused(parameters):
             step.run(images, targets, clear_gradients=accumulate_grad_batches == 1)
     parts = counter.peak_parts()
-    return StepMemory(counter.peak_bytes, {part: parts.get(part, 0) for part in PARTS})
+    return StepMemory(
+        counter.peak_bytes,
+        {part: parts.get(part, 0) for part in PARTS},
+        host_bytes=counter.peak_host_bytes,
+        process_bytes=counter.peak_process_bytes,
+    )
 
 
 @dataclass(frozen=True)
@@ -179,9 +206,15 @@ class _CountedStep:
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
         outputs = self.network(images)
         self.counter.claim_live(made_as="working", part="activations")
+        logits = (leaf for leaf in tree_iter(outputs) if isinstance(leaf, Tensor))
+        self.counter.claim(logits, "head", made_as="activations")
         value = self.loss(outputs, targets)
-        self.counter.claim_live(made_as="working", part="loss")
+        self.counter.claim_live(made_as="working", part="head")
         return value
+
+
+def _rules_of(device_type: Literal["cpu", "cuda"]) -> AbstractContextManager[None]:
+    return cuda_autocast_rules() if device_type == "cuda" else nullcontext()
 
 
 def _autocast(precision: Precision) -> AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import prod
 from statistics import median
 
@@ -11,18 +12,22 @@ from pipeline.config import PlanConfig
 from pipeline.datasets.fingerprint import ChannelStatistics, Fingerprint
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
-from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NormalizationScheme, Plan
+from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NormalizationScheme, Plan, Rung
 from pipeline.planning.budget import estimate_overhead_bytes
-from pipeline.planning.candidates import Rung, choose_batch, choose_patch, patch_candidates
-from pipeline.planning.reasons import explain_choice, explain_normalization
+from pipeline.planning.candidates import patch_candidates
+from pipeline.planning.ladder import list_candidates, list_fallbacks
+from pipeline.planning.reasons import Choice, explain_choice, explain_normalization
 from pipeline.planning.rung_meter import RungMeter
+from pipeline.planning.search import Families, choose_batch, choose_rung, leanest_ways
 from pipeline.planning.spacing import TargetGrid, make_target_grid
-from pipeline.planning.topology import MAX_STAGES, round_up_patch
+from pipeline.planning.topology import round_up_patch
 
 # nnU-Net's bound: with more, an iteration sees so much of a small dataset at once that the batches repeat themselves.
 LARGEST_DATASET_SHARE = 0.05
 # nnU-Net's bound too: where cropping to what is not 0 leaves less of the median case, the rest is air or was masked.
 LARGEST_BODY_SHARE = 0.75
+# Patches that the error names when not even the smallest fits.
+NUM_NAMED = 3
 _CT_WORD = re.compile(r"(?<![a-z0-9])ct(?![a-z0-9])", re.IGNORECASE)
 
 
@@ -46,16 +51,7 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int
         spacing=target.spacing,
     )
     channels = _channel_plans(fingerprint, config)
-    patches = _patches(config, target)
-    rung = _choose_rung(meter, patches, config, budget_bytes)
-    if config.batch_size == "auto" and rung.patch_size == patches[0]:
-        rung = choose_batch(
-            rung,
-            meter.required_bytes,
-            budget_bytes,
-            effective_batch=config.effective_batch,
-            largest=_largest_batch(fingerprint, target, rung.patch_size),
-        )
+    choice = _choose(meter, fingerprint, target, budget_bytes)
     return Plan(
         dataset_name=fingerprint.dataset_name,
         fingerprint_hash=content_hash(to_json(fingerprint)),
@@ -65,18 +61,22 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int
         target_spacing=target.spacing,
         anisotropic_axis=target.anisotropic_axis,
         median_shape=target.median_shape,
-        patch_size=rung.patch_size,
-        batch_size=rung.batch_size,
-        accumulate_grad_batches=meter.accumulate_grad_batches(rung),
+        patch_size=choice.rung.patch_size,
+        batch_size=choice.rung.batch_size,
+        accumulate_grad_batches=choice.rung.accumulate_grad_batches,
         precision=config.precision,
-        recompute_stages=rung.recompute_stages,
-        network=meter.network_plan(rung.patch_size),
-        memory=_memory_plan(meter, rung, budget_bytes),
+        **choice.rung.execution._asdict(),
+        optimizer=config.optimizer,
+        ema=config.ema,
+        network=meter.network_plan(choice.rung.patch_size),
+        memory=_memory_plan(meter, choice.rung, budget_bytes),
+        candidates=choice.candidates,
+        fallbacks=choice.fallbacks,
         notes=(
             *([budget_note] if budget_note else []),
             target.reason,
             *explain_normalization(channels, _cropped_share(fingerprint)),
-            *explain_choice(meter, rung, patches, target, budget_bytes),
+            *explain_choice(choice, config, target, budget_bytes),
         ),
     )
 
@@ -106,26 +106,52 @@ def _patches(config: PlanConfig, target: TargetGrid) -> tuple[Shape3, ...]:
     return (given,)
 
 
-def _choose_rung(meter: RungMeter, patches: tuple[Shape3, ...], config: PlanConfig, budget_bytes: int) -> Rung:
+def _choose(meter: RungMeter, fingerprint: Fingerprint, target: TargetGrid, budget_bytes: int) -> Choice:
+    """The rung of the plan and what stands around it."""
+    config, patches = meter.config, _patches(meter.config, target)
     batch_size = 1 if isinstance(config.batch_size, str) else config.batch_size
-    rungs = [Rung(patch_size=patch, batch_size=batch_size) for patch in patches]
-    rung = choose_patch(rungs, meter.required_bytes, budget_bytes, max_recompute=MAX_STAGES)
+    ways = [_fast_enough(meter.families(patch, batch_size), config.max_relative_time) for patch in patches]
+    rung = choose_rung(ways, meter.required_bytes, budget_bytes)
     if rung is None:
-        raise _nothing_fits(meter, rungs, budget_bytes)
-    return rung
-
-
-def _nothing_fits(meter: RungMeter, rungs: list[Rung], budget_bytes: int) -> InputError:
-    smallest = [meter.fully_recomputed(rung) for rung in rungs[-3:]]
-    needs = ", ".join(
-        f"{format_shape(rung.patch_size)} needs {meter.required_bytes(rung) / GIB:.2f} GiB" for rung in smallest
+        raise _nothing_fits(meter, ways, budget_bytes)
+    if config.batch_size == "auto" and rung.patch_size == patches[0]:
+        largest = _largest_batch(fingerprint, target, rung.patch_size)
+        rung = choose_batch(
+            rung, meter.required_bytes, budget_bytes, effective_batch=config.effective_batch, largest=largest
+        )
+    return Choice(
+        rung=meter.weighed(rung),
+        patches=patches,
+        candidates=list_candidates(meter, rung, patches, budget_bytes, searched_batch=batch_size),
+        fallbacks=list_fallbacks(meter, rung),
     )
+
+
+def _fast_enough(families: Families, max_relative_time: float) -> Families:
+    """The ways that take at most `max_relative_time`; the plain one always does."""
+    kept = [[way for way in family if way.relative_time <= max_relative_time] for family in families]
+    return [family for family in kept if family]
+
+
+def _nothing_fits(meter: RungMeter, ways: Sequence[Families], budget_bytes: int) -> InputError:
+    leanest = [leanest_ways(families) for families in ways[-NUM_NAMED:]]
+    with_host = [rungs[0] for rungs in leanest if rungs[0].offload_stages]
+    without = [min(rungs, key=meter.required_bytes) for rungs in _without_host(leanest)]
+    needs = ", ".join(_need(meter, rung) for rung in [*without, *with_host])
     return InputError(
-        f"no patch fits into {budget_bytes / GIB:.2f} GiB; with batch {smallest[0].batch_size} and every stage"
-        f" recomputed {needs}",
+        f"no patch fits into {budget_bytes / GIB:.2f} GiB with batch {without[0].batch_size}; {needs}",
         where="vram",
         fix="Give a larger budget, or lower base_features, max_features or batch_size",
     )
+
+
+def _without_host(leanest: Sequence[Sequence[Rung]]) -> list[list[Rung]]:
+    return [[rung for rung in rungs if not rung.offload_stages] for rungs in leanest]
+
+
+def _need(meter: RungMeter, rung: Rung) -> str:
+    patch, need = format_shape(rung.patch_size), meter.required_bytes(rung) / GIB
+    return f"{patch} ({rung.execution}) needs {need:.2f} GiB"
 
 
 def _largest_batch(fingerprint: Fingerprint, target: TargetGrid, patch_size: Shape3) -> int:
@@ -140,6 +166,7 @@ def _memory_plan(meter: RungMeter, rung: Rung, budget_bytes: int) -> MemoryPlan:
         peak_bytes=memory.peak_bytes,
         overhead_bytes=estimate_overhead_bytes(memory.peak_bytes),
         parts=memory.parts,
+        host_bytes=meter.weighed(rung).host_bytes,
     )
 
 

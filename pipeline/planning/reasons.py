@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
+from pipeline.config import PlanConfig
 from pipeline.geometry import Shape3, format_shape
-from pipeline.plan import GIB, ChannelPlan
-from pipeline.planning.candidates import Rung
-from pipeline.planning.rung_meter import RungMeter
+from pipeline.plan import GIB, ChannelPlan, Rung
+from pipeline.planning.executions import OFFLOAD_TIME_FACTOR, RECOMPUTE_TIME_FACTOR, SLAB_TIME_FACTORS
 from pipeline.planning.spacing import TargetGrid
 
 
-def explain_choice(
-    meter: RungMeter, rung: Rung, patches: tuple[Shape3, ...], target: TargetGrid, budget_bytes: int
-) -> tuple[str, ...]:
-    """Sentences on the patch, the recomputation, the batch and the memory."""
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the search found.
+
+    Attributes:
+        rung: Chosen.
+        patches: That came into question, the largest first; only the given one where one was given.
+        candidates: The chosen rung and its alternatives.
+        fallbacks: Rungs below the chosen one.
+    """
+
+    rung: Rung
+    patches: tuple[Shape3, ...]
+    candidates: tuple[Rung, ...]
+    fallbacks: tuple[Rung, ...]
+
+    @property
+    def covers_volume(self) -> bool:
+        """Whether the patch is the largest that could be asked for."""
+        return self.rung.patch_size == self.patches[0]
+
+    def plain(self) -> Rung | None:
+        """The plain step of the chosen patch and batch, where it was looked at."""
+        same = [rung for rung in self.candidates if rung.patch_size == self.rung.patch_size]
+        return next((rung for rung in same if rung.batch_size == self.rung.batch_size and _is_plain(rung)), None)
+
+
+def explain_choice(choice: Choice, config: PlanConfig, target: TargetGrid, budget_bytes: int) -> tuple[str, ...]:
+    """Sentences on the patch, the way of running it, the batch, the memory and the fallbacks."""
     return (
-        _patch_sentence(meter, rung, patches, target),
-        _recompute_sentence(meter, rung, budget_bytes),
-        _batch_sentence(meter, rung, patches),
-        _memory_sentence(meter, rung, budget_bytes),
+        _patch_sentence(choice, config, target),
+        *_plain_patch_sentence(choice, config, target),
+        _execution_sentence(choice, budget_bytes),
+        *_time_sentence(choice),
+        *_host_sentence(choice),
+        _batch_sentence(choice, config),
+        _memory_sentence(choice, config, budget_bytes),
+        _fallback_sentence(choice),
     )
 
 
@@ -39,58 +69,112 @@ def explain_normalization(channels: tuple[ChannelPlan, ...], cropped_share: floa
     )
 
 
-def _patch_sentence(meter: RungMeter, rung: Rung, patches: tuple[Shape3, ...], target: TargetGrid) -> str:
-    patch, median = format_shape(rung.patch_size), format_shape(target.median_shape)
-    if meter.config.patch_size != "auto":
+def _is_plain(rung: Rung) -> bool:
+    return not any(rung.execution)
+
+
+def _patch_sentence(choice: Choice, config: PlanConfig, target: TargetGrid) -> str:
+    patch, median = format_shape(choice.rung.patch_size), format_shape(target.median_shape)
+    if config.patch_size != "auto":
         return f"Patch {patch} was given (the median case is {median})."
-    network = meter.network_plan(rung.patch_size)
-    if rung.patch_size == patches[0]:
-        stride = format_shape(network.total_stride)
-        return f"Patch {patch} is the whole median case {median}, rounded up to the network's stride {stride}."
-    larger = meter.fully_recomputed(
-        Rung(patch_size=patches[patches.index(rung.patch_size) - 1], batch_size=rung.batch_size)
-    )
-    share = prod(rung.patch_size) / prod(target.median_shape)
+    if choice.covers_volume:
+        return f"Patch {patch} is the whole median case {median}, rounded up to the network's stride."
+    larger = choice.candidates[0]
     return (
-        f"Patch {patch} is the largest that fits in the aspect of the median case {median} and holds {share:.0%} of its"
-        f" voxels; the next larger, {format_shape(larger.patch_size)}, would take"
-        f" {meter.required_bytes(larger) / GIB:.1f} GiB with every stage recomputed."
+        f"Patch {patch} is the largest that fits in the aspect of the median case {median} and holds"
+        f" {_share(choice.rung, target)} of its voxels; the next larger, {format_shape(larger.patch_size)}, would take"
+        f" {larger.required_bytes / GIB:.1f} GiB in the leanest way that takes at most {config.max_relative_time:g}"
+        f" times the plain step's time ({larger.execution})."
     )
 
 
-def _recompute_sentence(meter: RungMeter, rung: Rung, budget_bytes: int) -> str:
-    if not rung.recompute_stages:
-        return "No stage is recomputed, because the step fits without."
-    plain = Rung(patch_size=rung.patch_size, batch_size=rung.batch_size)
+def _share(rung: Rung, target: TargetGrid) -> str:
+    return f"{prod(rung.patch_size) / prod(target.median_shape):.0%}"
+
+
+def _plain_patch_sentence(choice: Choice, config: PlanConfig, target: TargetGrid) -> tuple[str, ...]:
+    """What would be left of the field of view with the plain step."""
+    if _is_plain(choice.rung) or config.patch_size != "auto":
+        return ()
+    smaller = [rung for rung in choice.candidates if prod(rung.patch_size) < prod(choice.rung.patch_size)]
+    plain = next((rung for rung in smaller if _is_plain(rung)), None)
+    if plain is None:
+        return ("The plain step fits with no patch.",)
     return (
-        f"The {rung.recompute_stages} highest-resolution stages are recomputed in the backward pass: without it this"
-        f" patch would take {meter.required_bytes(plain) / GIB:.1f} GiB of {budget_bytes / GIB:.1f}. A step takes about"
-        f" {meter.relative_time(rung):.2f} times as long (4/3 of the recomputed stages' operations)."
+        f"The plain step fits up to {format_shape(plain.patch_size)}, {_share(plain, target)} of the median case's"
+        " voxels; larger patches are bought with time.",
     )
 
 
-def _batch_sentence(meter: RungMeter, rung: Rung, patches: tuple[Shape3, ...]) -> str:
-    accumulate = meter.accumulate_grad_batches(rung)
-    steps = f"Batch {rung.batch_size}, accumulated over {accumulate} iteration(s), is an effective batch of "
-    total = rung.batch_size * accumulate
-    if meter.config.batch_size != "auto":
-        covered = rung.patch_size == patches[0] and meter.config.patch_size == "auto" and not rung.recompute_stages
+def _execution_sentence(choice: Choice, budget_bytes: int) -> str:
+    if _is_plain(choice.rung):
+        return "Nothing is recomputed and no stage runs in slabs, because the plain step fits."
+    plain, rung = choice.plain(), choice.rung
+    need = f"the plain step of this patch would take {plain.required_bytes / GIB:.1f} GiB, and " if plain else ""
+    return (
+        f"The step is run with {rung.execution} (stages counted from 1, the highest resolution): {need}of the ways that"
+        f" fit {budget_bytes / GIB:.1f} GiB it is the one with the least estimated time. Losses and gradients are those"
+        " of the plain step."
+    )
+
+
+def _time_sentence(choice: Choice) -> tuple[str, ...]:
+    rung = choice.rung
+    if _is_plain(rung):
+        return ()
+    factors = []
+    if rung.recompute_stages > rung.slab_stages:
+        factors.append(f"{RECOMPUTE_TIME_FACTOR:.2f} for a recomputed stage")
+    if rung.slab_stages:
+        shown = sorted({f"{factor:.2f}" for factor in SLAB_TIME_FACTORS[: rung.slab_stages]})
+        factors.append(f"{' to '.join(shown[:1] + shown[1:][-1:])} for a stage in slabs (not measured on a GPU)")
+    if rung.offload_stages:
+        factors.append(f"{OFFLOAD_TIME_FACTOR:.2f} on top for host memory (not measured)")
+    return (
+        f"A step is estimated to take {rung.relative_time:.2f} times as long as the plain one, by the operations of its"
+        f" convolutions: {', '.join(factors)}.",
+    )
+
+
+def _host_sentence(choice: Choice) -> tuple[str, ...]:
+    if not choice.rung.offload_stages:
+        return ()
+    return (
+        f"Offload needs {choice.rung.host_bytes / GIB:.1f} GiB of pinned host memory beside what the data workers take;"
+        " nothing without it fits this patch. --offload off plans without it.",
+    )
+
+
+def _batch_sentence(choice: Choice, config: PlanConfig) -> str:
+    rung = choice.rung
+    steps = f"Batch {rung.batch_size}, accumulated over {rung.accumulate_grad_batches} iteration(s), is an effective"
+    if config.batch_size != "auto":
+        covered = choice.covers_volume and config.patch_size == "auto" and _is_plain(rung)
         room = "; the volume is covered, so batch_size auto would put what is left of the budget to use"
         reason = f"batch_size is set to it{room if covered else ''}"
-    elif rung.patch_size != patches[0]:
+    elif not choice.covers_volume:
         reason = "memory goes to the field of view as long as the patch is smaller than the median case"
     else:
         reason = "the patch covers the median case, so the batch fills the budget (at most 5% of all voxels)"
-    return f"{steps}{total}: {reason}."
+    return f"{steps} batch of {rung.effective_batch}: {reason}."
 
 
-def _memory_sentence(meter: RungMeter, rung: Rung, budget_bytes: int) -> str:
-    memory, required = meter.memory(rung), meter.required_bytes(rung)
-    kind = "bf16 (auto; fp16 takes the same)" if meter.config.precision == "auto" else meter.config.precision
-    state = memory.parts["parameters"] / GIB
+def _memory_sentence(choice: Choice, config: PlanConfig, budget_bytes: int) -> str:
+    required = choice.rung.required_bytes
+    kind = "bf16 (auto; fp16 takes the same)" if config.precision == "auto" else config.precision
+    optimizer = {"sgd": "SGD", "adamw": "AdamW"}[config.optimizer]
+    average = " and averaged weights" if config.ema else ""
     return (
-        f"Predicted {required / GIB:.2f} of {budget_bytes / GIB:.2f} GiB: {memory.peak_bytes / GIB:.2f} GiB of tensors,"
-        f" metered for {kind} with SGD, and {(required - memory.peak_bytes) / GIB:.2f} GiB for context, workspaces and"
-        f" fragmentation (estimated, not yet measured on a GPU). AdamW or averaged weights (EMA) add {state:.2f} GiB"
-        " each."
+        f"Predicted {required / GIB:.2f} of {budget_bytes / GIB:.2f} GiB, metered for {kind} with {optimizer}{average};"
+        " what the device adds to tensors (context, workspaces, fragmentation) is estimated, not yet measured on a GPU."
+    )
+
+
+def _fallback_sentence(choice: Choice) -> str:
+    if not choice.fallbacks:
+        return "There is no rung below this one: a training that runs out of memory ends."
+    last = choice.fallbacks[-1]
+    return (
+        f"Should training run out of memory all the same, {len(choice.fallbacks)} rung(s) lie below, down to"
+        f" {format_shape(last.patch_size)} with {last.execution} at {last.required_bytes / GIB:.2f} GiB."
     )

@@ -1,4 +1,4 @@
-"""Metering of whole rungs: the project's network and loss at a patch, batch and recomputation."""
+"""Metering of whole rungs: the project's network and loss at a patch, batch and way of running the stages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from pipeline.config import PlanConfig
 from pipeline.geometry import Shape3, Spacing
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.unet import UNet
-from pipeline.plan import NetworkPlan
+from pipeline.plan import Execution, NetworkPlan, Rung
 from pipeline.planning.budget import estimate_overhead_bytes
-from pipeline.planning.candidates import Rung
+from pipeline.planning.executions import execution_families, relative_time
 from pipeline.planning.meter import StepMemory, meter_step
-from pipeline.planning.topology import make_topology, step_flops
+from pipeline.planning.topology import make_topology
+
+# Whether the network hands the loss pending logits, as in training.
+FUSED_HEAD = True
+# Beside the meter's own parts: the weights that an exponential moving average keeps.
+AVERAGED_WEIGHTS = "averaged weights"
+
+_Step = tuple[NetworkPlan, Shape3, int, bool, Execution]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,7 @@ class RungMeter:
     """Answers what a rung takes; each is metered once.
 
     Attributes:
-        config: Shape of the network, precision and effective batch.
+        config: Shape of the network, precision, optimiser and effective batch.
         in_channels, num_classes: Of the dataset.
         spacing: Target spacing in millimetres.
     """
@@ -31,7 +38,7 @@ class RungMeter:
     in_channels: int
     num_classes: int
     spacing: Spacing
-    _known: dict[Rung, StepMemory] = field(default_factory=dict, repr=False)
+    _known: dict[_Step, StepMemory] = field(default_factory=dict, repr=False)
 
     def network_plan(self, patch_size: Shape3) -> NetworkPlan:
         """The network for a patch."""
@@ -46,46 +53,88 @@ class RungMeter:
             deep_supervision=self.config.deep_supervision,
         )
 
-    def accumulate_grad_batches(self, rung: Rung) -> int:
-        """Iterations per optimiser step."""
-        return max(1, self.config.effective_batch // rung.batch_size)
+    def families(
+        self, patch_size: Shape3, batch_size: int, *, network: NetworkPlan | None = None
+    ) -> tuple[tuple[Rung, ...], ...]:
+        """Every way to run a step of `batch_size` patches, in families; memory is not predicted yet.
 
-    def fully_recomputed(self, rung: Rung) -> Rung:
-        """The same rung with every stage recomputed."""
-        return replace(rung, recompute_stages=self.network_plan(rung.patch_size).num_stages)
+        Args:
+            patch_size: I, J, K.
+            batch_size: Patches per iteration.
+            network: Trained; None takes that of the patch.
+        """
+        network = network or self.network_plan(patch_size)
+        ways = execution_families(network, may_offload=self.config.offload == "auto")
+        return tuple(tuple(self._rung(network, patch_size, batch_size, way) for way in family) for family in ways)
+
+    def _rung(self, network: NetworkPlan, patch_size: Shape3, batch_size: int, execution: Execution) -> Rung:
+        return Rung(
+            patch_size=patch_size,
+            batch_size=batch_size,
+            accumulate_grad_batches=max(1, self.config.effective_batch // batch_size),
+            **execution._asdict(),
+            relative_time=relative_time(network, patch_size, execution, in_channels=self.in_channels),
+        )
+
+    def is_known(self, rung: Rung) -> bool:
+        """Whether the rung, with the network of its patch, was metered already."""
+        return _step(rung, self.network_plan(rung.patch_size)) in self._known
+
+    def weighed(self, rung: Rung, *, network: NetworkPlan | None = None) -> Rung:
+        """The rung with the memory that is predicted of it."""
+        memory = self.memory(rung, network=network)
+        host_bytes = getattr(memory, "host_bytes", 0)
+        return replace(rung, required_bytes=_required_bytes(memory), host_bytes=host_bytes)
 
     def required_bytes(self, rung: Rung) -> int:
         """Metered tensors and estimated overhead of a training step."""
-        peak_bytes = self.memory(rung).peak_bytes
-        return peak_bytes + estimate_overhead_bytes(peak_bytes)
+        return _required_bytes(self.memory(rung))
 
-    def memory(self, rung: Rung) -> StepMemory:
-        """The metered peak of a training step, by parts."""
-        network = self.network_plan(rung.patch_size)
-        # More recomputed stages than there are change nothing.
-        rung = replace(rung, recompute_stages=min(rung.recompute_stages, network.num_stages))
-        if rung not in self._known:
-            self._known[rung] = self._meter(rung, network)
-        return self._known[rung]
+    def memory(self, rung: Rung, *, network: NetworkPlan | None = None) -> StepMemory:
+        """The metered peak of a training step, by parts.
 
-    def relative_time(self, rung: Rung) -> float:
-        """Time of a step against the same step without recomputation, by the operations of its convolutions."""
-        network = self.network_plan(rung.patch_size)
-        plain = step_flops(network, rung.patch_size, in_channels=self.in_channels)
-        recomputed = step_flops(
-            network, rung.patch_size, in_channels=self.in_channels, recompute_stages=rung.recompute_stages
-        )
-        return recomputed / plain
+        Args:
+            rung: The step.
+            network: Trained; None takes that of the patch.
+        """
+        network = network or self.network_plan(rung.patch_size)
+        step = _step(rung, network)
+        if step not in self._known:
+            self._known[step] = self._meter(rung, network)
+        return self._known[step]
 
     def _meter(self, rung: Rung, network_plan: NetworkPlan) -> StepMemory:
         with torch.device("meta"):
-            network = UNet(self.in_channels, self.num_classes, network_plan, recompute_stages=rung.recompute_stages)
-        return meter_step(
+            network = UNet(
+                self.in_channels,
+                self.num_classes,
+                network_plan,
+                **rung.execution._asdict(),
+                fused_head=FUSED_HEAD,
+            )
+        memory = meter_step(
             network,
             make_loss(),
             patch_size=rung.patch_size,
             in_channels=self.in_channels,
             batch_size=rung.batch_size,
             precision="bf16-mixed" if self.config.precision == "auto" else self.config.precision,
-            accumulate_grad_batches=self.accumulate_grad_batches(rung),
+            optimizer=self.config.optimizer,
+            accumulate_grad_batches=rung.accumulate_grad_batches,
         )
+        return _with_average(memory, network) if self.config.ema else memory
+
+
+def _step(rung: Rung, network: NetworkPlan) -> _Step:
+    return network, rung.patch_size, rung.batch_size, rung.accumulate_grad_batches > 1, rung.execution
+
+
+def _required_bytes(memory: StepMemory) -> int:
+    return memory.peak_bytes + estimate_overhead_bytes(memory.peak_bytes)
+
+
+def _with_average(memory: StepMemory, network: torch.nn.Module) -> StepMemory:
+    """Averaged weights are a second copy of parameters and buffers that lives through the whole step."""
+    kept = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+    parts = {**memory.parts, AVERAGED_WEIGHTS: kept}
+    return replace(memory, peak_bytes=memory.peak_bytes + kept, parts=parts)

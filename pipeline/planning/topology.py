@@ -110,18 +110,11 @@ def round_up_patch(patch_size: Shape3, spacing: Spacing) -> Shape3:
         seen.add(rounded)
 
 
-def step_flops(network: NetworkPlan, patch_size: Shape3, *, in_channels: int, recompute_stages: int = 0) -> int:
-    """Floating-point operations of one training step's convolutions per patch, recomputation included.
-
-    The backward pass counts twice the forward pass, and a recomputed stage once more its forward pass; heads, norms
-    and the loss are left out, which are bound by memory bandwidth rather than by arithmetic.
-    """
-    stages = forward_flops_per_stage(network, patch_size, in_channels=in_channels)
-    return sum(flops * (4 if stage < recompute_stages else 3) for stage, flops in enumerate(stages))
-
-
 def forward_flops_per_stage(network: NetworkPlan, patch_size: Shape3, *, in_channels: int) -> tuple[int, ...]:
-    """Operations of one patch's forward pass in each resolution's encoder and decoder stage."""
+    """Floating-point operations of one patch's forward pass in each resolution's encoder and decoder stage.
+
+    Convolutions alone are counted; heads, norms and the loss are bound by memory bandwidth rather than by arithmetic.
+    """
     voxels, flops = prod(patch_size), []
     last = network.num_stages - 1
     for stage, features in enumerate(network.features_per_stage):

@@ -6,11 +6,14 @@ rows are counted along the first spatial axis everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from pipeline.slabs.dtypes import compute_dtype
 
 
 class Rows(Protocol):
@@ -40,6 +43,13 @@ class Rows(Protocol):
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start to stop as (B, C, stop - start, J, K), within the activation; not to be written to."""
 
+    def sweeps(self) -> Iterator[bool]:
+        """Once for each time that all gradients must be handed in; true the last time.
+
+        Gradients of a sweep that is not the last are only summed up, so that those of the last one can take the place
+        of the rows: rows that were handed in then must not be read again.
+        """
+
     def add_gradient(self, start: int, gradient: Tensor) -> None:
         """Add the gradient (B, C, n, J, K) of n rows from `start` on; the tensor may be kept and written to."""
 
@@ -57,6 +67,7 @@ class WholeRows:
     def __init__(self, tensor: Tensor) -> None:
         self.handle = tensor
         self._gradient: Tensor | None = None
+        self._rows_filled = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -72,16 +83,33 @@ class WholeRows:
         """A view of the rows."""
         return self.handle.detach()[:, :, start:stop]
 
+    def sweeps(self) -> Iterator[bool]:
+        """One."""
+        yield True
+
     def add_gradient(self, start: int, gradient: Tensor) -> None:
         """Add to the gradient, which exists whole from the first call on."""
+        stop = start + gradient.shape[2]
         if self._gradient is None:
-            self._gradient = torch.zeros_like(self.handle)
-        self._gradient[:, :, start : start + gradient.shape[2]] += gradient
+            if gradient.shape == self.shape and gradient.stride() == self.handle.stride():
+                self._gradient, self._rows_filled = gradient, stop
+                return
+            self._gradient = torch.empty_like(self.handle)
+        # Rows mostly come in order and once, so that nothing has to be set to zero before.
+        if start > self._rows_filled:
+            self._gradient[:, :, self._rows_filled : start] = 0
+        new = max(start, self._rows_filled)
+        self._gradient[:, :, start : min(new, stop)] += gradient[:, :, : max(0, min(new, stop) - start)]
+        self._gradient[:, :, new:stop] = gradient[:, :, new - start :]
+        self._rows_filled = max(self._rows_filled, stop)
 
     def take_gradient(self) -> Tensor:
         """The gradient of the whole tensor."""
-        gradient, self._gradient = self._gradient, None
-        return torch.zeros_like(self.handle) if gradient is None else gradient
+        if self._gradient is None:
+            return torch.zeros_like(self.handle)
+        self._gradient[:, :, self._rows_filled :] = 0
+        gradient, self._gradient, self._rows_filled = self._gradient, None, 0
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -103,3 +131,11 @@ class PendingLogits:
         """(B, K classes, I, J, K) of the logits."""
         batch, _, *voxels = self.features.shape
         return torch.Size([batch, len(self.weight), *voxels])
+
+    def compute(self, start: int, stop: int) -> Tensor:
+        """Logits (B, K classes, stop - start, J, K) of rows, without a gradient, in autocast's dtype where it is on."""
+        rows = self.features.read(start, stop)
+        dtype = compute_dtype(rows.dtype, rows.device)
+        weight, bias = self.weight.detach().flatten(1).to(dtype), self.bias.detach().to(dtype)
+        logits = torch.baddbmm(bias[:, None], weight.expand(len(rows), -1, -1), rows.flatten(2).to(dtype))
+        return logits.unflatten(2, rows.shape[2:])

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, found again, and never replaced by worse ones.
 
-`checkpoints/last.ckpt` follows every epoch and `checkpoints/best.ckpt` the best validation. Both are Lightning
-checkpoints that can be resumed from, and load with `torch.load(weights_only=True)`. On top of Lightning's keys they
-hold `counts` (epoch, iteration, optimizer_step) and, where an average is kept, `ema_state_dict`.
+`checkpoints/last.ckpt` follows the start, every epoch and an interruption, `checkpoints/best.ckpt` the best validation.
+Both are Lightning checkpoints that can be resumed from, and load with `torch.load(weights_only=True)`. On top of
+Lightning's keys they hold `counts` (epoch, iteration, optimizer_step) and, where an average is kept, `ema_state_dict`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.artifacts import atomic_path
 from pipeline.errors import InputError
 from pipeline.log import get_logger
+from pipeline.training.last_step import LastStep
 from pipeline.training.run_folder import Counts, RunFolder
 from pipeline.training.validation import ValidationResult, WholeVolumeValidation
 
@@ -56,22 +57,35 @@ class CheckpointWriter(pl.Callback):
 
     As long as nothing was validated, `best` is `last`. Stands last among the callbacks: what is saved has passed the
     divergence guard, and `best` is written before `last`, so that a run killed in between repeats the epoch and
-    comes to the same `best`.
+    comes to the same `best`. What a run starts from is saved as well, as `last`: that is what a first optimiser step
+    left half done is taken up from, and a folder that cannot be written is found out at once.
 
     Args:
         folder: The run folder.
-        iterations_per_epoch: Iterations of an epoch, for the counts.
+        last_step: Knows the counts.
         validation: Whose result decides; None without validation cases.
+
+    Attributes:
+        saved: Counts of the newest checkpoint of this run on disk.
     """
 
-    def __init__(
-        self, folder: RunFolder, *, iterations_per_epoch: int, validation: WholeVolumeValidation | None
-    ) -> None:
+    def __init__(self, folder: RunFolder, last_step: LastStep, *, validation: WholeVolumeValidation | None) -> None:
         self.folder = folder
-        self.iterations_per_epoch = iterations_per_epoch
+        self.last_step = last_step
         self.validation = validation
+        self.saved = last_step.counts
         self.best_epoch: int | None = None
         self.best_result: ValidationResult | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save what a run starts from."""
+        if not self.folder.last_checkpoint.is_file():
+            self.save_last(trainer)
+
+    def save_last(self, trainer: pl.Trainer) -> None:
+        """Save what the newest count stands for."""
+        trainer.save_checkpoint(self.folder.last_checkpoint)
+        self.saved = self.last_step.counts
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save what has to be saved."""
@@ -79,7 +93,7 @@ class CheckpointWriter(pl.Callback):
         if result is not None and self._is_better(result):
             self.best_epoch, self.best_result = trainer.current_epoch + 1, result
             trainer.save_checkpoint(self.folder.best_checkpoint)
-        trainer.save_checkpoint(self.folder.last_checkpoint)
+        self.save_last(trainer)
         if self.best_result is None:
             _link_or_copy(self.folder.last_checkpoint, self.folder.best_checkpoint)
 
@@ -88,11 +102,7 @@ class CheckpointWriter(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the three counts."""
-        epoch = trainer.current_epoch + 1
-        counts = Counts(
-            epoch=epoch, iteration=epoch * self.iterations_per_epoch, optimizer_step=int(trainer.global_step)
-        )
-        checkpoint[COUNTS_KEY] = asdict(counts)
+        checkpoint[COUNTS_KEY] = asdict(self.last_step.counts)
 
     def state_dict(self) -> dict[str, Any]:
         """The best validation so far."""

@@ -47,6 +47,7 @@ class PatchDataModule(pl.LightningDataModule):
         dataset: Patches by global sample number, such as `PatchDataset`.
         batch_size: Patches per iteration.
         iterations_per_epoch: Batches that make an epoch.
+        start: Epochs that are done, and batches that are done of the one after them.
         num_workers: Data worker processes, kept alive over epochs; 0 makes the patches in the training process.
         pin_memory: Lay batches out for asynchronous copies to a GPU.
         augmentation: Applied to whole batches on the device of the network, for datasets that defer it.
@@ -62,6 +63,7 @@ class PatchDataModule(pl.LightningDataModule):
         *,
         batch_size: int,
         iterations_per_epoch: int,
+        start: tuple[int, int] = (0, 0),
         num_workers: int = 0,
         pin_memory: bool = False,
         augmentation: Augmentation | None = None,
@@ -71,6 +73,7 @@ class PatchDataModule(pl.LightningDataModule):
         self.dataset = dataset
         self.batch_size = batch_size
         self.iterations_per_epoch = iterations_per_epoch
+        self.start = start
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.augmentation = augmentation
@@ -78,9 +81,11 @@ class PatchDataModule(pl.LightningDataModule):
         self.wait_clock = WaitClock()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """One epoch of batches, from the trainer's current epoch on."""
-        sampler = StreamSampler(self.iterations_per_epoch * self.batch_size)
-        sampler.set_epoch(self._finished_epochs())
+        """The batches of an epoch, which is the one to start from until the sampler is told of another."""
+        epoch, batches = self.start
+        sampler = StreamSampler(
+            self.iterations_per_epoch * self.batch_size, first_epoch=epoch, skipped=batches * self.batch_size
+        )
         loader = _TimedLoader(
             _Guarded(self.dataset),
             batch_size=self.batch_size,
@@ -94,10 +99,6 @@ class PatchDataModule(pl.LightningDataModule):
         )
         loader.clock = self.wait_clock
         return loader
-
-    def _finished_epochs(self) -> int:
-        # Not `trainer.current_epoch`: when a run resumes, Lightning asks for the loader before it counts that one up.
-        return self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Raise the error of a data worker as it was."""
@@ -117,16 +118,25 @@ class PatchDataModule(pl.LightningDataModule):
 class StreamSampler(EpochSampler):
     """The sample numbers of one epoch; Lightning calls `set_epoch` before each.
 
+    Its length is always that of a whole epoch, by which Lightning knows the last batch.
+
     Args:
         num: Samples of an epoch.
+        first_epoch: The epoch to begin with, counted from 0.
+        skipped: Samples of it that were taken before.
     """
 
-    def __init__(self, num: int) -> None:
-        super().__init__(0, num)
+    def __init__(self, num: int, *, first_epoch: int = 0, skipped: int = 0) -> None:
+        super().__init__(first_epoch * num, num)
+        self.first_epoch, self.skipped = first_epoch, skipped
 
     def set_epoch(self, epoch: int) -> None:
         """Go on to the samples of `epoch`, counted from 0."""
         self.first = epoch * self.num
+
+    def __iter__(self) -> Iterator[int]:
+        skipped = self.skipped if self.first == self.first_epoch * self.num else 0
+        return iter(range(self.first + skipped, self.first + self.num))
 
 
 class _TimedLoader(DataLoader[Any]):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import TrainingDivergedError
+from pipeline.training.loop_state import Pace
 
 SCALER_PATIENCE = 10
 
@@ -32,13 +33,13 @@ class DivergenceGuard(pl.Callback):
 
     Args:
         last_checkpoint: What is named as the way back, once it exists.
-        iterations_per_epoch: Iterations of an epoch.
+        pace: How an epoch is cut up, to number iterations.
         patience: Bad losses in a row that are borne.
     """
 
-    def __init__(self, last_checkpoint: Path, *, iterations_per_epoch: int, patience: int = 0) -> None:
+    def __init__(self, last_checkpoint: Path, *, pace: Pace, patience: int = 0) -> None:
         self.last_checkpoint = last_checkpoint
-        self.iterations_per_epoch = iterations_per_epoch
+        self.pace = pace
         self.patience = patience
         self._pending: _Seen | None = None
         self._bad_in_a_row = 0
@@ -48,15 +49,27 @@ class DivergenceGuard(pl.Callback):
     ) -> None:
         """Look at the loss of the iteration before, and keep this one."""
         self._look()
-        iteration = trainer.current_epoch * self.iterations_per_epoch + batch_idx + 1
+        iteration = self.pace.iteration(epoch=trainer.current_epoch, batch_idx=batch_idx)
         is_finite, copied = _copied_to_host(torch.isfinite(outputs["loss"]))
         self._pending = _Seen(outputs["loss"], is_finite, copied, tuple(batch.get("case_id", ())), iteration)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Check before anything is saved."""
+        self.check(trainer, pl_module)
+
+    def check(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Look at the last loss, and at the weights, which the last step may have spoilt without a bad loss."""
         self._look()
         if not weights_are_finite(pl_module):
             raise self._error("the weights became NaN or infinite", f"epoch {trainer.current_epoch + 1}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bad losses in a row."""
+        return {"bad_in_a_row": self._bad_in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._bad_in_a_row = int(state_dict["bad_in_a_row"])
 
     def _look(self) -> None:
         seen, self._pending = self._pending, None

@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline.log import get_logger
 from pipeline.plan import GIB
 from pipeline.training.datamodule import WaitClock
-from pipeline.training.metrics_table import COUNT_COLUMNS, VALIDATION_SECONDS, MetricsTable, Row
+from pipeline.training.gradient_noise import GradientNoise
+from pipeline.training.metrics_table import COUNT_COLUMNS, NOISE_SCALE, VALIDATION_SECONDS, MetricsTable, Row
 from pipeline.training.validation import ValidationResult, WholeVolumeValidation
 
 
@@ -39,12 +40,22 @@ class EpochTimer(pl.Callback):
         self.seconds = 0.0
         self.wait_seconds = 0.0
         self.peak_vram_bytes = 0
-        self._epoch_start = 0.0
+        self._started_at: float | None = None
         self._waited_before = 0.0
+        self._before: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start to measure, also where a training goes on in the middle of an epoch."""
+        self._start(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start to measure."""
-        self._epoch_start, self._waited_before = perf_counter(), self.wait_clock.seconds
+        """Start to measure an epoch."""
+        self._before = {}
+        self._start(pl_module)
+
+    def _start(self, pl_module: Any) -> None:
+        self._started_at, self._waited_before = perf_counter(), self.wait_clock.seconds
+        self._device: torch.device = pl_module.device
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -52,9 +63,26 @@ class EpochTimer(pl.Callback):
         """Stop, once the GPU has done what it was given."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-            self.peak_vram_bytes = torch.cuda.max_memory_allocated(pl_module.device)
-        self.seconds = perf_counter() - self._epoch_start
-        self.wait_seconds = self.wait_clock.seconds - self._waited_before
+        self._measure()
+        self._started_at = None
+
+    def _measure(self) -> None:
+        if self._started_at is None:
+            return
+        self.seconds = self._before.get("seconds", 0.0) + perf_counter() - self._started_at
+        waited = self.wait_clock.seconds - self._waited_before
+        self.wait_seconds = self._before.get("wait_seconds", 0.0) + waited
+        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+        self.peak_vram_bytes = max(peak, int(self._before.get("peak_vram_bytes", 0)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch took so far, for one that is gone on with."""
+        self._measure()
+        return {"seconds": self.seconds, "wait_seconds": self.wait_seconds, "peak_vram_bytes": self.peak_vram_bytes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with an epoch."""
+        self._before = dict(state_dict)
 
 
 class EpochReport(pl.Callback):
@@ -66,6 +94,7 @@ class EpochReport(pl.Callback):
         validation: The epoch's validation; None without validation cases.
         iterations_per_epoch: Iterations of an epoch, for the counts.
         max_epochs: Epochs of the training, for the log line.
+        noise: The gradient noise scale; stands before the report among the callbacks.
     """
 
     def __init__(
@@ -76,35 +105,67 @@ class EpochReport(pl.Callback):
         *,
         iterations_per_epoch: int,
         max_epochs: int,
+        noise: GradientNoise | None = None,
     ) -> None:
         self.table, self.timer, self.validation = table, timer, validation
+        self.noise = noise
         self.class_names = table.class_names
         self.iterations_per_epoch = iterations_per_epoch
         self.max_epochs = max_epochs
         self._losses: list[Tensor] = []
+        self._batch_sizes: list[int] = []
         self._lr = 0.0
+        # As of the last finished optimiser step: its number, the losses until then, and its rate.
+        self._step, self._num_known, self._known_lr = 0, 0, 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Note the rate before the schedule moves on."""
         self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Any], *_: Any
+    ) -> None:
         """Note the loss, where it lies: reading it would make a GPU wait.
 
         Lightning hands on the loss as it went into the backward pass: divided by the number of accumulated batches.
         """
         self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
+        self._batch_sizes.append(len(batch["image"]))
+        if trainer.global_step > self._step:
+            self._step, self._num_known, self._known_lr = trainer.global_step, len(self._losses), self._lr
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the row and the line."""
-        losses, self._losses = torch.stack(self._losses).double(), []
-        # Bad losses are let through by the divergence guard with fp16 only, where their steps were left out.
-        row = self._row(trainer, float(losses[torch.isfinite(losses)].mean()))
+        row = self._row(trainer, self._mean_loss())
+        self._losses, self._batch_sizes, self._num_known = [], [], 0
         self.table.append(row)
         for logger in trainer.loggers:
             scalars = {key: value for key, value in row.items() if value is not None and key not in COUNT_COLUMNS}
             logger.log_metrics(scalars, step=trainer.global_step)
         get_logger("train").info(self._line(row))
+
+    def _mean_loss(self) -> float:
+        """Over the patches of the epoch: batches are of two sizes where the training stepped down in between."""
+        losses = torch.stack([loss.cpu() for loss in self._losses]).double()
+        # Bad losses are let through by the divergence guard with fp16 only, where their steps were left out.
+        weights = torch.tensor(self._batch_sizes).double() * torch.isfinite(losses)
+        return float((losses.nan_to_num() * weights).sum() / weights.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch as of its last finished optimiser step."""
+        return {
+            "losses": [float(loss) for loss in self._losses[: self._num_known]],
+            "batch_sizes": self._batch_sizes[: self._num_known],
+            "lr": self._known_lr,
+            "step": self._step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with an epoch."""
+        self._losses = list(torch.tensor(state_dict["losses"]).unbind())
+        self._batch_sizes = list(state_dict["batch_sizes"])
+        self._lr = self._known_lr = state_dict["lr"]
+        self._step, self._num_known = state_dict["step"], len(self._losses)
 
     def _row(self, trainer: pl.Trainer, train_loss: float) -> Row:
         epoch = trainer.current_epoch + 1
@@ -119,6 +180,8 @@ class EpochReport(pl.Callback):
             "lr": self._lr,
             "train_loss": train_loss,
         }
+        if self.noise is not None and self.noise.reading is not None:
+            row[NOISE_SCALE] = self.noise.reading.noise_scale
         result = self.validation.result if self.validation is not None else None
         return row if result is None else {**row, **self._scores(result)}
 
@@ -133,6 +196,8 @@ class EpochReport(pl.Callback):
             parts.append(f"validation Dice {row['val_dice_mean']:.4f} ({classes}) in {row[VALIDATION_SECONDS]:.1f} s")
         parts.append(f"{row['seconds']:.1f} s, {row['data_wait_share']:.0%} of it waiting for data")
         parts.append(f"iteration {row['iteration']}, optimiser step {row['optimizer_step']}, rate {row['lr']:.3g}")
+        if self.noise is not None:
+            parts += filter(None, [self.noise.describe()])
         memory = f"{row['peak_ram_bytes'] / GIB:.1f} GiB RAM"  # type: ignore[operator]
         vram = f", {row['peak_vram_bytes'] / GIB:.1f} GiB VRAM" if row["peak_vram_bytes"] else ""  # type: ignore[operator]
         return "; ".join([*parts, memory + vram])

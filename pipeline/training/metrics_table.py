@@ -15,6 +15,7 @@ COLUMNS = (
     *("seconds", "data_wait_share", "peak_vram_bytes", "peak_ram_bytes", "lr", "train_loss", "val_dice_mean"),
 )
 VALIDATION_SECONDS = "validation_seconds"
+NOISE_SCALE = "noise_scale"
 Row = dict[str, int | float | None]
 
 
@@ -23,7 +24,8 @@ class MetricsTable:
 
     Columns: counts of finished epochs, iterations and optimiser steps; seconds of training (validation apart) and the
     share of them spent waiting for data; peak memory of GPU and processes; learning rate of the last step; mean
-    training loss; Dice of the validation, mean and by class; seconds of the validation.
+    training loss; Dice of the validation, mean and by class; seconds of the validation; gradient noise scale in
+    patches, once it is known.
 
     Args:
         path: The file.
@@ -34,7 +36,7 @@ class MetricsTable:
     def __init__(self, path: Path, *, class_names: Sequence[str], keep_epochs: int = 0) -> None:
         self.path = path
         self.class_names = tuple(class_names)
-        self.columns = (*COLUMNS, *(f"val_dice_{name}" for name in class_names), VALIDATION_SECONDS)
+        self.columns = (*COLUMNS, *(f"val_dice_{name}" for name in class_names), VALIDATION_SECONDS, NOISE_SCALE)
         self.rows = [row for row in _read(path) if (row["epoch"] or 0) <= keep_epochs] if keep_epochs else []
 
     def append(self, row: Mapping[str, int | float | None]) -> None:

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from pipeline.config import OptimConfig
-from pipeline.training.optim import make_optimizer, make_scheduler
+from pipeline.training.optim import has_fused_kernels, make_optimizer, make_scheduler
 
 
 class SegmentationModule(pl.LightningModule):
@@ -49,6 +49,12 @@ class SegmentationModule(pl.LightningModule):
         """The loss of one batch with keys `image` and `label`."""
         loss: Tensor = self.loss(self.network(batch["image"]), batch["label"])
         return loss
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the kind of kernel that this training's optimiser was made with: torch saves it with the state."""
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                group["fused"] = has_fused_kernels(self.network)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser and its schedule, which moves on with every optimiser step."""

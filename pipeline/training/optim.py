@@ -45,8 +45,24 @@ def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optim
     """SGD with Nesterov momentum, or AdamW with weight decay on kernels only.
 
     With `adamw`, parameters of one axis (norm weights and all biases) are left out of the weight decay; with `sgd` it
-    acts on all, as in nnU-Net (Isensee et al. 2021).
+    acts on all, as in nnU-Net (Isensee et al. 2021). Torch's fused kernels are used where they exist: they allocate
+    nothing, so an out-of-memory cannot leave a step half done.
     """
+    optimizer = _make_optimizer(network, config, fused=has_fused_kernels(network))
+    # Fused optimisers could undo the scale of fp16 gradients themselves, and Lightning refuses to clip for those. Told
+    # that they cannot, it undoes the scale before it clips, as for all others.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
+
+
+def has_fused_kernels(network: nn.Module) -> bool:
+    """Whether torch has fused optimiser kernels for all parameters: floating-point ones on a CPU or a CUDA device."""
+    return all(
+        parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in network.parameters()
+    )
+
+
+def _make_optimizer(network: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
     lr = DEFAULT_LR[config.name] if config.lr == "auto" else float(config.lr)
     if config.name == "sgd":
         return torch.optim.SGD(
@@ -55,8 +71,9 @@ def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optim
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
+            fused=fused,
         )
-    return torch.optim.AdamW(list(_adamw_groups(network, config.weight_decay)), lr=lr)
+    return torch.optim.AdamW(list(_adamw_groups(network, config.weight_decay)), lr=lr, fused=fused)
 
 
 def _adamw_groups(network: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,8 @@ from pipeline.artifacts import content_hash, read_artifact, to_json, write_artif
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Splits
 from pipeline.errors import InputError
-from pipeline.plan import Plan, Record
+from pipeline.geometry import Shape3
+from pipeline.plan import Plan, Record, Rung
 from pipeline.saved_config import find_changes, write_config
 
 # What may change between two starts of one run. Paths may: what they lead to is compared instead (the plan) or was
@@ -22,11 +23,41 @@ HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs", "hardware.")
 
 @dataclass(frozen=True, kw_only=True)
 class Counts(Record):
-    """How far a training is; three counts that are easily taken for one another."""
+    """How far a training is; three counts that are easily taken for one another.
+
+    Attributes:
+        epoch: Epochs finished, validation included.
+        iteration: Batches done, of the batch size that the run began with, in finished optimiser steps.
+        optimizer_step: Optimiser steps finished.
+    """
 
     epoch: int = 0
     iteration: int = 0
     optimizer_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDown(Record):
+    """An out-of-memory that a training went on from in a leaner way.
+
+    Attributes:
+        where: What the training was doing.
+        counts: As of the last finished optimiser step before it.
+        continued_from: What was gone on from: the same, or an earlier checkpoint where the step was left half done.
+        from_rung, to_rung: How a step was run before and after.
+        fallback: Number of `to_rung` among the plan's fallbacks, from 1; 0 is the plan's own step.
+        scores_on_host: Whether validations from here on add up their scores in host memory.
+        error: The error's first line.
+    """
+
+    where: Literal["start", "data", "forward", "backward", "optimiser", "validation"]
+    counts: Counts
+    continued_from: Counts
+    from_rung: Rung
+    to_rung: Rung
+    fallback: int
+    scores_on_host: bool = False
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +72,9 @@ class RunRecord(Record):
         device: The GPU's name, or "cpu".
         precision, precision_reason: What was computed in, and why.
         num_threads, num_workers: Processes as they were resolved.
-        batch_size, accumulate_grad_batches: As they were resolved.
+        patch_size, batch_size, accumulate_grad_batches: As they were resolved, after the last step down. The patch is
+            None in records of earlier versions.
+        step_downs: Every out-of-memory that the training went on from.
         num_parameters: Of the network.
         counts: Where the training ended.
         best_epoch, best_dice: The best validation during training (mean over classes and cases); none without one.
@@ -61,8 +94,10 @@ class RunRecord(Record):
     precision_reason: str
     num_threads: int
     num_workers: int
+    patch_size: Shape3 | None = None
     batch_size: int
     accumulate_grad_batches: int
+    step_downs: tuple[StepDown, ...] = ()
     num_parameters: int
     counts: Counts = field(default_factory=Counts)
     best_epoch: int | None = None
@@ -109,7 +144,7 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path:
-        """Everything that is needed to go on, after the newest finished epoch."""
+        """Everything that is needed to go on, as of the newest finished epoch, or of a later optimiser step."""
         return self.path / "checkpoints" / "last.ckpt"
 
     @property

@@ -16,14 +16,21 @@ from pipeline.log import get_logger
 from pipeline.networks.weights import read_weights
 from pipeline.training.checkpoints import CheckpointWriter
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
-from pipeline.training.run_folder import Counts, RunRecord, hash_of
+from pipeline.training.run_folder import Counts, RunRecord, StepDown, hash_of
 from pipeline.training.settings import Settings
 from pipeline.training.validation import ValidationResult, Validator
 
 PACKAGES = ("voxfit", "torch", "pytorch-lightning", "monai", "numpy", "blosc2")
 
 
-def started_record(settings: Settings, fold: int | Literal["all"], network: nn.Module, *, splits: Splits) -> RunRecord:
+def started_record(
+    settings: Settings,
+    fold: int | Literal["all"],
+    network: nn.Module,
+    *,
+    splits: Splits,
+    step_downs: tuple[StepDown, ...] = (),
+) -> RunRecord:
     """The record of a run that begins or goes on."""
     return RunRecord(
         fold=fold,
@@ -34,8 +41,10 @@ def started_record(settings: Settings, fold: int | Literal["all"], network: nn.M
         precision_reason=settings.precision.reason,
         num_threads=settings.processes.num_threads,
         num_workers=settings.processes.num_workers,
+        patch_size=settings.patch_size,
         batch_size=settings.batch_size,
         accumulate_grad_batches=settings.accumulate_grad_batches,
+        step_downs=step_downs,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
     )
 

@@ -17,7 +17,7 @@ class IterationSeed(pl.Callback):
 
     Args:
         seed: Of the run.
-        iterations_per_epoch: Iterations of an epoch.
+        iterations_per_epoch: Iterations of an epoch; passes, once the training has stepped down to a smaller batch.
     """
 
     def __init__(self, seed: int, *, iterations_per_epoch: int) -> None:

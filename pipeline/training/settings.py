@@ -8,9 +8,11 @@ import torch
 
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError
+from pipeline.geometry import Shape3, format_shape
 from pipeline.networks.precision import DeviceType, PrecisionChoice, choose_device_type, choose_precision
-from pipeline.plan import Plan
-from pipeline.training.optim import accumulation_for, steps_per_epoch
+from pipeline.plan import Execution, Plan, Rung
+from pipeline.training.loop_state import Pace
+from pipeline.training.optim import accumulation_for
 from pipeline.training.processes import Processes, share_cpus
 
 IMAGE_BYTES = 4
@@ -23,9 +25,9 @@ class Settings(NamedTuple):
     Attributes:
         device_type: Where the network runs.
         precision: By Lightning's name, and why.
-        batch_size: Patches per iteration.
-        accumulate_grad_batches: Iterations per optimiser step.
-        flushed_iterations: Iterations left at the end of an epoch for a smaller optimiser step of their own; 0 is best.
+        patch_size: Training patch and window of the validation along i, j, k.
+        batch_size: Patches per pass, which is an iteration unless the training has stepped down to a smaller batch.
+        pace: How an epoch is cut up.
         total_steps: Optimiser steps of the whole training.
         recompute_stages, slab_stages, offload_stages: Of the plan's U-Net.
         processes: Threads and data workers.
@@ -34,9 +36,9 @@ class Settings(NamedTuple):
 
     device_type: DeviceType
     precision: PrecisionChoice
+    patch_size: Shape3
     batch_size: int
-    accumulate_grad_batches: int
-    flushed_iterations: int
+    pace: Pace
     total_steps: int
     recompute_stages: int
     slab_stages: int
@@ -45,15 +47,46 @@ class Settings(NamedTuple):
     augment_on_gpu: bool
 
     @property
+    def accumulate_grad_batches(self) -> int:
+        """Passes per optimiser step."""
+        return self.pace.passes_per_step
+
+    @property
+    def execution(self) -> Execution:
+        """How the stages of the plan's U-Net are run."""
+        return Execution(self.recompute_stages, self.slab_stages, self.offload_stages)
+
+    @property
+    def rung(self) -> Rung:
+        """Patch, batch and execution as a rung."""
+        return Rung(
+            patch_size=self.patch_size,
+            batch_size=self.batch_size,
+            accumulate_grad_batches=self.accumulate_grad_batches,
+            **self.execution._asdict(),
+        )
+
+    def at_rung(self, rung: Rung) -> Settings:
+        """The same training as these settings of its start, run as `rung` says, whose batch divides theirs."""
+        return self._replace(
+            patch_size=rung.patch_size,
+            batch_size=rung.batch_size,
+            pace=self.pace._replace(passes_per_iteration=self.batch_size // rung.batch_size),
+            **rung.execution._asdict(),
+        )
+
+    @property
     def device_name(self) -> str:
         """The GPU's name, or "cpu"."""
         return torch.cuda.get_device_name() if self.device_type == "cuda" else "cpu"
 
     def describe(self) -> str:
         """The settings as a line for the log."""
-        flushed = f" (the last of an epoch over {self.flushed_iterations} only)" if self.flushed_iterations else ""
+        left = self.pace.passes_per_epoch % self.pace.passes_per_step
+        flushed = f" (the last of an epoch over {left} only)" if left else ""
         return (
             f"device {self.device_name}; precision {self.precision.precision} ({self.precision.reason}); "
+            f"patch {format_shape(self.patch_size)}, {self.execution}; "
             f"batch {self.batch_size} x accumulation {self.accumulate_grad_batches}; "
             f"{self.processes.num_threads} thread(s) for the network, {self.processes.num_workers} data worker(s); "
             f"{self.total_steps} optimiser steps in all{flushed}"
@@ -73,15 +106,15 @@ def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
     device_type = choose_device_type(hardware.accelerator)
     batch_size = plan.batch_size if config.batch_size == "auto" else config.batch_size
     accumulate = _accumulation(plan, config, batch_size)
-    per_epoch = steps_per_epoch(iterations_per_epoch=config.iterations_per_epoch, accumulate_grad_batches=accumulate)
+    pace = Pace(config.iterations_per_epoch, accumulate)
     planned = plan.precision if hardware.precision == "auto" else hardware.precision
     return Settings(
         device_type=device_type,
         precision=choose_precision(planned, device_type=device_type),
+        patch_size=plan.patch_size,
         batch_size=batch_size,
-        accumulate_grad_batches=accumulate,
-        flushed_iterations=config.iterations_per_epoch % accumulate,
-        total_steps=per_epoch * config.max_epochs,
+        pace=pace,
+        total_steps=pace.steps_per_epoch * config.max_epochs,
         recompute_stages=_stages(plan, config, "recompute_stages"),
         slab_stages=_stages(plan, config, "slab_stages"),
         offload_stages=_stages(plan, config, "offload_stages"),

@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
-import torch
 
 from pipeline.errors import InputError, StoppedError
 
 
 @contextmanager
 def stops_as_errors(trainer: pl.Trainer) -> Iterator[None]:
-    """Turn what Lightning, the data workers or the GPU raise in `trainer.fit` into errors for users.
+    """Turn what Lightning or the data workers raise in `trainer.fit` into errors for users.
 
     Raises:
         StoppedError: Ctrl-C or SIGTERM.
-        InputError: A data worker was killed, or the GPU ran out of memory.
+        InputError: A data worker was killed.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -27,9 +26,6 @@ def stops_as_errors(trainer: pl.Trainer) -> Iterator[None]:
         # How Lightning ends after SIGTERM, and after Ctrl-C, which it leaves ignored.
         signal.signal(signal.SIGINT, handler)
         raise _stopped(trainer) from error
-    except torch.OutOfMemoryError as error:
-        fix = "Plan again with a smaller --vram, or raise hardware.recompute_stages"
-        raise InputError("the GPU ran out of memory", where="plan.json", fix=fix) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

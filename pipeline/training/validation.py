@@ -65,6 +65,7 @@ class Validator:
         patch_size: The training patch, which is the window: group statistics are those of training.
         num_classes: Background included.
         overlap: Of neighbouring windows.
+        scores_on_host: Add up the scores of a volume in host memory, even where the GPU seems to have room.
     """
 
     store_folder: Path
@@ -72,6 +73,7 @@ class Validator:
     patch_size: Shape3
     num_classes: int
     overlap: float = 0.5
+    scores_on_host: bool = False
 
     def limited_to(self, count: int) -> Validator:
         """The same for the first `count` cases; 0 takes all."""
@@ -111,6 +113,8 @@ class Validator:
         return segmentation
 
     def _scores_fit(self, volume: Tensor, device: torch.device) -> bool:
+        if self.scores_on_host:
+            return False
         needed = (self.num_classes + len(volume)) * volume[0].numel() * 4
         return needed < SCORE_SHARE_OF_FREE_MEMORY * free_vram_bytes(device)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,19 @@ def test_a_run_predicts_as_its_network_does(make_plan: Callable[..., Plan], make
     with torch.inference_mode():
         expected = predictor.network(image[None])[0]
     torch.testing.assert_close(predictor.predict_scores(image), expected)
+
+
+def test_a_run_that_stepped_down_predicts_with_the_patch_that_it_came_to(
+    make_plan: Callable[..., Plan], make_run: Callable[..., Path]
+) -> None:
+    run_dir = make_run(make_plan())
+    whole = Predictor.from_run(run_dir, accelerator="cpu", num_threads=1)
+    rung = {"patch_size": [8, 12, 8], "slab_stages": 1, "offload_stages": 1}
+    (run_dir / "run.json").write_text(json.dumps({"patch_size": [8, 12, 8], "step_downs": [{"to_rung": rung}]}))
+    stepped_down = Predictor.from_run(run_dir, accelerator="cpu", num_threads=1)
+    assert whole.plan.patch_size == (12, 16, 8)
+    assert (stepped_down.plan.patch_size, stepped_down.plan.slab_stages) == ((8, 12, 8), 1)
+    assert (stepped_down.network.slab_stages, stepped_down.network.offload_stages) == (1, 1)
 
 
 def test_averaged_weights_are_taken_where_the_checkpoint_has_them(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.inference.sliding_window import gaussian_weights, sliding_window_scores, window_slices, window_starts
+from pipeline.networks.unet import UNet
+from pipeline.plan import NetworkPlan
 
 torch.set_num_threads(1)
 
@@ -168,3 +171,21 @@ def test_wrong_options_are_one_clear_line(options: dict[str, object], message: s
     with pytest.raises(InputError, match=message) as caught:
         run(lambda x: x, random_image(2, (5, 6, 7)), **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tta_axes", [(), (0,), (2, 0, 1)])
+def test_logits_taken_by_rows_blend_as_those_of_whole_windows_do(tta_axes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    plan = NetworkPlan(
+        features_per_stage=(4, 6),
+        strides=((1, 1, 1), (2, 2, 1)),
+        kernel_sizes=((3, 3, 3),) * 2,
+        num_blocks_per_stage=(1, 1),
+        num_groups=2,
+    )
+    network = UNet(2, 3, plan, slab_stages=1).eval()
+    image = random_image(2, (11, 9, 6))
+    options: dict[str, Any] = {"window": (8, 6, 4), "num_classes": 3, "tta_axes": tta_axes}
+    by_rows = sliding_window_scores(network, image, **options)
+    whole = sliding_window_scores(lambda batch: network(batch), image, **options)
+    torch.testing.assert_close(by_rows, whole, rtol=1e-5, atol=1e-5)

@@ -16,11 +16,6 @@ from pipeline.losses.dice_ce import DiceCELoss
 SHAPE = (4, 8, 12)
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 class _Mean(nn.Module):
     def forward(self, logits, target):
         assert target.shape[1:] == logits.shape[2:]

@@ -7,20 +7,9 @@ import torch
 from monai.losses import DiceCELoss as MonaiDiceCELoss
 from torch import Tensor
 
-from pipeline.losses import dice_ce
 from pipeline.losses.dice_ce import DiceCELoss
 
 SHAPE = (5, 7, 9)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=[2**22, 61], ids=["one chunk", "many chunks"])
-def _chunked(request, monkeypatch) -> None:
-    monkeypatch.setattr(dice_ce, "CHUNK_ELEMENTS", request.param)
 
 
 def _value_and_gradient(loss, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from monai.losses import DiceCELoss as MonaiDiceCELoss
 
@@ -10,11 +9,6 @@ from pipeline.losses.segmentation_loss import make_loss
 from pipeline.store import IGNORE_INDEX
 
 SHAPE = (4, 8, 12)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def test_it_is_monais_loss_with_dice_per_sample():

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from monai.losses import DiceCELoss as MonaiDiceCELoss
-from monai.networks.nets import DynUNet, SegResNet
 from monai.networks.nets import UNet as MonaiUNet
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
 
 from pipeline.errors import InputError
 from pipeline.losses.deep_supervision import DeepSupervisionLoss
@@ -20,6 +20,8 @@ from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.networks.unet import UNet
 from pipeline.plan import GIB, NetworkPlan
 from pipeline.planning.meter import PARTS, StepMemory, count_step, meter_step
+from pipeline.slabs.host import allocate_on_host
+from pipeline.slabs.rows import PendingLogits
 
 PATCH = (16, 24, 8)
 TINY = NetworkPlan(
@@ -47,13 +49,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "recomputed": (lambda: UNet(2, 3, TINY, recompute_stages=2), OUR_LOSS),
     "residual": (lambda: UNet(2, 3, replace(TINY, block="residual", norm="instance")), OUR_LOSS),
     "batch norm": (lambda: UNet(2, 3, replace(TINY, norm="batch", deep_supervision=False)), OUR_LOSS),
-    "MONAI UNet": (lambda: MonaiUNet(3, 2, 3, (4, 8, 12), (2, 2), num_res_units=1, dropout=0.1), monai_loss),
     "MONAI UNet, group norm": (
         lambda: MonaiUNet(3, 2, 3, (4, 8), (2,), norm=("group", {"num_groups": 1})),
         monai_loss,
     ),
-    "MONAI DynUNet": (lambda: DynUNet(3, 2, 3, (3, 3, 3), (1, 2, 2), (2, 2), filters=(4, 8, 12)), monai_loss),
-    "MONAI SegResNet": (lambda: SegResNet(3, 8, 2, 3, blocks_down=(1, 1), blocks_up=(1,)), monai_loss),
 }
 
 
@@ -67,7 +66,7 @@ def make_batch(batch_size: int = 2) -> tuple[Tensor, Tensor]:
     ("name", "precision", "optimizer", "accumulate"),
     [
         *((name, "bf16-mixed", "sgd", 1) for name in NETWORKS),
-        *((name, "32-true", "adamw", 2) for name in ("recomputed", "batch norm", "MONAI DynUNet")),
+        *((name, "32-true", "adamw", 2) for name in ("recomputed", "batch norm", "residual")),
     ],
 )
 def test_fake_tensors_count_byte_for_byte_as_real_ones(
@@ -76,7 +75,7 @@ def test_fake_tensors_count_byte_for_byte_as_real_ones(
     make_network, loss = NETWORKS[name]
     network = make_network()
     options = {"precision": precision, "optimizer": optimizer, "accumulate_grad_batches": accumulate}
-    metered = meter_step(network, loss, patch_size=PATCH, in_channels=2, batch_size=2, **options)
+    metered = meter_step(network, loss, patch_size=PATCH, in_channels=2, batch_size=2, device_type="cpu", **options)
     real = count_step(network, loss, *make_batch(), **options)
     assert metered == real
     assert tuple(metered.parts) == PARTS
@@ -129,9 +128,83 @@ def test_parts_of_one_convolution_are_those_counted_by_hand(optimizer: str, copi
     assert memory.parts["parameters"] == weights
     assert memory.parts["optimizer"] == state
     assert memory.parts["input"] == voxels * (2 * 4 + 8)
-    assert memory.parts["activations"] == voxels * 5 * 4
+    assert memory.parts["activations"] == 0
+    # The logits, and the loss itself.
+    assert memory.parts["head"] == voxels * 5 * 4 + 4
     assert memory.parts["gradients"] == weights
     assert memory.parts["working"] == 0
+
+
+def test_what_a_loss_keeps_counts_as_head_beside_the_logits() -> None:
+    def probability_loss(logits: Tensor, _: Tensor) -> Tensor:
+        return (logits.softmax(1) * logits).sum()
+
+    network = nn.Sequential(nn.Conv3d(2, 4, 1), nn.Conv3d(4, 5, 1))
+    memory = meter_step(network, probability_loss, patch_size=PATCH, in_channels=2, precision="32-true")
+    voxels = 16 * 24 * 8
+    assert memory.parts["activations"] == voxels * 4 * 4
+    assert memory.parts["head"] == 2 * voxels * 5 * 4 + 4
+
+
+def test_a_head_that_gives_no_logits_leaves_the_features_with_the_activations() -> None:
+    def loss(logits: PendingLogits, _: Tensor) -> Tensor:
+        return logits.features.handle.square().sum()
+
+    network = UNet(2, 3, replace(TINY, deep_supervision=False), fused_head=True)
+    memory = meter_step(network, loss, patch_size=PATCH, in_channels=2, precision="32-true")
+    # The loss alone.
+    assert memory.parts["head"] == 4
+
+
+class Offloading(torch.autograd.Function):
+    """Squares its input and keeps it in host memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.kept = allocate_on_host(x).copy_(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.kept.to(gradient.device) * gradient
+
+
+class Squares(nn.Module):
+    """A convolution, and twice the square of what comes out of it."""
+
+    def __init__(self, square: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, 3, 1)
+        self.square = square
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.square(self.square(self.conv(x)))
+
+
+def sum_of(outputs: Tensor, _: Tensor) -> Tensor:
+    return outputs.sum()
+
+
+def test_host_buffers_count_apart_from_the_device() -> None:
+    options: dict[str, Any] = {"precision": "32-true"}
+    loss = lambda out, _: out.sum()  # noqa: E731
+    plain, offloaded = (
+        count_step(Squares(square), loss, *make_batch(), **options) for square in (torch.square, Offloading.apply)
+    )
+    kept = 2 * 3 * 16 * 24 * 8 * 4
+    assert plain.host_bytes == 0
+    assert offloaded.host_bytes == 2 * kept
+    assert sum(offloaded.parts.values()) == offloaded.peak_bytes <= plain.peak_bytes - kept
+    metered = meter_step(
+        Squares(Offloading.apply), sum_of, patch_size=PATCH, in_channels=2, batch_size=2, device_type="cpu", **options
+    )
+    assert metered == offloaded
+
+
+def test_the_process_holds_host_buffers_as_well() -> None:
+    memory = count_step(Squares(Offloading.apply), sum_of, *make_batch(), precision="32-true")
+    assert memory.process_bytes is not None
+    assert memory.process_bytes > memory.peak_bytes + memory.host_bytes // 2
 
 
 def test_shared_parameters_and_buffers_count_once() -> None:
@@ -185,6 +258,22 @@ def test_the_network_and_the_loss_are_left_as_they_were() -> None:
     assert not network.training
     assert all(parameter.grad is None and not parameter._backward_hooks for parameter in network.parameters())
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [F.mse_loss, F.smooth_l1_loss, F.l1_loss, F.huber_loss, F.soft_margin_loss, F.binary_cross_entropy_with_logits],
+)
+def test_losses_of_torch_count_as_they_do_on_real_tensors(loss: Any) -> None:
+    # Where a loss allocates more than the scalar that it returns, it is live in the backward pass.
+    def against_target(logits: Tensor, target: Tensor) -> Tensor:
+        return loss(logits, target[:, None].to(logits.dtype).expand_as(logits))
+
+    network = nn.Conv3d(2, 3, 1)
+    metered = meter_step(
+        network, against_target, patch_size=PATCH, in_channels=2, batch_size=2, precision="32-true", device_type="cpu"
+    )
+    assert metered == count_step(network, against_target, *make_batch(), precision="32-true")
 
 
 def test_parameters_without_a_part_in_the_loss_get_neither_gradient_nor_state() -> None:

@@ -16,7 +16,6 @@ from pipeline.planning.topology import (
     forward_flops_per_stage,
     make_topology,
     round_up_patch,
-    step_flops,
 )
 
 edges = st.integers(1, 300)
@@ -99,16 +98,6 @@ def test_counted_operations_are_those_that_pytorch_counts(patch: Shape3, spacing
     assert sum(forward_flops_per_stage(plan, patch, in_channels=2)) == pytest.approx(
         counter.get_total_flops(), rel=0.05
     )
-
-
-def test_recomputation_adds_a_third_of_the_recomputed_stages() -> None:
-    patch = (64, 96, 32)
-    plan = make_topology(patch, (1.0, 1.0, 1.0))
-    stages = forward_flops_per_stage(plan, patch, in_channels=1)
-    plain = step_flops(plan, patch, in_channels=1)
-    assert plain == 3 * sum(stages)
-    assert step_flops(plan, patch, in_channels=1, recompute_stages=2) - plain == stages[0] + stages[1]
-    assert 3 * step_flops(plan, patch, in_channels=1, recompute_stages=plan.num_stages) == 4 * plain
 
 
 def test_operations_grow_with_the_voxels() -> None:

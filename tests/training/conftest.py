@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from pipeline.config import AugmentationConfig, HardwareConfig, TrainConfig
 from pipeline.datasets.splits import Splits, make_splits
@@ -16,6 +18,7 @@ from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
 from pipeline.store import IGNORE_INDEX, CaseStore, StoreInfo
 
 PATCH = (16, 8, 12)
+TIMES_AND_MEMORY = {"seconds", "data_wait_share", "peak_ram_bytes", "validation_seconds"}
 OBLIQUE = np.array([[1.0, 0.2, 0.0, -8.0], [-0.2, 1.0, 0.1, 3.0], [0.0, -0.1, 1.5, 11.0], [0, 0, 0, 1]])
 
 
@@ -69,14 +72,16 @@ def splits(store: Path) -> Splits:
     return make_splits({case_id: case_id for case_id in CaseStore(store).case_ids}, num_folds=3, seed=0)
 
 
-@pytest.fixture
-def make_config(store: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    def make(run: str = "run", **options: Any) -> TrainConfig:
+@pytest.fixture(scope="session")
+def config_in(store: Path) -> Callable[..., TrainConfig]:
+    """Makes small options for a run in a given folder."""
+
+    def make(run_dir: Path, **options: Any) -> TrainConfig:
         hardware = {"accelerator": "cpu", "num_workers": 0, "num_threads": 1, **options.pop("hardware", {})}
         defaults: dict[str, Any] = {
             "plan": "plan.json",
             "store": str(store),
-            "run_dir": str(tmp_path / run),
+            "run_dir": str(run_dir),
             "max_epochs": 3,
             "iterations_per_epoch": 4,
             "validate_every_n_epochs": 2,
@@ -86,3 +91,60 @@ def make_config(store: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig(**{**defaults, **options}, hardware=HardwareConfig(**hardware))
 
     return make
+
+
+@pytest.fixture
+def make_config(config_in: Callable[..., TrainConfig], tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Makes small options for a run in this test's folder."""
+
+    def make(run: str = "run", **options: Any) -> TrainConfig:
+        return config_in(tmp_path / run, **options)
+
+    return make
+
+
+def _checkpoint(run_dir: Path) -> dict[str, Any]:
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    keys = ("state_dict", "optimizer_states", "lr_schedulers", "counts", "ema_state_dict", "ema_num_updates")
+    callbacks = {key: checkpoint["callbacks"].get(key) for key in ("DivergenceGuard", "EpochReport", "GradientNoise")}
+    return {**{key: checkpoint[key] for key in keys if key in checkpoint}, **callbacks}
+
+
+def _rows(run_dir: Path) -> list[dict[str, str]]:
+    header, *lines = (line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines())
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    return [{key: value for key, value in row.items() if key not in TIMES_AND_MEMORY} for row in rows]
+
+
+def _assert_equal(found: Any, expected: Any, where: str = "") -> None:
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            _assert_equal(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            _assert_equal(*pair, f"{where}[{index}]")
+    else:
+        assert found == expected, where
+
+
+@pytest.fixture(scope="session")
+def rows_of() -> Callable[[Path], list[dict[str, str]]]:
+    """Reads the rows of metrics.csv, without times and memory."""
+    return _rows
+
+
+@pytest.fixture(scope="session")
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """Asserts that two runs came to the same, bit by bit: checkpoint, every epoch's row, best weights."""
+
+    def compare(found: Path, expected: Path) -> None:
+        _assert_equal(_checkpoint(found), _checkpoint(expected))
+        assert _rows(found) == _rows(expected)
+        best = [torch.load(run / "checkpoints" / "best.ckpt", weights_only=True) for run in (found, expected)]
+        _assert_equal(*({key: each[key] for key in ("state_dict", "counts")} for each in best))
+
+    return compare

@@ -12,6 +12,7 @@ from pipeline.errors import TrainingDivergedError
 from pipeline.geometry import Grid
 from pipeline.store import CaseStore, StoreInfo
 from pipeline.training.divergence import DivergenceGuard, weights_are_finite
+from pipeline.training.loop_state import Pace
 from pipeline.training.trainer import fit_fold
 
 
@@ -58,6 +59,9 @@ def test_weights_spoilt_by_the_last_step_of_an_epoch_are_not_saved(plan, store, 
     assert checkpoint["counts"]["epoch"] == 1
 
 
+PACE = Pace(iterations_per_epoch=9, iterations_per_step=1)
+
+
 class Position:
     """What the guard reads of a trainer."""
 
@@ -72,9 +76,9 @@ def feed(guard: DivergenceGuard, losses: list[float]) -> None:
 
 def test_with_a_gradient_scaler_single_bad_losses_are_borne_and_many_in_a_row_are_not(tmp_path):
     nan, inf = float("nan"), float("inf")
-    feed(DivergenceGuard(tmp_path / "last.ckpt", iterations_per_epoch=9, patience=2), [1.0, nan, inf, 1.0, nan, inf])
+    feed(DivergenceGuard(tmp_path / "last.ckpt", pace=PACE, patience=2), [1.0, nan, inf, 1.0, nan, inf])
     with pytest.raises(TrainingDivergedError, match="iteration 4, case a, b"):
-        feed(DivergenceGuard(tmp_path / "last.ckpt", iterations_per_epoch=9, patience=2), [1.0, nan, inf, nan, 1.0])
+        feed(DivergenceGuard(tmp_path / "last.ckpt", pace=PACE, patience=2), [1.0, nan, inf, nan, 1.0])
 
 
 def test_a_single_infinite_weight_is_seen():
@@ -87,7 +91,7 @@ def test_a_single_infinite_weight_is_seen():
 
 def test_the_verdict_on_a_loss_is_made_when_it_is_given_and_not_when_it_is_looked_at(tmp_path):
     """Whatever is launched after it, and may write over its memory, is not waited for."""
-    guard = DivergenceGuard(tmp_path / "last.ckpt", iterations_per_epoch=9)
+    guard = DivergenceGuard(tmp_path / "last.ckpt", pace=PACE)
     good, bad = torch.tensor(1.0), torch.tensor(float("inf"))
     guard.on_train_batch_end(Position(), None, {"loss": good}, {}, 0)
     good.fill_(float("nan"))
@@ -99,7 +103,7 @@ def test_the_verdict_on_a_loss_is_made_when_it_is_given_and_not_when_it_is_looke
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_looking_at_a_loss_on_a_gpu_does_not_wait_for_the_iteration_after_it(tmp_path):
-    guard, later = DivergenceGuard(tmp_path / "last.ckpt", iterations_per_epoch=9), torch.cuda.Event()
+    guard, later = DivergenceGuard(tmp_path / "last.ckpt", pace=PACE), torch.cuda.Event()
     for index in range(2):
         loss = torch.ones((), device="cuda")
         if index == 1:

@@ -126,7 +126,7 @@ def test_tensorboard_shows_the_figures_of_the_table_at_the_optimiser_step(plan, 
     rows = rows_of(run_dir)
     for column in set(rows[0]) - set(COUNT_COLUMNS):
         expected = [(int(row["optimizer_step"]), float(row[column])) for row in rows if row[column]]
-        found = [(event.step, event.value) for event in events.Scalars(column)]
+        found = [(event.step, event.value) for event in events.Scalars(column)] if expected else []
         assert [step for step, _ in found] == [step for step, _ in expected], column
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6), column
     assert [event.step for event in events.Scalars("train_loss")] == [2, 4, 6]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.precision.amp import _optimizer_handles_unscaling
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from pipeline.config import OptimConfig
@@ -18,6 +20,7 @@ from pipeline.plan import Plan
 from pipeline.sampling.patch_dataset import PatchDataset
 from pipeline.training.datamodule import PatchDataModule
 from pipeline.training.module import SegmentationModule
+from pipeline.training.optim import make_optimizer
 from pipeline.training.quiet import quiet_lightning
 
 # case_0 has ignored voxels, and a mean over two patches of unequal counts is not the mean of their means.
@@ -123,3 +126,21 @@ def test_lightning_is_quiet_only_inside_the_context():
     with quiet_lightning():
         assert logger.level == logging.WARNING
     assert logger.level == before
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fused_kernels_are_used_where_torch_has_them_and_clipping_and_the_fp16_scale_go_with_them(name):
+    network = nn.Conv3d(1, 3, 1)
+    optimizer = make_optimizer(network, OptimConfig(name=name))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    assert not _optimizer_handles_unscaling(LightningOptimizer(optimizer))
+    plain = make_optimizer(network.to("meta"), OptimConfig(name=name))
+    assert not any(group["fused"] for group in plain.param_groups)
+
+
+def test_a_checkpoint_of_a_plain_optimiser_goes_on_with_fused_kernels():
+    """A flag that came back from the checkpoint would be another kernel than the one that was made ready for."""
+    module = SegmentationModule(nn.Conv3d(1, 3, 1), DiceCELoss(), optim=OptimConfig(), total_steps=1)
+    state = torch.optim.SGD(module.network.parameters(), lr=0.1, momentum=0.9).state_dict()
+    module.on_load_checkpoint({"optimizer_states": [state]})
+    assert [group["fused"] for group in state["param_groups"]] == [True]

@@ -24,7 +24,7 @@ from pipeline.training.trainer import fit_fold, select_fold
 
 COLUMNS = (
     "epoch,iteration,optimizer_step,seconds,data_wait_share,peak_vram_bytes,peak_ram_bytes,lr,train_loss,"
-    "val_dice_mean,val_dice_outer,val_dice_inner,validation_seconds"
+    "val_dice_mean,val_dice_outer,val_dice_inner,validation_seconds,noise_scale"
 )
 
 

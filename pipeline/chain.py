@@ -1,0 +1,156 @@
+"""`voxfit run`: every stage one after the other in one work folder, from the dataset to the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from pipeline import api
+from pipeline.artifacts import read_artifact
+from pipeline.config import EvaluateConfig, PlanConfig, PredictConfig, PreprocessConfig, RunConfig, TrainConfig
+from pipeline.errors import CasesFailedError, InputError
+from pipeline.log import log_to_file
+from pipeline.plan import Plan
+from pipeline.saved_config import find_changes, write_config
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from torch import nn
+
+    from pipeline.evaluation.summary import Metrics
+    from pipeline.training.trainer import FitResult
+
+Result = TypeVar("Result")
+# What may change between two calls of `run` in one folder: another fold is a run of its own, and the rest decides how
+# the work is done, not what comes of it.
+HOW_ONLY = ("num_workers", "skip_bad_cases", "plan.probe", "train.validate_every_n_epochs", "train.hardware.")
+FREE_TO_CHANGE = ("work_dir", "fold", *HOW_ONLY)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `voxfit run` made: the scores of the validation fold, and the page that shows them."""
+
+    metrics: Metrics
+    report: Path
+
+
+def run(config: RunConfig, *, network: nn.Module | None = None) -> RunResult:
+    """Plan, preprocess, train, predict the validation fold, evaluate, report; resumes where it was.
+
+    Raises:
+        CasesFailedError: Everything is done, without the cases that it lists.
+    """
+    work_dir = Path(config.work_dir)
+    _keep_config(work_dir / "config.yaml", config)
+    with log_to_file(work_dir / "log.txt"):
+        failures = _prepare(config, work_dir)
+        run_dir = work_dir / f"fold_{config.fold}"
+        paths = {"plan": str(work_dir / "plan.json"), "store": str(work_dir / "store"), "run_dir": str(run_dir)}
+        options = {**_values(config.train), **paths, "fold": config.fold, "max_epochs": config.max_epochs}
+        fit = api.train(TrainConfig(**options), network=network)
+        result, failed = _assess(config, fit, network)
+        failures = {**failures, **failed}
+        if failures:
+            raise CasesFailedError(failures, done=f"{run_dir} is finished", result=result)
+        return result
+
+
+def describe_run(result: RunResult) -> Group:
+    """The table of scores and where the report is."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from pipeline.evaluation.explain import describe_metrics
+
+    return Group(describe_metrics(result.metrics), Text(f"report: {result.report}"))
+
+
+def _keep_config(path: Path, config: RunConfig) -> None:
+    """Save the options, or refuse to continue a folder in which a plan was made with others."""
+    changes = []
+    if path.is_file() and path.with_name("plan.json").is_file():
+        changes = find_changes(path, config, harmless=FREE_TO_CHANGE)
+    if changes:
+        fix = "Put them back to continue, or give another --work_dir"
+        raise InputError(f"was made with other options: {'; '.join(changes)}", where=path.parent, fix=fix)
+    write_config(path, config)
+
+
+def _prepare(config: RunConfig, work_dir: Path) -> dict[str, str]:
+    """The plan, unless it is there already (and perhaps edited), and the store; reasons of cases left out."""
+    plan_path = work_dir / "plan.json"
+    common: dict[str, Any] = {name: getattr(config, name) for name in ("dataset", "num_workers", "skip_bad_cases")}
+    left_out: dict[str, str] = {}
+    if not plan_path.is_file():
+        optim: dict[str, Any] = {"optimizer": config.train.optim.name, "ema": config.train.optim.ema_decay > 0}
+        plan = {**_values(config.plan), **({"probe": "off"} if config.train.hardware.accelerator == "cpu" else {})}
+        options = PlanConfig(**plan, **common, **optim, out=str(plan_path), vram=config.vram)
+        _, left_out = _collect(api.plan, options)
+    preprocessing = PreprocessConfig(**common, plan=str(plan_path), store=str(work_dir / "store"))
+    _, failures = _collect(api.preprocess, preprocessing)
+    return {**left_out, **failures}
+
+
+def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tuple[RunResult, dict[str, str]]:
+    """Predict the held-out cases on their own grids, score them, write the report; with the cases that failed."""
+    from pipeline.datasets.splits import Splits
+
+    run_dir, hardware = fit.run_dir, config.train.hardware
+    held_out = read_artifact(run_dir / "splits.json", Splits).folds[config.fold].validation
+    predictions, report = run_dir / "validation", run_dir / "report.html"
+    prediction = PredictConfig(
+        run_dir=str(run_dir),
+        input=config.dataset,
+        output=str(predictions),
+        tta=config.tta,
+        accelerator=hardware.accelerator,
+        num_threads=hardware.num_threads,
+    )
+    evaluation = EvaluateConfig(
+        predictions=str(predictions),
+        labels=config.dataset,
+        images=config.dataset,
+        out=str(predictions / "metrics.json"),
+        report=str(report),
+        run_dir=str(run_dir),
+        num_workers=config.num_workers,
+    )
+    _, failed = _collect(api.predict, prediction, network=network, case_ids=held_out)
+    facts = _facts(config, run_dir)
+    metrics, not_scored = _collect(api.evaluate, evaluation, case_ids=held_out, facts=facts)
+    return RunResult(metrics, report), {**not_scored, **failed}
+
+
+def _collect(command: Callable[..., Result], config: Any, **options: Any) -> tuple[Result, dict[str, str]]:
+    """What a command gives, and the cases that it failed for, which do not end the chain where there is a result."""
+    try:
+        return command(config, **options), {}
+    except CasesFailedError as error:
+        if error.result is None:
+            raise
+        return cast(Result, error.result), error.failures
+
+
+def _facts(config: RunConfig, run_dir: Path) -> dict[str, str]:
+    """What the report says of data, plan and run."""
+    from pipeline.geometry import format_shape, format_spacing
+
+    made, record = read_artifact(run_dir / "plan.json", Plan), json.loads((run_dir / "run.json").read_text())
+    return {
+        "dataset": made.dataset_name,
+        "fold": f"{config.fold} of {config.train.num_folds}",
+        "spacing": f"{format_spacing(made.target_spacing)} mm",
+        "patch": f"{format_shape(made.patch_size)} voxels, batch {record['batch_size']}",
+        "training": f"{config.max_epochs} epochs, {record['counts']['optimizer_step']} optimiser steps",
+        "precision": f"{record['precision']} on {record['device']}",
+        "mirroring": config.tta,
+    }
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """The fields of a config by name, groups as they are."""
+    return {item.name: getattr(config, item.name) for item in fields(config)}

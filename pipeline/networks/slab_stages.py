@@ -1,0 +1,93 @@
+"""The highest-resolution stages of a U-Net in slabs. Shapes: (B, C, I, J, K)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from pipeline.networks.blocks import NEGATIVE_SLOPE, ConvBlock, DecoderStage
+from pipeline.slabs.convolution import convolve_and_norm, convolve_whole
+from pipeline.slabs.resolution import UpsampledRows, make_whole
+from pipeline.slabs.rows import PendingLogits, Rows, WholeRows
+
+if TYPE_CHECKING:
+    from pipeline.networks.unet import UNet
+
+
+def run_in_slabs(network: UNet, x: Tensor, *, pending: bool) -> list[Tensor | PendingLogits]:
+    """The outputs of a U-Net whose first `slab_stages` stages run in slabs; the rest runs as it always does.
+
+    Args:
+        network: The U-Net.
+        x: (B, C, I, J, K), a multiple of its stride.
+        pending: Leave logits to whoever takes the outputs.
+    """
+    num_slab_stages = min(network.slab_stages, len(network.encoder))
+    rows: Rows = WholeRows(x)
+    skips = []
+    for index in range(num_slab_stages):
+        rows = _encode(network, index, rows)
+        skips.append(rows)
+    outputs: list[Tensor | PendingLogits] = []
+    if num_slab_stages == len(network.encoder):
+        rows = skips.pop()
+    else:
+        first_block = network.encoder[num_slab_stages][0]
+        convolved = convolve_whole(rows, first_block.conv)
+        deep, outputs = network.run_stages(convolved, first=num_slab_stages, pending=pending)
+        rows = WholeRows(deep)
+    for index in reversed(range(min(num_slab_stages, len(network.decoder)))):
+        rows = _decode(network, index, rows, skips.pop(), read_once=pending and index == 0)
+        if index < network.num_outputs:
+            outputs.insert(0, _head(network, index, rows, pending=pending))
+    return outputs
+
+
+def _encode(network: UNet, index: int, rows: Rows) -> Rows:
+    for block in network.encoder[index]:
+        rows = _run(network, index, block, [rows])
+    return rows
+
+
+def _decode(network: UNet, index: int, lower: Rows, skip: Rows, *, read_once: bool) -> Rows:
+    stage: DecoderStage = network.decoder[index]
+    up = UpsampledRows(lower, stage.upsample)
+    last = len(stage.blocks) - 1
+    layers, norm = [stage.merge.up_conv, stage.merge.skip_conv], stage.merge.norm
+    rows = _convolve(network, index, [up, skip], layers, norm, has_one_reader=read_once and last < 0)
+    for number, block in enumerate(stage.blocks):
+        # Only the head reads the last rows of all, and it can sweep twice.
+        rows = _run(network, index, block, [rows], has_one_reader=read_once and number == last)
+    return rows
+
+
+def _run(network: UNet, index: int, block: ConvBlock, inputs: Sequence[Rows], *, has_one_reader: bool = False) -> Rows:
+    return _convolve(network, index, inputs, [block.conv], block.norm, has_one_reader=has_one_reader)
+
+
+def _convolve(
+    network: UNet,
+    index: int,
+    inputs: Sequence[Rows],
+    layers: Sequence[nn.Conv3d],
+    norm: nn.GroupNorm,
+    *,
+    has_one_reader: bool,
+) -> Rows:
+    return convolve_and_norm(
+        inputs,
+        layers,
+        norm,
+        negative_slope=NEGATIVE_SLOPE,
+        on_host=index < network.offload_stages,
+        has_one_reader=has_one_reader,
+    )
+
+
+def _head(network: UNet, index: int, rows: Rows, *, pending: bool) -> Tensor | PendingLogits:
+    head = network.heads[index]
+    if pending:
+        return PendingLogits(rows, head.weight, head.bias)
+    return head(make_whole(rows))

@@ -1,0 +1,62 @@
+"""Which ways of running a network's stages come into question, and how long they take against the plain way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.geometry import Shape3
+from pipeline.plan import Execution, NetworkPlan
+from pipeline.planning.topology import forward_flops_per_stage
+
+Family = tuple[Execution, ...]
+
+# A tensor of a stage has a quarter of the bytes of one a stage above: from the fourth stage on it is all or nothing for
+# recomputation, and from the third on slabs change too little to be metered (3% of the step at 512 x 512 x 256).
+DEEPEST_SINGLE_STAGE = 3
+MOST_SLAB_STAGES = 2
+
+# Forward and backward pass of a stage in slabs against the same stage run plainly, from the highest resolution, and
+# what host memory adds for a stage whose kept tensors lie there. Both are assumptions, measured neither on a CPU nor on
+# a GPU.
+SLAB_TIME_FACTORS = (1.10, 1.10)
+OFFLOAD_TIME_FACTOR = 1.25
+# Three times the operations of a forward pass make a step, and a recomputed stage runs forward once more.
+RECOMPUTE_TIME_FACTOR = 4 / 3
+
+
+def execution_families(network: NetworkPlan, *, may_offload: bool) -> tuple[Family, ...]:
+    """Ways to run the network, in families: within one, each way recomputes more stages than the one before.
+
+    So time grows and memory falls along a family. Families come in the order in which memory is expected to fall, those
+    that need host memory last.
+    """
+    most = min(MOST_SLAB_STAGES, network.num_stages - 1) if network.can_run_in_slabs else 0
+    families = [_family(network, slab_stages, 0) for slab_stages in range(most + 1)]
+    if may_offload:
+        pairs = [(slabs, offloaded) for offloaded in range(1, most + 1) for slabs in range(offloaded, most + 1)]
+        families += [_family(network, slabs, offloaded) for slabs, offloaded in pairs]
+    return tuple(families)
+
+
+def _family(network: NetworkPlan, slab_stages: int, offload_stages: int) -> Family:
+    recomputed = [0, *(stages for stages in _recompute_stages(network) if stages > slab_stages)]
+    return tuple(Execution(stages, slab_stages, offload_stages) for stages in recomputed)
+
+
+def _recompute_stages(network: NetworkPlan) -> Iterator[int]:
+    yield from range(1, min(DEEPEST_SINGLE_STAGE, network.num_stages - 1) + 1)
+    yield network.num_stages
+
+
+def relative_time(network: NetworkPlan, patch_size: Shape3, execution: Execution, *, in_channels: int) -> float:
+    """Time of a step against the plain step, by the operations of each stage's convolutions."""
+    flops = forward_flops_per_stage(network, patch_size, in_channels=in_channels)
+    weighted = sum(count * _time_factor(stage, execution) for stage, count in enumerate(flops))
+    return weighted / sum(flops)
+
+
+def _time_factor(stage: int, execution: Execution) -> float:
+    if stage < execution.slab_stages:
+        factor = SLAB_TIME_FACTORS[min(stage, len(SLAB_TIME_FACTORS) - 1)]
+        return factor * (OFFLOAD_TIME_FACTOR if stage < execution.offload_stages else 1.0)
+    return RECOMPUTE_TIME_FACTOR if stage < execution.recompute_stages else 1.0

@@ -1,0 +1,150 @@
+"""What stands around the chosen rung: the table that a person argues with, and the fallbacks below it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
+
+from pipeline.geometry import Shape3
+from pipeline.plan import Rung
+from pipeline.planning.budget import estimate_overhead_bytes
+from pipeline.planning.candidates import fallback_patches
+from pipeline.planning.rung_meter import RungMeter
+from pipeline.planning.search import largest_fitting, leanest_ways
+
+NUM_SMALLER_PATCHES = 2
+# A step down that saves less than this share is not worth the interruption.
+LEAST_SAVING = 0.02
+
+
+def list_candidates(
+    meter: RungMeter, chosen: Rung, patches: Sequence[Shape3], budget_bytes: int, *, searched_batch: int
+) -> tuple[Rung, ...]:
+    """The chosen rung among its alternatives, the largest patch first and the fastest way first.
+
+    These are the ways that the search looked at for the chosen patch, and the best one found for the next larger patch,
+    the next smaller ones, and the largest patch that the plain step fits.
+
+    Args:
+        meter: Has metered what the search asked for.
+        chosen: Rung of the plan.
+        patches: That came into question, the largest first.
+        budget_bytes: What a rung may take.
+        searched_batch: Patches per iteration that patches were compared with.
+    """
+    index = patches.index(chosen.patch_size)
+    own = [way for batch in {searched_batch, chosen.batch_size} for way in _known_ways(meter, chosen.patch_size, batch)]
+    own = [meter.weighed(way) for way in {*own, chosen}]
+    plain = _largest_plain(meter, patches[index:], budget_bytes, searched_batch)
+    smaller = _next_smaller(meter, own, patches[index + 1 :], budget_bytes, searched_batch)
+    found = [*own, *_next_larger(meter, patches[:index], searched_batch), *plain, *smaller]
+    return tuple(sorted(dict.fromkeys(found), key=lambda rung: (-prod(rung.patch_size), rung.relative_time)))
+
+
+def _known_ways(meter: RungMeter, patch_size: Shape3, batch_size: int) -> Iterator[Rung]:
+    return (way for family in meter.families(patch_size, batch_size) for way in family if meter.is_known(way))
+
+
+def _next_larger(meter: RungMeter, larger: Sequence[Shape3], batch_size: int) -> list[Rung]:
+    """The leanest way of the next larger patch, which the search found too large."""
+    ways = [meter.weighed(way) for patch in larger[-1:] for way in _known_ways(meter, patch, batch_size)]
+    return [min(ways, key=lambda way: way.required_bytes)] if ways else []
+
+
+def _largest_plain(meter: RungMeter, patches: Sequence[Shape3], budget_bytes: int, batch_size: int) -> list[Rung]:
+    plain = [meter.families(patch, batch_size)[0][0] for patch in patches]
+    voxels = [rung.voxels for rung in plain]
+    index = largest_fitting(voxels, lambda at: meter.required_bytes(plain[at]), budget_bytes)
+    return [] if index is None else [meter.weighed(plain[index])]
+
+
+def _next_smaller(
+    meter: RungMeter, own: Sequence[Rung], smaller: Sequence[Shape3], budget_bytes: int, batch_size: int
+) -> list[Rung]:
+    """The fastest way found for each of the next smaller patches, of the ways weighed for the chosen one.
+
+    The smallest of these patches is metered, those between it and the chosen one are interpolated where they are run in
+    the same way.
+    """
+    weighed = [way for way in own if way.batch_size == batch_size]
+    found: list[Rung] = []
+    for patch in reversed(smaller[:NUM_SMALLER_PATCHES]):
+        for way in _likely_ways(meter, weighed, patch, budget_bytes):
+            above = next((rung for rung in weighed if rung.execution == way.execution), None)
+            below = next((rung for rung in found if rung.execution == way.execution), None)
+            rung = _between(way, above, below) if above and below else meter.weighed(way)
+            if rung.required_bytes <= budget_bytes:
+                found.append(rung)
+                break
+    return found
+
+
+def _likely_ways(meter: RungMeter, weighed: Sequence[Rung], patch_size: Shape3, budget_bytes: int) -> list[Rung]:
+    """Ways to run a smaller patch that fit when memory is scaled by the voxels, the fastest first."""
+    scale = prod(patch_size) / prod(weighed[0].patch_size)
+    fitting = {way.execution for way in weighed if way.required_bytes * scale <= budget_bytes}
+    ways = [way for family in meter.families(patch_size, weighed[0].batch_size) for way in family]
+    likely = [way for way in ways if way.execution in fitting]
+    return sorted(likely, key=lambda way: (way.offload_stages > 0, way.relative_time))
+
+
+def list_fallbacks(meter: RungMeter, chosen: Rung) -> tuple[Rung, ...]:
+    """Rungs below the chosen one, in stepping order: leaner ways, then smaller batches, then smaller patches.
+
+    All train the chosen rung's network with its effective batch, and each is predicted to need less than the one
+    before. The smallest patch is metered, those above it are interpolated.
+    """
+    network = meter.network_plan(chosen.patch_size)
+    rungs = [meter.weighed(chosen)]
+    for way in _slower_ways(meter, chosen):
+        _append_if_leaner(rungs, way)
+    for rung in _smaller_batches(rungs[-1]):
+        _append_if_leaner(rungs, meter.weighed(rung))
+    top = rungs[-1]
+    patches = [replace(top, patch_size=patch) for patch in fallback_patches(top.patch_size, network.total_stride)]
+    if patches and top.batch_size == 1:
+        smallest = meter.weighed(patches[-1], network=network)
+        for rung in [*(_between(rung, top, smallest) for rung in patches[:-1]), smallest]:
+            _append_if_leaner(rungs, rung)
+    return tuple(rungs[1:])
+
+
+def _slower_ways(meter: RungMeter, chosen: Rung) -> list[Rung]:
+    """Other ways to run the chosen patches: those that are metered already, and the leanest."""
+    families = meter.families(chosen.patch_size, chosen.batch_size)
+    wanted = {*_known_ways(meter, chosen.patch_size, chosen.batch_size), *leanest_ways(families)}
+    return [meter.weighed(way) for way in sorted(wanted, key=lambda way: (way.offload_stages > 0, way.relative_time))]
+
+
+def _smaller_batches(rung: Rung) -> Iterator[Rung]:
+    """The rung with batches of half the size and less, down to 1."""
+    total, batch_size = rung.effective_batch, rung.batch_size
+    while batch_size > 1:
+        batch_size = next(size for size in range(batch_size // 2, 0, -1) if total % size == 0)
+        yield replace(rung, batch_size=batch_size, accumulate_grad_batches=total // batch_size)
+
+
+def _between(rung: Rung, larger: Rung, smaller: Rung) -> Rung:
+    """The rung with memory on the line through two metered ones that are run alike.
+
+    Memory is the largest of several sums that grow with the voxels, each on a line of its own, so it bends upwards: the
+    line between two points does not promise too little.
+    """
+    share = (rung.voxels - smaller.voxels) / (larger.voxels - smaller.voxels)
+
+    def on_line(low: int, high: int) -> int:
+        return low + round(share * (high - low))
+
+    return replace(
+        rung,
+        required_bytes=on_line(smaller.required_bytes, larger.required_bytes),
+        host_bytes=on_line(smaller.host_bytes, larger.host_bytes),
+    )
+
+
+def _append_if_leaner(rungs: list[Rung], rung: Rung) -> None:
+    """Append a rung that saves enough of what the step itself takes, the device's constant share left out."""
+    constant = estimate_overhead_bytes(0)
+    if rung.required_bytes - constant <= (1 - LEAST_SAVING) * (rungs[-1].required_bytes - constant):
+        rungs.append(rung)

@@ -1,0 +1,166 @@
+"""The parts of a training, made from plan, options and settings."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from torch import nn
+
+from pipeline.config import TrainConfig
+from pipeline.datasets.splits import Fold
+from pipeline.networks.unet import UNet
+from pipeline.plan import Plan
+from pipeline.sampling.augmentation import Augmentation
+from pipeline.sampling.patch_dataset import PatchDataset
+from pipeline.training.checkpoints import AtomicCheckpointIO, CheckpointWriter
+from pipeline.training.datamodule import PatchDataModule
+from pipeline.training.divergence import SCALER_PATIENCE, DivergenceGuard
+from pipeline.training.ema import WeightAverage
+from pipeline.training.epoch_report import EpochReport, EpochTimer
+from pipeline.training.gradient_noise import GradientNoise
+from pipeline.training.last_step import LastStep
+from pipeline.training.loop_state import ResumePoint
+from pipeline.training.metrics_table import MetricsTable
+from pipeline.training.processes import NICENESS_BESIDE_CPU_NETWORK
+from pipeline.training.run_folder import Counts, RunFolder
+from pipeline.training.seeding import IterationSeed
+from pipeline.training.settings import Settings
+from pipeline.training.validation import Validator, WholeVolumeValidation
+
+
+def make_network(plan: Plan, settings: Settings) -> UNet:
+    """The plan's U-Net, run as the settings say."""
+    return UNet(
+        plan.num_channels,
+        plan.num_classes,
+        plan.network,
+        recompute_stages=settings.recompute_stages,
+        slab_stages=settings.slab_stages,
+        offload_stages=settings.offload_stages,
+        fused_head=True,
+    )
+
+
+def make_data(
+    plan: Plan, store_folder: Path, fold: Fold, config: TrainConfig, settings: Settings, *, start: Counts
+) -> PatchDataModule:
+    """The stream of training patches, from where `start` says on."""
+    augmentation = None
+    if config.augmentation.enabled:
+        augmentation = Augmentation(
+            config.augmentation,
+            patch_size=settings.patch_size,
+            num_channels=plan.num_channels,
+            spacing=plan.target_spacing,
+            anisotropic_axis=plan.anisotropic_axis,
+        )
+    dataset = PatchDataset(
+        store_folder,
+        fold.train,
+        patch_size=settings.patch_size,
+        foreground_fraction=config.foreground_fraction,
+        seed=config.seed,
+        augmentation=augmentation,
+        defer_augmentation=settings.augment_on_gpu,
+    )
+    return PatchDataModule(
+        dataset,
+        batch_size=settings.batch_size,
+        iterations_per_epoch=settings.pace.passes_per_epoch,
+        start=(start.epoch, settings.pace.passes_into_epoch(start)),
+        num_workers=settings.processes.num_workers,
+        pin_memory=settings.device_type == "cuda",
+        augmentation=augmentation if settings.augment_on_gpu else None,
+        niceness=NICENESS_BESIDE_CPU_NETWORK if settings.device_type == "cpu" else 0,
+    )
+
+
+def make_validator(
+    plan: Plan, store_folder: Path, case_ids: tuple[str, ...], settings: Settings, *, scores_on_host: bool
+) -> Validator:
+    """Whole-volume validation with the training patch as its window."""
+    return Validator(
+        store_folder=store_folder,
+        case_ids=case_ids,
+        patch_size=settings.patch_size,
+        num_classes=plan.num_classes,
+        scores_on_host=scores_on_host,
+    )
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Callbacks of a training; `in_order` they run.
+
+    Attributes:
+        in_order: Resume point, clock, seed, guard, average, validation, gradient noise, report, last step, checkpoints.
+        guard: Stops a training that diverges.
+        last_step: Knows the last finished optimiser step; stands after all that do something when one is finished.
+        writer: Saves checkpoints; the last one.
+    """
+
+    in_order: list[pl.Callback]
+    guard: DivergenceGuard
+    last_step: LastStep
+    writer: CheckpointWriter
+
+
+def make_callbacks(
+    network: nn.Module,
+    data: PatchDataModule,
+    folder: RunFolder,
+    table: MetricsTable,
+    validator: Validator,
+    config: TrainConfig,
+    settings: Settings,
+    start: Counts,
+) -> Callbacks:
+    """Everything that happens around the training step."""
+    pace, timer = settings.pace, EpochTimer(data.wait_clock)
+    patience = SCALER_PATIENCE if settings.precision.precision == "16-mixed" else 0
+    average = WeightAverage(network, decay=config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+    validation = None
+    if validator.case_ids:
+        validation = WholeVolumeValidation(
+            validator.limited_to(config.max_validation_cases),
+            every_n_epochs=config.validate_every_n_epochs,
+            max_epochs=config.max_epochs,
+            network=average.network if average is not None else None,
+        )
+    noise, counts = GradientNoise(), {"iterations_per_epoch": pace.iterations_per_epoch}
+    report = EpochReport(table, timer, validation, noise=noise, max_epochs=config.max_epochs, **counts)
+    seeds = IterationSeed(config.seed, iterations_per_epoch=pace.passes_per_epoch)
+    guard, last_step = DivergenceGuard(folder.last_checkpoint, pace=pace, patience=patience), LastStep(pace, start)
+    writer = CheckpointWriter(folder, last_step, validation=validation)
+    all_ = [ResumePoint(pace), timer, seeds, guard, average, validation, noise, report, last_step, writer]
+    return Callbacks([callback for callback in all_ if callback is not None], guard, last_step, writer)
+
+
+def make_trainer(
+    folder: RunFolder, callbacks: list[pl.Callback], config: TrainConfig, settings: Settings, *, start: Counts
+) -> pl.Trainer:
+    """Lightning's trainer: the loop, precision, accumulation and clipping; everything else is in our callbacks."""
+    return pl.Trainer(
+        accelerator="gpu" if settings.device_type == "cuda" else "cpu",
+        devices=1,
+        precision=settings.precision.precision,
+        max_epochs=config.max_epochs,
+        accumulate_grad_batches=settings.pace.passes_per_step,
+        gradient_clip_val=config.optim.gradient_clip_norm or None,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(folder.path, name="tensorboard", version="", purge_step=start.optimizer_step + 1),
+        # Under SLURM Lightning would otherwise save and requeue from inside a signal handler.
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],
+        default_root_dir=folder.path,
+        benchmark=settings.device_type == "cuda",
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+    )

@@ -1,0 +1,153 @@
+"""What happens between an out-of-memory and going on: what is kept, let go, written down and said."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import traceback
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from pipeline.allocation import allotted_memory_bytes
+from pipeline.artifacts import write_artifact
+from pipeline.config import TrainConfig
+from pipeline.errors import InputError
+from pipeline.log import get_logger
+from pipeline.plan import GIB, Plan
+from pipeline.training.last_step import Phase
+from pipeline.training.run_folder import Counts, RunFolder, StepDown
+from pipeline.training.step_down import Standing, describe, options_by_hand
+
+WHERE: dict[Phase, str] = {
+    "start": "while the training was set up",
+    "data": "while a batch was made ready",
+    "forward": "in the forward pass",
+    "backward": "in the backward pass",
+    "optimiser": "in the optimiser step",
+    "validation": "in the validation",
+}
+MAX_ERROR_LENGTH = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfMemory:
+    """An out-of-memory of a training, without anything that would keep memory.
+
+    Attributes:
+        where: What the training was doing.
+        counts: As of the last finished optimiser step before it.
+        continues_from: What the checkpoint on disk holds.
+        on_gpu: Whether the training ran on a GPU.
+        memory: How much there was, in words.
+        error: The error's first line.
+    """
+
+    where: Phase
+    counts: Counts
+    continues_from: Counts
+    on_gpu: bool
+    memory: str
+    error: str
+
+    @property
+    def place(self) -> str:
+        """Where and when, in words."""
+        return f"{WHERE[self.where]} after optimiser step {self.counts.optimizer_step}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:MAX_ERROR_LENGTH] if lines else type(error).__name__
+
+
+def describe_memory(device: torch.device) -> str:
+    """How much memory there is, and how much of it the training took."""
+    if device.type == "cuda":
+        total, held = torch.cuda.get_device_properties(device).total_memory, torch.cuda.max_memory_reserved(device)
+        return f"the GPU has {total / GIB:.1f} GiB, of which the training held up to {held / GIB:.1f} GiB"
+    total, held = allotted_memory_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"this job has {total / GIB:.1f} GiB, of which the training held up to {held / GIB:.1f} GiB"
+
+
+def let_go(error: BaseException) -> None:
+    """Drop the tensors that an error keeps alive by the frames that it came through, and those of its causes."""
+    pending: list[BaseException | None] = [error]
+    while pending:
+        each = pending.pop()
+        if each is not None and each.__traceback__ is not None:
+            traceback.clear_frames(each.__traceback__)
+            each.__traceback__ = None
+            pending += [each.__cause__, each.__context__]
+
+
+def free_memory(network: nn.Module | None) -> None:
+    """Give back what a training that ended left behind: gradients, objects that hold each other, the GPU's cache."""
+    if network is not None:
+        network.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def go_down(folder: RunFolder, plan: Plan, config: TrainConfig, standing: Standing, failure: OutOfMemory) -> Standing:
+    """Decide how to go on, write it into `run.json` and say it in a line.
+
+    Args:
+        folder: Of the run.
+        plan: For the advice at the end of the ladder, as `config`.
+        config: Options of the run.
+        standing: Where memory ran out.
+        failure: How it did.
+
+    Raises:
+        InputError: No rung is left.
+    """
+    below = standing.step_down(failure.where, on_gpu=failure.on_gpu)
+    if below is None:
+        raise _no_rung_left(plan, config, standing, failure)
+    record = folder.read_record()
+    step = StepDown(
+        where=failure.where,
+        counts=failure.counts,
+        continued_from=failure.continues_from,
+        from_rung=standing.rung,
+        to_rung=below.rung,
+        fallback=below.fallback,
+        scores_on_host=below.scores_on_host,
+        error=failure.error,
+    )
+    if record is not None:
+        write_artifact(folder.record, replace(record, step_downs=(*record.step_downs, step)))
+    get_logger("train").warning("%s", _said(standing, below, failure))
+    return below
+
+
+def _said(standing: Standing, below: Standing, failure: OutOfMemory) -> str:
+    if below.rung.is_same_step(standing.rung):
+        how = "validations add up their scores in host memory from here on"
+    else:
+        how = f"stepping down from {describe(standing.rung)} to {describe(below.rung)}"
+    parts = [f"out of memory {failure.place}: {how}"]
+    if below.rung.patch_size != standing.rung.patch_size:
+        parts.append("the same cases from here on, in smaller patches, and validation in smaller windows")
+    parts.append(f"going on from optimiser step {failure.continues_from.optimizer_step}")
+    if failure.continues_from != failure.counts:
+        parts.append("later ones are repeated, because memory does not hold them whole")
+    return "; ".join([*parts, failure.memory])
+
+
+def _no_rung_left(plan: Plan, config: TrainConfig, standing: Standing, failure: OutOfMemory) -> InputError:
+    by_hand = options_by_hand(config)
+    ways = ["end what else takes memory there"]
+    if by_hand and plan.fallbacks[standing.fallback :]:
+        ways.append(f"leave {' and '.join(by_hand)} to the plan, whose other rungs do not agree")
+    step = failure.continues_from.optimizer_step
+    ways.append("or plan again with a smaller --vram, or a smaller patch_size, and train into another --run_dir")
+    return InputError(
+        f"out of memory {failure.place}, and no rung is left below {describe(standing.rung)}; {failure.memory}",
+        where="plan.json",
+        fix=f"The same command goes on from optimiser step {step} where there is more: {'; '.join(ways)}",
+    )

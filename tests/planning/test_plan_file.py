@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts import read_artifact, write_artifact
+from pipeline.errors import InputError
+from pipeline.plan import GIB, ChannelPlan, Execution, MemoryPlan, Plan, Rung
+from pipeline.planning.topology import make_topology
+
+NETWORK = make_topology((40, 56, 40), (1.0, 1.0, 1.0))
+PLAN = Plan(
+    dataset_name="made up",
+    fingerprint_hash="0",
+    channels=(ChannelPlan(name="T1", scheme="zscore"),),
+    labels={"background": 0, "tumour": 2},
+    target_spacing=(1.0, 1.0, 1.0),
+    median_shape=(35, 50, 36),
+    patch_size=(40, 56, 40),
+    accumulate_grad_batches=2,
+    recompute_stages=2,
+    slab_stages=1,
+    network=NETWORK,
+    memory=MemoryPlan(budget_bytes=8 * GIB, peak_bytes=5, overhead_bytes=2, parts={"input": 5}, host_bytes=3),
+    candidates=(
+        Rung(
+            patch_size=(40, 56, 40),
+            accumulate_grad_batches=2,
+            recompute_stages=2,
+            slab_stages=1,
+            required_bytes=7,
+            relative_time=1.1,
+        ),
+        # Of another patch, whose own network has another stride.
+        Rung(patch_size=(36, 52, 36), accumulate_grad_batches=2, required_bytes=6),
+    ),
+    fallbacks=(
+        Rung(patch_size=(40, 56, 40), accumulate_grad_batches=2, slab_stages=2, offload_stages=1, host_bytes=3),
+        Rung(patch_size=(32, 48, 32), accumulate_grad_batches=2),
+    ),
+)
+# What version 1 did not have from its start on.
+LATER = ("slab_stages", "offload_stages", "optimizer", "ema", "candidates", "fallbacks")
+
+
+def edited(tmp_path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    path = tmp_path / "plan.json"
+    write_artifact(path, PLAN)
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_plan_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
+    assert read_artifact(edited(tmp_path, lambda content: None), Plan) == PLAN
+
+
+def test_a_plan_from_before_slabs_and_fallbacks_means_what_it_meant(tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for key in LATER:
+            del content[key]
+        del content["memory"]["host_bytes"]
+
+    plan = read_artifact(edited(tmp_path, edit), Plan)
+    assert plan.execution == Execution(recompute_stages=2)
+    assert (plan.optimizer, plan.ema, plan.candidates, plan.fallbacks) == ("sgd", False, (), ())
+    assert plan.memory.host_bytes == 0
+    assert plan.rung.required_bytes == 7
+
+
+def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(content: dict[str, Any]) -> None:
+        inner: Any = content
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = to
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            change("patch_size", to=[40, 55, 40]),
+            r"patch_size: \[40, 55, 40\] is not a multiple of the network's stride \[8, 8, 8\]",
+        ),
+        (change("network", "depth", to=5), r"network\.depth: unknown key"),
+        (change("schema_version", to=99), r"has schema version 99, this voxfit reads version 1"),
+        (change("batch_size", to="two"), r"batch_size: input should be a valid integer"),
+        (change("recompute_stages", to=5), r"recompute_stages: must be 0 to 4, got 5"),
+        (change("slab_stages", to=-1), r"slab_stages: must be 0 to 4, got -1"),
+        (change("offload_stages", to=2), r"offload_stages: must be 0 to slab_stages \(1\), got 2"),
+        (change("network", "norm", to="batch"), r"slab_stages: must be 0 with plain blocks and batch norm"),
+        (change("network", "block", to="residual"), r"slab_stages: must be 0 with residual blocks and group norm"),
+        (change("optimizer", to="lion"), r"optimizer: input should be 'sgd' or 'adamw'"),
+        (
+            change("fallbacks", 1, "patch_size", to=[36, 48, 32]),
+            r"fallbacks\.1\.patch_size: \[36, 48, 32\] is not a multiple of the network's stride \[8, 8, 8\]",
+        ),
+        (change("fallbacks", 0, "slab_stages", to=9), r"fallbacks\.0\.slab_stages: must be 0 to 4, got 9"),
+        (
+            change("fallbacks", 1, "accumulate_grad_batches", to=1),
+            r"fallbacks\.1\.effective batch 1 is not the plan's 2",
+        ),
+        (change("fallbacks", 0, "speed", to=1), r"fallbacks\.0\.speed: unknown key"),
+        (change("candidates", 1, "patch_size", to=[0, 8, 8]), r"candidates\.1\.patch_size: must be positive"),
+        (change("candidates", 0, "batch_size", to=0), r"candidates\.0\.batch_size: must be at least 1"),
+    ],
+)
+def test_a_plan_spoilt_by_hand_is_one_clear_error(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    path = edited(tmp_path, edit)
+    with pytest.raises(InputError, match=message) as caught:
+        read_artifact(path, Plan)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_the_chosen_rung_is_found_among_the_candidates_and_unknown_after_an_edit() -> None:
+    assert PLAN.rung == PLAN.candidates[0]
+    changed = replace(PLAN, recompute_stages=0, fallbacks=())
+    assert changed.rung.execution == Execution(slab_stages=1)
+    assert (changed.rung.required_bytes, changed.rung.host_bytes, changed.rung.relative_time) == (7, 3, 1.0)
+
+
+def test_an_optimizer_other_than_the_planned_one_is_told() -> None:
+    assert PLAN.optimizer_warning("sgd", ema=False) == ""
+    warning = PLAN.optimizer_warning("adamw", ema=True)
+    assert "metered for sgd, but the training uses adamw with averaged weights" in warning
+    assert "sgd with averaged weights" in PLAN.optimizer_warning("sgd", ema=True)
