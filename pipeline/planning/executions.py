@@ -11,9 +11,9 @@ from pipeline.planning.topology import forward_flops_per_stage
 Family = tuple[Execution, ...]
 
 # A tensor of a stage has a quarter of the bytes of one a stage above: from the fourth stage on it is all or nothing for
-# recomputation, and from the third on slabs change too little to be metered (3% of the step at 512 x 512 x 256).
+# recomputation, and from the third on for slabs.
 DEEPEST_SINGLE_STAGE = 3
-MOST_SLAB_STAGES = 2
+DEEPEST_SINGLE_SLAB_STAGE = 2
 
 # Forward and backward pass of a stage in slabs against the same stage run plainly, from the highest resolution, and
 # what host memory adds for a stage whose kept tensors lie there. Both are assumptions, measured neither on a CPU nor on
@@ -30,16 +30,27 @@ def execution_families(network: NetworkPlan, *, may_offload: bool) -> tuple[Fami
     So time grows and memory falls along a family. Families come in the order in which memory is expected to fall, those
     that need host memory last.
     """
-    most = min(MOST_SLAB_STAGES, network.num_stages - 1) if network.can_run_in_slabs else 0
-    families = [_family(network, slab_stages, 0) for slab_stages in range(most + 1)]
+    numbers = _slab_stages(network)
+    families = [_family(network, slab_stages, 0) for slab_stages in (0, *numbers)]
     if may_offload:
-        pairs = [(slabs, offloaded) for offloaded in range(1, most + 1) for slabs in range(offloaded, most + 1)]
-        families += [_family(network, slabs, offloaded) for slabs, offloaded in pairs]
+        offloaded = [number for number in numbers if number <= DEEPEST_SINGLE_SLAB_STAGE]
+        pairs = [(slabs, number) for number in offloaded for slabs in numbers[-2:] if slabs >= number]
+        families += [_family(network, slabs, number) for slabs, number in pairs]
     return tuple(families)
 
 
+def _slab_stages(network: NetworkPlan) -> tuple[int, ...]:
+    """Numbers of stages that may run in slabs; the bottleneck gains nothing by it."""
+    if not network.can_run_in_slabs:
+        return ()
+    every = network.num_stages - 1
+    return tuple(sorted({*range(1, min(DEEPEST_SINGLE_SLAB_STAGE, every) + 1), every}))
+
+
 def _family(network: NetworkPlan, slab_stages: int, offload_stages: int) -> Family:
-    recomputed = [0, *(stages for stages in _recompute_stages(network) if stages > slab_stages)]
+    # The bottleneck alone is not worth its recomputation.
+    most_slabs = slab_stages == network.num_stages - 1
+    recomputed = [0, *(stages for stages in _recompute_stages(network) if stages > slab_stages and not most_slabs)]
     return tuple(Execution(stages, slab_stages, offload_stages) for stages in recomputed)
 
 

@@ -111,9 +111,10 @@ def list_fallbacks(meter: RungMeter, chosen: Rung) -> tuple[Rung, ...]:
 
 
 def _slower_ways(meter: RungMeter, chosen: Rung) -> list[Rung]:
-    """Other ways to run the chosen patches: those that are metered already, and the leanest."""
+    """Other ways to run the chosen patches: those metered already, the leanest, and the one with least host memory."""
     families = meter.families(chosen.patch_size, chosen.batch_size)
     wanted = {*_known_ways(meter, chosen.patch_size, chosen.batch_size), *leanest_ways(families)}
+    wanted.update([family[-1] for family in families if family[0].offload_stages == 1][-1:])
     return [meter.weighed(way) for way in sorted(wanted, key=lambda way: (way.offload_stages > 0, way.relative_time))]
 
 
