@@ -44,22 +44,18 @@ def every_rung(num_stages: int = len(FEATURES)) -> list[Rung]:
     rungs += [Rung(recompute_stages=number) for number in range(1, num_stages + 1)]
     for recompute_stages in (0, num_stages):
         rungs += [Rung(slab_stages=number, recompute_stages=recompute_stages) for number in numbers]
-    for recompute_stages in (0, num_stages):
-        rungs += [
-            Rung(slab_stages=number, offload_stages=number, recompute_stages=recompute_stages) for number in numbers
-        ]
+    rungs += [Rung(slab_stages=number, offload_stages=number, recompute_stages=num_stages) for number in numbers]
+    rungs += [Rung(slab_stages=num_stages - 1, offload_stages=number) for number in numbers]
     return rungs
 
 
 def main_rungs(num_stages: int = len(FEATURES)) -> list[Rung]:
     """The rungs that a plan may choose: single stages down to the third, below that all or nothing."""
-    return [
-        rung
-        for rung in every_rung(num_stages)
-        if rung.slab_stages <= 3
-        and rung.recompute_stages in (0, 1, 2, 3, num_stages)
-        and (not rung.offload_stages or rung.recompute_stages)
-    ]
+    most, single = num_stages - 1, range(1, min(3, num_stages))
+    rungs = [Rung(fused_head=False), Rung(), *(Rung(recompute_stages=number) for number in (*single, num_stages))]
+    rungs += [Rung(slab_stages=number) for number in dict.fromkeys((*single[:2], most))]
+    rungs += [Rung(slab_stages=min(2, most), recompute_stages=num_stages)]
+    return rungs + [Rung(slab_stages=most, offload_stages=number) for number in dict.fromkeys((*single[:2], most))]
 
 
 def make_plan(features: tuple[int, ...] = FEATURES, norm: str = "group", block: str = "plain") -> NetworkPlan:
