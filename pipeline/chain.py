@@ -144,7 +144,7 @@ def _facts(config: RunConfig, run_dir: Path) -> dict[str, str]:
         "dataset": made.dataset_name,
         "fold": f"{config.fold} of {config.train.num_folds}",
         "spacing": f"{format_spacing(made.target_spacing)} mm",
-        "patch": f"{format_shape(made.patch_size)} voxels, batch {record['batch_size']}",
+        "patch": f"{format_shape(record.get('patch_size') or made.patch_size)} voxels, batch {record['batch_size']}",
         "training": f"{config.max_epochs} epochs, {record['counts']['optimizer_step']} optimiser steps",
         "precision": f"{record['precision']} on {record['device']}",
         "mirroring": config.tta,

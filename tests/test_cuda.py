@@ -15,10 +15,11 @@ from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.norms import GroupNorm
 from pipeline.networks.unet import UNet
-from pipeline.plan import NetworkPlan
+from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NetworkPlan, Plan, Rung
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.intensity import ChannelParameters, change_intensity
 from pipeline.slabs import store as slab_store
+from pipeline.training.probe import probe_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -119,6 +120,51 @@ def test_intensity_changes_do_not_wait_for_the_gpu() -> None:
     assert torch.equal(changed[1], rows[1])
     assert torch.isfinite(changed).all()
     assert not torch.allclose(changed[0], rows[0])
+
+
+# ---- probe
+
+
+def probed_plan() -> Plan:
+    """A step of several GiB, and a fallback of next to nothing."""
+    return Plan(
+        dataset_name="made up",
+        fingerprint_hash="0" * 16,
+        channels=(ChannelPlan(name="T1", scheme="zscore"),),
+        labels={"background": 0, "organ": 1},
+        target_spacing=(1.0, 1.0, 1.0),
+        median_shape=(128, 192, 160),
+        patch_size=(128, 192, 160),
+        network=WIDE_NETWORK,
+        memory=MemoryPlan(budget_bytes=GIB, peak_bytes=4 * GIB, overhead_bytes=0, parts={}),
+        fallbacks=(Rung(patch_size=SHAPE, required_bytes=GIB),),
+    )
+
+
+def test_a_probe_measures_a_step_that_fits() -> None:
+    held, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
+    (tried,) = probe_plan(probed_plan(), budget_bytes=total).tried
+    assert tried.outcome == "fits", tried.message
+    assert 0 < tried.allocated_bytes < tried.measured_bytes < total
+    assert torch.cuda.memory_reserved() == held
+
+
+def test_a_probe_holds_a_step_to_a_budget_below_the_gpu_and_steps_down() -> None:
+    first, second = probe_plan(probed_plan(), budget_bytes=2 * GIB).tried
+    assert (first.outcome, second.outcome) == ("out of memory", "fits"), (first.message, second.message)
+    assert second.measured_bytes <= 2 * GIB
+
+
+def test_a_gpu_that_others_hold_is_said_and_is_no_ceiling() -> None:
+    free, total = torch.cuda.mem_get_info()
+    held = torch.empty(free - 3 * GIB // 2, dtype=torch.uint8, device="cuda")
+    try:
+        (tried,) = probe_plan(probed_plan(), budget_bytes=total).tried
+    finally:
+        del held
+        torch.cuda.empty_cache()
+    assert tried.outcome == "busy"
+    assert "other processes hold" in tried.message
 
 
 # ---- step

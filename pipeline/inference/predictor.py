@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal
@@ -201,7 +202,11 @@ class Predictor:
         """The GPU while the scores of the whole volume fit there, otherwise the host."""
         if self.device_type == "cpu":
             return "cpu"
-        num_bytes = 4 * (self.plan.num_classes + self.plan.num_channels + 1) * image[0].numel()
+        # Volumes below the window are padded to it, and their scores are cropped into a second tensor.
+        padded = prod(max(size, window) for size, window in zip(image.shape[1:], self.plan.patch_size, strict=True))
+        cropped = image[0].numel() if padded > image[0].numel() else 0
+        num_values = (self.plan.num_classes + self.plan.num_channels + 1) * padded + self.plan.num_classes * cropped
+        num_bytes = 4 * num_values
         return "cuda" if num_bytes < SCORES_SHARE * free_vram_bytes() else "cpu"
 
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from pipeline.losses.chunks import loss_dtype, split_voxels, without_repeats
 from pipeline.losses.terms import Slopes, Sums, Terms, finish
 from pipeline.slabs.dtypes import compute_dtype, without_autocast
-from pipeline.slabs.rows import PendingLogits, Rows, WholeRows
+from pipeline.slabs.rows import PendingLogits, Rows, WholeRows, take_once
 
 # Features of a block of rows, and its gradient: few reads, and little beside the features themselves.
 BLOCK_BYTES = 2**25
@@ -53,7 +53,8 @@ class _FusedHead(torch.autograd.Function):
             value, ctx.slopes = finish(reduce(Sums.plus, parts), terms)
         ctx.save_for_backward(handle, weight, bias, target)
         # A tensor is freed together with the saved ones; other features see to what they keep themselves.
-        ctx.features = None if isinstance(features, WholeRows) else features
+        ctx.is_tensor = isinstance(features, WholeRows)
+        ctx.features = None if ctx.is_tensor else features
         ctx.terms, ctx.dtype = terms, dtype
         return value
 
@@ -61,7 +62,7 @@ class _FusedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         handle, weight, bias, target = ctx.saved_tensors
-        features = WholeRows(handle) if ctx.features is None else ctx.features
+        features = WholeRows(handle) if ctx.is_tensor else take_once(ctx, "features")
         with without_autocast(handle.device):
             work = _Backward(_Head.cast(weight, bias, ctx.dtype), ctx.terms, ctx.slopes.times(grad_output))
             for last in features.sweeps() if ctx.needs_input_grad[0] else (True,):

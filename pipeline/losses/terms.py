@@ -105,5 +105,6 @@ def finish(sums: Sums, terms: Terms) -> tuple[Tensor, Slopes]:
 
 def split_off_ignored(target: Tensor, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Class indices (B, 1, V) as int64 with 0 in the place of ignored voxels, and 1 for voxels that count, else 0."""
-    valid = target[:, None] != ignore_index
+    # In int64, because an unsigned type would wrap a negative ignore_index round to a class.
+    valid = target[:, None].long() != ignore_index
     return torch.where(valid, target[:, None], 0).long(), valid.to(dtype)

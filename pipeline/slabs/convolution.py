@@ -7,6 +7,7 @@ the memory of the raw rows that they free. Shapes: (B, C, I, J, K), rows along I
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.slabs.dtypes import compute_dtype, without_autocast
 from pipeline.slabs.geometry import RowConvolution
 from pipeline.slabs.normed_rows import GroupNormSpec, GroupStatistics, NormedRows
 from pipeline.slabs.repeats import is_repeat
-from pipeline.slabs.rows import Rows
+from pipeline.slabs.rows import Rows, take_once
 from pipeline.slabs.store import RecomputedRows, SlabStore, slab_ranges, slab_rows
 
 # Up to so many input channels the raw rows of a convolution are computed anew wherever they are read: with 32 channels
@@ -40,7 +41,6 @@ class RowConvolutions:
         self.dtype = compute_dtype(inputs[0].dtype, self.device)
         self.convolutions = tuple(RowConvolution.of(layer, self.dtype) for layer in layers)
         self.shape = self.convolutions[0].output_shape(inputs[0].shape)
-        self._is_used_up = False
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Output rows of each slab."""
@@ -76,9 +76,6 @@ class RowConvolutions:
         Returns:
             The gradients of the weights in float32 or better, and of the handles.
         """
-        if self._is_used_up:
-            raise RuntimeError("a step in slabs frees its rows, so its backward pass can run only once")
-        self._is_used_up = True
         wide = torch.promote_types(self.dtype, torch.float32)
         weights = [torch.zeros_like(each.weight, dtype=wide) for each in self.convolutions]
         for start, stop in self.ranges():
@@ -157,8 +154,10 @@ def convolve_and_norm(
         rows = _observe(convolutions, norm, negative_slope, on_host=on_host, in_place=has_one_reader)
     handles = [each.handle for each in inputs]
     weights = [layer.weight for layer in layers]
-    rows.handle = _Normed.apply(convolutions, rows, norm.weight, norm.bias, *weights, *handles)
-    return rows
+    # What autograd holds must not hold autograd's own output, or no step's memory is freed but by garbage collection.
+    read = copy.copy(rows)
+    read.handle = _Normed.apply(convolutions, rows, norm.weight, norm.bias, *weights, *handles)
+    return read
 
 
 def _observe(
@@ -200,12 +199,11 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        convolutions: RowConvolutions = ctx.convolutions
+        convolutions, rows = take_once(ctx, "convolutions"), take_once(ctx, "rows")
         num = len(convolutions.inputs)
         with without_autocast(convolutions.device):
-            gradient = ctx.rows.to_raw_gradient()
-            weights, handles = convolutions.backward(gradient, ctx.needs_input_grad[-num:])
-            norm_gradients = ctx.rows.norm_gradients()
+            weights, handles = convolutions.backward(rows.to_raw_gradient(), ctx.needs_input_grad[-num:])
+            norm_gradients = rows.norm_gradients()
         return None, None, *norm_gradients, *weights, *handles
 
 
@@ -231,6 +229,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        convolutions = take_once(ctx, "convolutions")
         with without_autocast(gradient.device):
-            weights, handles = ctx.convolutions.backward(_Slices(gradient), ctx.needs_input_grad[-1:])
+            weights, handles = convolutions.backward(_Slices(gradient), ctx.needs_input_grad[-1:])
         return None, *weights, *handles

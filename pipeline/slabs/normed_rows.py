@@ -130,13 +130,15 @@ class NormedRows:
         self._sum_dz = torch.zeros_like(scale, dtype=torch.float64)
         self._sum_dz_xhat = torch.zeros_like(self._sum_dz)
         self._in_place: _RawGradient | None = None
-        self._sums_only = False
+        self._has_swept = self._is_replaced = False
 
     def _by_channel(self, by_group: Tensor) -> Tensor:
         return by_group.repeat_interleave(self.shape[1] // self.norm.num_groups, dim=1)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Activations of rows start to stop."""
+        if self._is_replaced:
+            raise RuntimeError("these rows are gone: the backward pass has put their gradients in their place")
         return self._activated(self.raw.read(start, stop))
 
     def _activated(self, raw: Tensor) -> Tensor:
@@ -145,10 +147,13 @@ class NormedRows:
     def sweeps(self) -> Iterator[bool]:
         """Two where gradients take the place of the raw rows: what they become is known after the first."""
         if self.gradient is None:
-            self._sums_only = True
+            if self._has_swept:
+                raise RuntimeError("features in slabs serve one loss and one backward pass, and had theirs")
+            self._has_swept = True
             yield False
-            self._sums_only, self._in_place = False, self._coefficients()
+            self._in_place = self._coefficients()
         yield True
+        self._is_replaced = self.gradient is None
 
     def add_gradient(self, start: int, gradient: Tensor) -> None:
         """Take the gradient of activations from row `start` on; it is written to."""

@@ -5,6 +5,7 @@ Shapes: (B, C, I, J, K), rows along I.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from pipeline.slabs.dtypes import compute_dtype, without_autocast
 from pipeline.slabs.repeats import is_repeat
-from pipeline.slabs.rows import Rows
+from pipeline.slabs.rows import Rows, take_once
 from pipeline.slabs.store import slab_ranges, slab_rows
 
 
@@ -39,7 +40,8 @@ class UpsampledRows:
         wide = torch.promote_types(self.dtype, torch.float32)
         self._weight_gradient = torch.zeros_like(self._weight, dtype=wide)
         self._bias_gradient = self._weight_gradient.new_zeros(layer.out_channels)
-        self.handle: Tensor = _Upsampled.apply(self, layer.weight, layer.bias, source.handle)
+        # A copy: what autograd holds must not hold autograd's own output. Gradients are summed in shared tensors.
+        self.handle: Tensor = _Upsampled.apply(copy.copy(self), layer.weight, layer.bias, source.handle)
 
     def _source_range(self, start: int, stop: int) -> tuple[int, int]:
         return start // self.stride[0], -(-stop // self.stride[0])
@@ -100,7 +102,7 @@ class _Upsampled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        weight, bias, handle = ctx.rows.gradients()
+        weight, bias, handle = take_once(ctx, "rows").gradients()
         return None, weight, bias if ctx.needs_input_grad[2] else None, handle
 
 
@@ -125,7 +127,7 @@ class _MadeWhole(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        rows: Rows = ctx.rows
+        rows: Rows = take_once(ctx, "rows")
         with without_autocast(gradient.device):
             for _ in rows.sweeps():
                 for start, stop in _ranges(rows):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,19 @@ class Rows(Protocol):
 
     def take_gradient(self) -> Tensor:
         """What a function returns for `handle`; call it once all its rows have their gradient."""
+
+
+def take_once(ctx: Any, name: str) -> Any:
+    """What a function kept under `name` for its backward pass; a loss that lives on then holds it no more.
+
+    Raises:
+        RuntimeError: The backward pass has run before.
+    """
+    kept = getattr(ctx, name)
+    if kept is None:
+        raise RuntimeError("a step in slabs frees its rows, so its backward pass can run only once")
+    setattr(ctx, name, None)
+    return kept
 
 
 class WholeRows:

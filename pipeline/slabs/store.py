@@ -81,6 +81,7 @@ class SlabStore:
         self.shape, self.dtype, self.device, self.on_host = shape, dtype, device, on_host
         self.height = slab_rows(shape, dtype)
         self._slabs: dict[int, Tensor] = {}
+        self._freed: set[int] = set()
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Start and stop of every slab."""
@@ -97,12 +98,12 @@ class SlabStore:
             offset = slab * self.height - start
             piece = rows[:, :, offset + first : offset + last]
             if slab in self._slabs:
-                self._slabs[slab][:, :, first:last].copy_(piece, non_blocking=True)
+                self._put(slab, first, last, piece)
             elif last - first == self._rows_of(slab):
                 self._slabs[slab] = self._kept(piece)
             else:
                 self._slabs[slab] = self._zeros(slab)
-                self._slabs[slab][:, :, first:last].copy_(piece, non_blocking=True)
+                self._put(slab, first, last, piece)
 
     def add(self, start: int, rows: Tensor) -> None:
         """Add rows from `start` on to what is there; the tensor itself is kept where it is a slab."""
@@ -110,9 +111,10 @@ class SlabStore:
             offset = slab * self.height - start
             piece = rows[:, :, offset + first : offset + last]
             if slab in self._slabs:
-                piece = self._piece(slab, first, last) + piece if self.on_host else piece
-                target = self._slabs[slab][:, :, first:last]
-                target.copy_(piece, non_blocking=True) if self.on_host else target.add_(piece)
+                if self.on_host:
+                    self._put(slab, first, last, self._piece(slab, first, last).add_(piece))
+                else:
+                    self._slabs[slab][:, :, first:last] += piece
             else:
                 self.write(slab * self.height + first, piece)
 
@@ -121,6 +123,7 @@ class SlabStore:
         for slab, _, last in self._pieces(start, stop):
             if last == self._rows_of(slab):
                 self._slabs.pop(slab, None)
+                self._freed.add(slab)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Slabs that hold rows start to stop, with the rows within each."""
@@ -130,11 +133,22 @@ class SlabStore:
 
     def _piece(self, slab: int, first: int, last: int) -> Tensor:
         kept = self._slabs.get(slab)
+        if slab in self._freed:
+            raise RuntimeError("these rows were freed in a backward pass")
         if kept is None:
             batch, channels, _, *plane = self.shape
             return torch.zeros(batch, channels, last - first, *plane, dtype=self.dtype, device=self.device)
+        if not self.on_host:
+            return kept[:, :, first:last]
         # A copy on a CPU too, so that what is metered there holds for a GPU.
-        return kept[:, :, first:last].to(self.device, non_blocking=True, copy=self.on_host)
+        rows = kept[first:last].to(self.device, non_blocking=True, copy=True)
+        return rows.movedim(0, 2).contiguous()
+
+    def _put(self, slab: int, first: int, last: int, piece: Tensor) -> None:
+        if self.on_host:
+            self._slabs[slab][first:last].copy_(_rows_first(piece.to(self.dtype)), non_blocking=True)
+        else:
+            self._slabs[slab][:, :, first:last] = piece
 
     def _rows_of(self, slab: int) -> int:
         return min(self.height, self.shape[2] - slab * self.height)
@@ -150,4 +164,13 @@ class SlabStore:
         if not self.on_host:
             is_alone = piece.untyped_storage().nbytes() == piece.nbytes and piece.is_contiguous()
             return piece if is_alone else piece.clone(memory_format=torch.contiguous_format)
-        return allocate_on_host(piece).copy_(piece, non_blocking=True)
+        rows = _rows_first(piece)
+        return allocate_on_host(rows).copy_(rows, non_blocking=True)
+
+
+def _rows_first(piece: Tensor) -> Tensor:
+    """Rows as the first axis: a range of them is then one piece of memory, and copies keep the order of the stream.
+
+    Torch would gather pieces that are not contiguous on the host at once, perhaps before an earlier copy has arrived.
+    """
+    return piece.movedim(2, 0).contiguous()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +59,7 @@ def probe_plan(
 
     def run(number: int) -> ProbeOutcome:
         request = StepRequest(plan=plan, rung=ladder[number], device=device, budget_bytes=budget_bytes)
-        tried.append(run_apart(request, timeout_seconds=timeout_seconds))
+        tried.append(_settled(run_apart(request, timeout_seconds=timeout_seconds), request, timeout_seconds))
         logger.info("probe: %s", describe_try(tried[-1]))
         return tried[-1].outcome
 
@@ -90,6 +91,21 @@ def search_ladder(num_rungs: int, run: Callable[[int], ProbeOutcome]) -> int | N
         else:
             break
     return fitting if fitting < num_rungs else None
+
+
+def _settled(tried: ProbedRung, request: StepRequest, timeout_seconds: float) -> ProbedRung:
+    """An out-of-memory in place of an error where the step, once it may, runs and takes more than the budget.
+
+    Libraries that allocate on their own do not always say what they lack: oneDNN "could not create a primitive", and
+    cuDNN finds no engine when there is no room for its workspace.
+    """
+    if tried.outcome != "error" or request.budget_bytes is None:
+        return tried
+    freely = run_apart(replace(request, budget_bytes=None), timeout_seconds=timeout_seconds)
+    if freely.outcome != "fits" or freely.measured_bytes <= request.budget_bytes:
+        return tried
+    message = f"{tried.message}; without the limit it runs and takes {freely.measured_bytes / GIB:.2f} GiB"
+    return replace(tried, outcome="out of memory", message=message)
 
 
 def run_apart(request: StepRequest, *, timeout_seconds: float = TIMEOUT_SECONDS) -> ProbedRung:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from pipeline.plan import GIB
 from pipeline.planning.budget import CONTEXT_BYTES
 
 # A fresh process that uses more than this of a GPU before its step is not alone there.
@@ -21,11 +22,9 @@ class DeviceMemory(Protocol):
     """A device's memory under a budget.
 
     Attributes:
-        has_room: Whether the device has the whole budget free for this process.
-        missing: What it lacks for that, in words; "" where nothing.
+        missing: Why the device does not have the whole budget for this process, in words; "" where it has.
     """
 
-    has_room: bool
     missing: str
 
     def measured_bytes(self) -> int:
@@ -37,12 +36,12 @@ class DeviceMemory(Protocol):
         ...
 
     def lift(self) -> None:
-        """Take the limit away, so that what happened can be told and tried again."""
+        """Take the limit away, so that what happened can be told."""
         ...
 
 
-def hold_to(device: Literal["cpu", "cuda"], budget_bytes: int) -> DeviceMemory:
-    """Limit this process to a budget on a device, as if the device had no more.
+def hold_to(device: Literal["cpu", "cuda"], budget_bytes: int | None) -> DeviceMemory:
+    """Limit this process to a budget on a device, as if the device had no more; None sets no limit.
 
     Raises:
         RuntimeError: The device cannot be used.
@@ -58,7 +57,7 @@ class CudaMemory:
     counts beyond reserved memory is taken for it, where it is not too much for one.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int | None) -> None:
         torch.zeros(1, device="cuda")
         free, total = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved()
@@ -66,10 +65,10 @@ class CudaMemory:
         is_alone = used <= MOST_CONTEXT_BYTES
         self._of_others = 0 if is_alone else used - CONTEXT_BYTES
         # Kernels are loaded into the context as they are first called, so it still grows.
-        allowed = max(0, min(budget_bytes, total) - max(CONTEXT_BYTES, used - self._of_others))
-        self.has_room = free + reserved >= allowed
-        gib = 1024**3
-        self.missing = "" if self.has_room else f"other processes hold {self._of_others / gib:.1f} GiB of the GPU"
+        budget = total if budget_bytes is None else min(budget_bytes, total)
+        allowed = max(0, budget - max(CONTEXT_BYTES, used - self._of_others))
+        has_room = free + reserved >= allowed
+        self.missing = "" if has_room else f"other processes hold {self._of_others / GIB:.1f} GiB of the GPU"
         torch.cuda.set_per_process_memory_fraction(allowed / total)
         torch.cuda.reset_peak_memory_stats()
 
@@ -84,9 +83,7 @@ class CudaMemory:
         return torch.cuda.max_memory_allocated()
 
     def lift(self) -> None:
-        """Allow the allocator all that the GPU has."""
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        """Nothing is in the way: answers are made on the host."""
 
 
 class ProcessMemory:
@@ -96,18 +93,18 @@ class ProcessMemory:
     reset first.
     """
 
-    has_room, missing = True, ""
+    missing = ""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int | None) -> None:
         self._limits = resource.getrlimit(resource.RLIMIT_DATA)
         # Where the kernel does not reset it, the peak of the imports hides some of what comes.
         with suppress(OSError):
             _CLEAR_PEAK.write_text("5")
         self._before = _status_bytes("VmHWM")
-        wanted = _status_bytes("VmData") + budget_bytes
-        hard = self._limits[1]
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        if budget_bytes is not None:
+            hard, wanted = self._limits[1], _status_bytes("VmData") + budget_bytes
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
     def measured_bytes(self) -> int:
         """Growth of the peak of resident memory."""

@@ -45,13 +45,13 @@ class StepRequest(Record):
         plan: Network, precision, optimiser and numbers of channels and classes.
         rung: Patch, batch, accumulation and execution, in place of the plan's own.
         device: Where.
-        budget_bytes: What the step may take there.
+        budget_bytes: What the step may take there; None for all there is.
     """
 
     plan: Plan
     rung: Rung
     device: Literal["cpu", "cuda"]
-    budget_bytes: int
+    budget_bytes: int | None
 
 
 def main() -> None:
@@ -84,7 +84,8 @@ def probe_step(request: StepRequest) -> ProbedRung:
         for where in run_step(request.plan, rung, request.device):  # noqa: B007
             pass
     except Exception as error:
-        return _failed(error, where, request, memory)
+        memory.lift()
+        return _failed(error, where, rung, memory)
     memory.lift()
     return _ran(request, memory)
 
@@ -116,47 +117,29 @@ def _tiny(plan: Plan) -> Plan:
     return replace(plan, network=network, patch_size=(16, 16, 16), **stages, candidates=(), fallbacks=())
 
 
-def _failed(error: Exception, where: str, request: StepRequest, memory: DeviceMemory) -> ProbedRung:
+def _failed(error: Exception, where: str, rung: Rung, memory: DeviceMemory) -> ProbedRung:
     # The frames of the error hold the step's tensors.
     traceback.clear_frames(error.__traceback__)
-    measured, allocated = memory.measured_bytes(), memory.allocated_bytes()
-    memory.lift()
     message = f"{where}: {_in_words(error)}"
     if not is_out_of_memory(error):
-        if not _runs_now(request):
-            return ProbedRung(rung=request.rung, outcome="error", message=message)
-        message = f"{message}; without the limit it runs"
+        return ProbedRung(rung=rung, outcome="error", message=message)
     return ProbedRung(
-        rung=request.rung,
-        outcome="out of memory" if memory.has_room else "busy",
-        measured_bytes=measured,
-        allocated_bytes=allocated,
-        message=message if memory.has_room else f"{memory.missing}; {message}",
+        rung=rung,
+        outcome="busy" if memory.missing else "out of memory",
+        measured_bytes=memory.measured_bytes(),
+        allocated_bytes=memory.allocated_bytes(),
+        message=f"{memory.missing}; {message}" if memory.missing else message,
     )
-
-
-def _runs_now(request: StepRequest) -> bool:
-    """Whether a step that failed runs once the limit is lifted: then it was memory, whatever the error said.
-
-    Libraries that allocate on their own do not always say so: oneDNN "could not create a primitive", cuDNN finds no
-    engine when there is no room for a workspace.
-    """
-    try:
-        for _ in run_step(request.plan, request.rung, request.device):
-            pass
-    except Exception:
-        return False
-    return True
 
 
 def _ran(request: StepRequest, memory: DeviceMemory) -> ProbedRung:
     """What a step came to that ran to its end; kernels that a GPU loaded meanwhile may have broken the budget."""
     measured, budget = memory.measured_bytes(), request.budget_bytes
-    fits = measured <= budget
-    message = "" if fits else f"ran, but took {measured / GIB:.2f} of {budget / GIB:.2f} GiB"
+    is_over = budget is not None and measured > budget
+    message = f"it ran, but took {measured / GIB:.2f} GiB" if is_over else ""
     return ProbedRung(
         rung=request.rung,
-        outcome="fits" if fits else "out of memory",
+        outcome="out of memory" if is_over else "fits",
         measured_bytes=measured,
         allocated_bytes=memory.allocated_bytes(),
         message=message,

@@ -16,6 +16,8 @@ from pipeline.geometry import Shape3
 from pipeline.plan import Plan, Record, Rung
 from pipeline.saved_config import find_changes, write_config
 
+# Parts of a plan that nothing depends on; what was measured is not the same in two plannings.
+SAID_ONLY = ("candidates", "notes", "probe")
 # What may change between two starts of one run. Paths may: what they lead to is compared instead (the plan) or was
 # checked against it (the store). `max_epochs` may not: the learning-rate schedule is stretched over it.
 HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs", "hardware.")
@@ -80,6 +82,10 @@ class RunRecord(Record):
         best_epoch, best_dice: The best validation during training (mean over classes and cases); none without one.
         validation: Dice of the best weights on every validation case: class by case, None where there is none.
         train_seconds, validation_seconds: Sums over all epochs of `metrics.csv`.
+        predicted_bytes: What the plan predicts of the step that was trained with, the GPU's context and what it adds to
+            tensors included; None for a step or a network that the plan does not know.
+        measured_bytes: Most that was held: by the allocator of a GPU (reserved, without the context), by the processes
+            on a CPU. None before the training ended.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -105,6 +111,8 @@ class RunRecord(Record):
     validation: dict[str, dict[str, float | None]] = field(default_factory=dict)
     train_seconds: float = 0.0
     validation_seconds: float = 0.0
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +206,7 @@ class RunFolder:
     def _plan_differences(self, plan: Plan) -> Iterator[str]:
         before, now = json.loads(to_json(read_artifact(self.plan, Plan))), json.loads(to_json(plan))
         for key in now:
-            if before.get(key) != now[key]:
+            if key not in SAID_ONLY and before.get(key) != now[key]:
                 shown = f" (was {before.get(key)}, now {now[key]})" if not isinstance(now[key], dict | list) else ""
                 yield f"the plan's {key}{shown}"
 

@@ -9,11 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 
 from pipeline.datasets.splits import Splits
 from pipeline.log import get_logger
 from pipeline.networks.weights import read_weights
+from pipeline.plan import Plan, Rung
 from pipeline.training.checkpoints import CheckpointWriter
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
 from pipeline.training.run_folder import Counts, RunRecord, StepDown, hash_of
@@ -30,6 +32,7 @@ def started_record(
     *,
     splits: Splits,
     step_downs: tuple[StepDown, ...] = (),
+    predicted_bytes: int | None = None,
 ) -> RunRecord:
     """The record of a run that begins or goes on."""
     return RunRecord(
@@ -46,7 +49,23 @@ def started_record(
         accumulate_grad_batches=settings.accumulate_grad_batches,
         step_downs=step_downs,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        predicted_bytes=predicted_bytes,
     )
+
+
+def predicted_bytes(plan: Plan, rung: Rung) -> int | None:
+    """Memory that the plan predicts of a step, or None where the step is none of its own."""
+    known = (each.required_bytes for each in (plan.rung, *plan.fallbacks) if each.is_same_step(rung))
+    return next(known, None)
+
+
+def _measured_bytes(trainer: pl.Trainer, table: MetricsTable) -> int:
+    """Most memory that the training held so far."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        # Peaks are reset with every epoch; what is reserved seldom falls.
+        return max(torch.cuda.max_memory_reserved(device), *(int(row["peak_vram_bytes"] or 0) for row in table.rows))
+    return max(int(row["peak_ram_bytes"] or 0) for row in table.rows)
 
 
 def _version(package: str) -> str:
@@ -85,6 +104,7 @@ def finished_record(
         validation=_by_class(result, table.class_names) if result is not None else {},
         train_seconds=round(table.total("seconds"), 3),
         validation_seconds=round(table.total(VALIDATION_SECONDS), 3),
+        measured_bytes=_measured_bytes(trainer, table),
     )
 
 

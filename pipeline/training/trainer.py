@@ -33,7 +33,7 @@ from pipeline.training.quiet import quiet_lightning
 from pipeline.training.recovery import OutOfMemory, describe_memory, first_line, free_memory, go_down, let_go
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_lock import run_lock
-from pipeline.training.run_record import finished_record, started_record
+from pipeline.training.run_record import finished_record, predicted_bytes, started_record
 from pipeline.training.settings import Settings, resolve_settings
 from pipeline.training.step_down import Standing
 from pipeline.training.stops import stops_as_errors
@@ -157,10 +157,15 @@ def _train(job: _Job, standing: Standing) -> RunRecord | OutOfMemory:
     validator = make_validator(plan, job.store_folder, job.fold.validation, settings, scores_on_host=on_host)
     callbacks = make_callbacks(network, data, folder, table, validator, config, settings, start)
     step_downs = before.step_downs if before is not None else ()
-    record = started_record(settings, config.fold, network, splits=job.splits, step_downs=step_downs)
+    predicted = predicted_bytes(plan, settings.rung) if job.network is None else None
+    record = started_record(
+        settings, config.fold, network, splits=job.splits, step_downs=step_downs, predicted_bytes=predicted
+    )
     write_artifact(folder.record, record)
     cases = (len(job.fold.train), len(job.fold.validation))
     logger.info("%d training and %d validation cases; %s", *cases, settings.describe())
+    if warning := plan.optimizer_warning(config.optim.name, ema=config.optim.ema_decay > 0):
+        logger.info(warning)
     if found is not None:
         logger.info("going on from %s, after optimiser step %d", found.path.name, start.optimizer_step)
 

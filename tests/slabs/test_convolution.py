@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -223,3 +224,67 @@ def test_frozen_parameters_get_no_gradient_and_the_others_keep_theirs():
     assert found[2] is None
     for ours, theirs in zip(found[3:], expected[3:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.fixture
+def counter() -> Iterator[StorageCounter]:
+    """Counts live storages without the help of the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        with StorageCounter() as counting:
+            yield counting
+    finally:
+        gc.enable()
+
+
+def upsampled_step(layers: nn.ModuleDict, up: nn.ConvTranspose3d, last: nn.Conv3d, x: Tensor) -> Tensor:
+    rows = convolve_and_norm([WholeRows(x)], [layers["first"]], layers["first_norm"], negative_slope=SLOPE)
+    rows = UpsampledRows(rows, up)
+    return make_whole(convolve_and_norm([rows], [last], layers["second_norm"], negative_slope=SLOPE))
+
+
+@pytest.mark.parametrize("ending", ["backward", "dropped", "fails in the backward pass"])
+def test_a_step_leaves_nothing_behind_without_garbage_collection(counter, ending):
+    layers, x = make_layers(5), torch.randn(SHAPE, dtype=torch.float64)
+    up, last = nn.ConvTranspose3d(4, 4, 2, 2).double(), nn.Conv3d(4, 6, 3, padding=1, bias=False).double()
+    live = []
+    for _ in range(4):
+        out = upsampled_step(layers, up, last, x)
+        if ending == "backward":
+            out.sum().backward()
+        elif ending != "dropped":
+            layers["first"].weight.register_hook(_run_out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                out.sum().backward()
+        del out
+        layers.zero_grad(set_to_none=True)
+        for layer in (up, last):
+            layer.zero_grad(set_to_none=True)
+        live.append(counter.live_bytes)
+    assert len(set(live[1:])) == 1, live
+
+
+def _run_out_of_memory(_: Tensor) -> None:
+    raise torch.OutOfMemoryError("made up")
+
+
+def test_a_loss_that_lives_on_after_its_backward_pass_holds_no_rows(counter):
+    layers, x = make_layers(5), torch.randn(SHAPE, dtype=torch.float64)
+    before = counter.live_bytes
+    value = in_slabs(layers, x).sum()
+    value.backward()
+    layers.zero_grad(set_to_none=True)
+    assert counter.live_bytes - before < 2 * 8 * x[:, 0].numel()
+
+
+def test_rows_that_gave_way_to_their_gradients_are_not_read_again():
+    layers, x = make_layers(5), torch.randn(SHAPE, dtype=torch.float64)
+    rows = convolve_and_norm(
+        [WholeRows(x)], [layers["first"]], layers["first_norm"], negative_slope=SLOPE, has_one_reader=True
+    )
+    value = make_whole(rows).sum() + make_whole(rows).square().sum()
+    with pytest.raises(RuntimeError, match="serve one loss and one backward pass"):
+        value.backward()
+    with pytest.raises(RuntimeError, match="these rows are gone"):
+        rows.read(0, 2)
