@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from pipeline.errors import InputError
@@ -158,8 +158,11 @@ class Plan(Record):
     def rung(self) -> Rung:
         """The chosen step as a rung, with what is predicted of it."""
         rung = self._own_rung()
+        if not self.candidates:
+            return rung
         # After an edit by hand the step may be none of those that were looked at; then nothing is known of it.
-        return next((known for known in self.candidates if known.is_same_step(rung)), rung)
+        unknown = replace(rung, required_bytes=0, host_bytes=0)
+        return next((known for known in self.candidates if known.is_same_step(rung)), unknown)
 
     def _own_rung(self) -> Rung:
         return Rung(

@@ -58,6 +58,8 @@ class NetworkPlan(Record):
         }
         if len(set(lengths.values())) != 1:
             raise InputError(f"network: one entry per stage is needed, got {lengths}")
+        if self.num_groups < 1:
+            raise InputError(f"network.num_groups: must be at least 1, got {self.num_groups}")
         if self.num_stages < 2:
             raise InputError("network.features_per_stage: at least two stages are needed")
 

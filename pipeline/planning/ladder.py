@@ -99,7 +99,8 @@ def list_fallbacks(meter: RungMeter, chosen: Rung) -> tuple[Rung, ...]:
     rungs = [meter.weighed(chosen)]
     for way in _slower_ways(meter, chosen):
         _append_if_leaner(rungs, way)
-    for rung in _smaller_batches(rungs[-1]):
+    # Batch norm in a smaller batch would be another training.
+    for rung in _smaller_batches(rungs[-1]) if network.norm != "batch" else ():
         _append_if_leaner(rungs, meter.weighed(rung))
     top = rungs[-1]
     patches = [replace(top, patch_size=patch) for patch in fallback_patches(top.patch_size, network.total_stride)]

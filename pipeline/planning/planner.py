@@ -141,8 +141,15 @@ def _nothing_fits(meter: RungMeter, ways: Sequence[Families], budget_bytes: int)
     return InputError(
         f"no patch fits into {budget_bytes / GIB:.2f} GiB with batch {without[0].batch_size}; {needs}",
         where="vram",
-        fix="Give a larger budget, or lower base_features, max_features or batch_size",
+        fix=f"Give a larger budget{_allowed_more(meter.config)}, or lower base_features or max_features"
+        + (" or batch_size" if without[0].batch_size > 1 else ""),
     )
+
+
+def _allowed_more(config: PlanConfig) -> str:
+    """Options that leave ways of running the stages out, as far as they may."""
+    host = "" if config.offload == "auto" else ", allow --offload auto"
+    return f"{host}, raise max_relative_time ({config.max_relative_time:g})"
 
 
 def _without_host(leanest: Sequence[Sequence[Rung]]) -> list[list[Rung]]:

@@ -150,12 +150,13 @@ def _batch_sentence(choice: Choice, config: PlanConfig) -> str:
     steps = f"Batch {rung.batch_size}, accumulated over {rung.accumulate_grad_batches} iteration(s), is an effective"
     if config.batch_size != "auto":
         covered = choice.covers_volume and config.patch_size == "auto" and _is_plain(rung)
-        room = "; the volume is covered, so batch_size auto would put what is left of the budget to use"
+        room = "; the volume is covered, so batch_size auto may put what is left of the budget to use"
         reason = f"batch_size is set to it{room if covered else ''}"
     elif not choice.covers_volume:
         reason = "memory goes to the field of view as long as the patch is smaller than the median case"
     else:
-        reason = "the patch covers the median case, so the batch fills the budget (at most 5% of all voxels)"
+        covered = "the patch covers the median case" if config.patch_size == "auto" else "the patch was given"
+        reason = f"{covered}, so the batch is the largest that fits and holds at most 5% of all voxels"
     return f"{steps} batch of {rung.effective_batch}: {reason}."
 
 

@@ -56,7 +56,7 @@ def started_record(
 def predicted_bytes(plan: Plan, rung: Rung) -> int | None:
     """Memory that the plan predicts of a step, or None where the step is none of its own."""
     known = (each.required_bytes for each in (plan.rung, *plan.fallbacks) if each.is_same_step(rung))
-    return next(known, None)
+    return next(known, None) or None
 
 
 def _measured_bytes(trainer: pl.Trainer, table: MetricsTable) -> int:

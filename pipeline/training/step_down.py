@@ -96,11 +96,13 @@ class _Adapter:
 
     def ladder(self, rungs: tuple[Rung, ...], *, above: Rung, first: int) -> Iterator[tuple[int, Rung]]:
         """The rungs after the first `first`, with their numbers, as this training would run them, each once."""
-        for number, rung in enumerate(rungs[first:], start=first + 1):
-            adapted = self._adapted(rung)
-            if adapted is not None and not adapted.is_same_step(above):
-                above = adapted
-                yield number, adapted
+        adapted = [(number, self._adapted(rung)) for number, rung in enumerate(rungs, start=1)]
+        # A plan that was edited by hand may stand on one of its own fallbacks, or below some of them.
+        first = max([first, *(number for number, rung in adapted if rung is not None and rung.is_same_step(above))])
+        for number, rung in adapted[first:]:
+            if rung is not None and not rung.is_same_step(above) and not _is_larger(rung, above):
+                above = rung
+                yield number, rung
 
     def _adapted(self, rung: Rung) -> Rung | None:
         disagrees = any(getattr(rung, name) != value for name, value in self._by_hand().items())
@@ -113,6 +115,12 @@ class _Adapter:
         batch = max(size for size in range(1, own_batch + 1) if own_batch % size == 0 and size <= rung.batch_size)
         accumulate = self.settings.accumulate_grad_batches * own_batch // batch
         return self.options_over(replace(rung, batch_size=batch, accumulate_grad_batches=accumulate))
+
+
+def _is_larger(rung: Rung, above: Rung) -> bool:
+    """Whether a rung surely takes more of the device: more voxels, or the same patch with less in host memory."""
+    takes_back = rung.patch_size == above.patch_size and rung.offload_stages < above.offload_stages
+    return rung.voxels > above.voxels or takes_back
 
 
 def _is_by_hand(options: object, name: str) -> bool:

@@ -4,7 +4,7 @@
     python scripts/benchmarks/gpu_memory.py --peers ../peers --out scripts/benchmarks/results   # nnU-Net's step as well
 
 Three parts:
-1. Steps of ours over patches, classes and rungs (40 of them; what is predicted not to fit is left out): metered
+1. Steps of ours over patches, classes and ways of running (48; what is predicted not to fit is left out): metered
    tensors, the predicted whole, and what PyTorch's allocator had allocated and reserved at most. The ratios of reserved
    to metered are what `pipeline.planning.budget` calls workspace and fragmentation; "outside" is what the device gave
    to this process beside its allocator, the context.
@@ -34,33 +34,35 @@ from typing import Any
 import torch
 from peers.nnunet import NnunetWorker
 from run_facts import write_results
-from rungs import FEATURES, Rung, make_plan, meter_rung
+from rungs import FEATURES, StepKind, make_plan, meter_kind
 from step import Variant, make_step
 
 from pipeline.geometry import Shape3
-from pipeline.plan import GIB
+from pipeline.plan import GIB, Execution
 from pipeline.planning.budget import estimate_overhead_bytes
 
 LAST = len(FEATURES)
 PATCHES: tuple[Shape3, ...] = ((96, 96, 96), (128, 128, 128), (160, 192, 96), (192, 192, 192))
 CLASSES = (3, 118)
-RUNGS = (
-    Rung(),
-    Rung(recompute_stages=LAST),
-    Rung(slab_stages=2),
-    Rung(slab_stages=2, recompute_stages=LAST),
-    Rung(slab_stages=2, offload_stages=2, recompute_stages=LAST),
+MOST_SLABS = LAST - 1
+EXECUTIONS = (
+    Execution(),
+    Execution(recompute_stages=LAST),
+    Execution(slab_stages=2),
+    Execution(slab_stages=2, recompute_stages=LAST),
+    Execution(slab_stages=MOST_SLABS),
+    Execution(slab_stages=MOST_SLABS, offload_stages=1),
 )
 HEADLINE_PATCH: Shape3 = (512, 512, 256)
 HEADLINE_CLASSES, HEADLINE_GIB = 118, 24
 # Fastest first: the headline takes the first of these that is predicted to fit.
-HEADLINE_RUNGS = (
-    Rung(slab_stages=1),
-    Rung(slab_stages=2),
-    Rung(slab_stages=2, recompute_stages=LAST),
-    Rung(slab_stages=3, recompute_stages=LAST),
-    Rung(slab_stages=1, offload_stages=1, recompute_stages=LAST),
-    Rung(slab_stages=3, offload_stages=3, recompute_stages=LAST),
+HEADLINE_EXECUTIONS = (
+    Execution(slab_stages=1),
+    Execution(slab_stages=2),
+    Execution(slab_stages=MOST_SLABS),
+    Execution(slab_stages=2, recompute_stages=LAST),
+    Execution(slab_stages=MOST_SLABS, offload_stages=1),
+    Execution(slab_stages=MOST_SLABS, offload_stages=2),
 )
 NNUNET_CUBES = {3: (128, 192, 256), 118: (128, 160, 192)}
 
@@ -71,18 +73,22 @@ class Configuration:
 
     patch_size: Shape3
     num_classes: int
-    rung: Rung
+    kind: StepKind
+
+
+def _kind(execution: Execution) -> StepKind:
+    return StepKind(execution=execution)
 
 
 def configurations() -> list[Configuration]:
     """Every step of part 1."""
-    return [Configuration(*chosen) for chosen in product(PATCHES, CLASSES, RUNGS)]
+    return [Configuration(*chosen) for chosen in product(PATCHES, CLASSES, map(_kind, EXECUTIONS))]
 
 
 def predict(configuration: Configuration) -> int:
     """Metered bytes of tensors; a function of its own for worker processes."""
     torch.set_num_threads(1)
-    return meter_rung(configuration.rung, configuration.patch_size, configuration.num_classes).peak_bytes
+    return meter_kind(configuration.kind, configuration.patch_size, configuration.num_classes).peak_bytes
 
 
 def run_on_gpu(configuration: Configuration, num_steps: int = 3) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def run_on_gpu(configuration: Configuration, num_steps: int = 3) -> dict[str, An
     )
     seconds = 0.0
     try:
-        step = make_step(Variant(configuration.rung.name, bf16=True, rung=configuration.rung), make_plan(), args)
+        step = make_step(Variant(configuration.kind.name, bf16=True, kind=configuration.kind), make_plan(), args)
         for _ in range(num_steps):
             start = time.perf_counter()
             step()
@@ -126,7 +132,7 @@ def compare(chosen: Sequence[Configuration], metered: Sequence[int]) -> list[dic
         if predicted > torch.cuda.mem_get_info()[1]:
             continue
         found = {"metered_bytes": metered_bytes, "predicted_bytes": predicted, **run_on_gpu(configuration)}
-        rows.append({**asdict(configuration), "name": configuration.rung.name, **found})
+        rows.append({**asdict(configuration), "name": configuration.kind.name, **found})
         print(_line(rows[-1]), flush=True)
     return rows
 
@@ -160,10 +166,10 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def choose_headline(budget_bytes: int) -> tuple[Configuration, int]:
-    """The fastest rung that is predicted to fit, else the leanest, and its metered bytes."""
+    """The fastest way that is predicted to fit, else the leanest, and its metered bytes."""
     tried = []
-    for rung in HEADLINE_RUNGS:
-        configuration = Configuration(HEADLINE_PATCH, HEADLINE_CLASSES, rung)
+    for execution in HEADLINE_EXECUTIONS:
+        configuration = Configuration(HEADLINE_PATCH, HEADLINE_CLASSES, _kind(execution))
         tried.append((configuration, predict(configuration)))
         if tried[-1][1] + estimate_overhead_bytes(tried[-1][1]) <= budget_bytes:
             return tried[-1]
@@ -179,7 +185,7 @@ def run_headline(budget_bytes: int) -> dict[str, Any]:
     configuration, metered_bytes = choose_headline(budget_bytes)
     found = {"budget_bytes": budget_bytes, "context_bytes": context, "metered_bytes": metered_bytes}
     found["predicted_bytes"] = metered_bytes + estimate_overhead_bytes(metered_bytes)
-    return {**asdict(configuration), "name": configuration.rung.name, **found, **run_on_gpu(configuration, 2)}
+    return {**asdict(configuration), "name": configuration.kind.name, **found, **run_on_gpu(configuration, 2)}
 
 
 def headline_in_a_process(budget_gib: float) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Peak memory of one training step, nnU-Net's and MONAI's and every rung of ours, on the same meter; needs no GPU.
+"""Peak memory of one training step, nnU-Net's and MONAI's and ours in every way, on the same meter; needs no GPU.
 
     bash scripts/benchmarks/peers_environment.sh ../peers          # once, for nnU-Net's rows
     python scripts/benchmarks/memory.py --peers ../peers --out scripts/benchmarks/results
-    python scripts/benchmarks/memory.py --quick                    # few sizes, few rungs, no nnU-Net
+    python scripts/benchmarks/memory.py --quick                    # few sizes, few ways, no nnU-Net
 
 Two tables for each number of classes: GiB at given patches, and the largest cube (edge a multiple of 32) under given
 budgets. All networks have six stages of 32 to 320 features and two convolutions a stage; all steps run under bf16
@@ -19,6 +19,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import ceil, prod
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from peers.nnunet import NnunetWorker
 from run_facts import write_results
-from rungs import FEATURES, Rung, every_rung, main_rungs, meter_rung
+from rungs import FEATURES, StepKind, make_plan, meter_kind, step_kinds
 
 from pipeline.geometry import Shape3
 from pipeline.plan import GIB
@@ -50,7 +51,7 @@ class Job:
     """One row: a step at a number of classes, and what is asked of it."""
 
     step: str
-    rung: Rung | None
+    kind: StepKind | None
     num_classes: int
     sizes: tuple[Shape3, ...]
     budgets: tuple[int, ...]
@@ -73,7 +74,7 @@ def run_job(job: Job) -> Row:
     """Meter one row."""
     torch.set_num_threads(1)
     start, row = time.perf_counter(), Row(job.step, job.num_classes)
-    with _NoWorker() if job.rung or "nnU-Net" not in job.step else NnunetWorker(job.peers) as worker:
+    with nullcontext() if job.kind or "nnU-Net" not in job.step else NnunetWorker(job.peers) as worker:
         meter = _make_meter(job, worker)
         row.memory = {size: meter(size) for size in job.sizes}
         known = {size[0]: memory.peak_bytes for size, memory in row.memory.items() if len(set(size)) == 1}
@@ -83,17 +84,9 @@ def run_job(job: Job) -> Row:
     return row
 
 
-class _NoWorker:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
 def _make_meter(job: Job, worker: NnunetWorker | None) -> Meter:
-    if job.rung is not None:
-        return partial(meter_rung, job.rung, num_classes=job.num_classes, device_type=job.autocast)
+    if job.kind is not None:
+        return partial(meter_kind, job.kind, num_classes=job.num_classes, device_type=job.autocast)
     if worker is not None:
         request = {"num_classes": job.num_classes, "batch_size": int(job.step[-1]), "device_type": job.autocast}
         return lambda size: worker.meter(size, precision="bf16-mixed", **request)
@@ -247,19 +240,20 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
     """One job for each row of the tables."""
     sizes = tuple(map(tuple, options.size)) if options.size else QUICK_SIZES if options.quick else SIZES
     budgets = tuple(options.budgets) if options.budgets is not None else QUICK_BUDGETS if options.quick else BUDGETS
-    rungs = every_rung() if options.every_rung else [r for r in main_rungs() if not options.quick or _is_telling(r)]
-    steps: dict[str, Rung | None] = {name: None for name in PEERS if options.peers or "nnU-Net" not in name}
-    steps |= {rung.name: rung for rung in rungs}
-    wanted = {name: rung for name, rung in steps.items() if not options.only or any(w in name for w in options.only)}
+    kinds = [kind for kind in step_kinds(make_plan()) if not options.quick or _is_telling(kind)]
+    steps: dict[str, StepKind | None] = {name: None for name in PEERS if options.peers or "nnU-Net" not in name}
+    steps |= {kind.name: kind for kind in kinds}
+    wanted = {name: kind for name, kind in steps.items() if not options.only or any(w in name for w in options.only)}
     return [
-        Job(name, rung, num_classes, sizes, budgets, options.autocast, options.peers)
+        Job(name, kind, num_classes, sizes, budgets, options.autocast, options.peers)
         for num_classes in options.classes
-        for name, rung in wanted.items()
+        for name, kind in wanted.items()
     ]
 
 
-def _is_telling(rung: Rung) -> bool:
-    return rung.recompute_stages in (0, len(FEATURES)) and rung.slab_stages in (0, 2)
+def _is_telling(kind: StepKind) -> bool:
+    recompute_stages, slab_stages, offload_stages = kind.execution
+    return recompute_stages in (0, len(FEATURES)) and slab_stages in (0, len(FEATURES) - 1) and offload_stages < 2
 
 
 def main() -> None:
@@ -271,8 +265,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="*", help="GiB; none leaves out the search for the largest cubes")
     parser.add_argument("--autocast", choices=("cuda", "cpu"), default="cuda", help="whose rules for operators")
     parser.add_argument("--only", nargs="+", help="rows whose name contains one of these")
-    parser.add_argument("--every_rung", action="store_true", help="also rungs that no plan chooses")
-    parser.add_argument("--quick", action="store_true", help="few patches, budgets and rungs")
+    parser.add_argument("--quick", action="store_true", help="few patches, budgets and ways of running")
     parser.add_argument("--num_workers", type=int, default=2, help="rows metered at a time")
     parser.add_argument("--out", type=Path, help="folder for memory-DATE.json, or a file that ends in .json")
     options = parser.parse_args()

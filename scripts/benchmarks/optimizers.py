@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from run_facts import write_results
-from rungs import Rung, make_network, make_plan
+from rungs import StepKind, make_network, make_plan
 from step import make_rows, measure
 from torch import nn
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for optimizers-DATE.json, or a file that ends in .json")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
-    network = make_network(Rung(), 3, make_plan()).to(options.device)
+    network = make_network(StepKind(), 3, make_plan()).to(options.device)
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
     num_parameters, rows = sum(parameter.numel() for parameter in network.parameters()), []

@@ -18,13 +18,15 @@ import torch
 from pipeline.plan import GIB
 
 PROJECT = Path(__file__).resolve().parents[2]
+# Options that take a folder, and what stands for it in the command that is kept.
+PATH_OPTIONS = {"--peers": "PEERS", "--out": "RESULTS", "--store": "STORE"}
 
 
 def run_facts() -> dict[str, Any]:
     """Facts of this run; names of hosts and paths are left out."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", str(Path("scripts/benchmarks", Path(sys.argv[0]).name)), *sys.argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "machine": _machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "monai")}},
@@ -38,6 +40,15 @@ def write_results(out: Path, name: str, results: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**facts, **results}, indent=1) + "\n")
     return path
+
+
+def _command() -> str:
+    """The command line, with names in place of the folders that lie elsewhere on every machine."""
+    words = ["python", str(Path("scripts/benchmarks", Path(sys.argv[0]).name)), *sys.argv[1:]]
+    for option, name in PATH_OPTIONS.items():
+        words = [name if before == option else word for before, word in zip(["", *words], words, strict=False)]
+        words = [f"{option}={name}" if word.startswith(f"{option}=") else word for word in words]
+    return shlex.join(words)
 
 
 def _machine() -> dict[str, Any]:

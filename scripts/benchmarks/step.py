@@ -9,7 +9,7 @@ The variants take turns in every round and ratios are taken within a round, so t
 of them alike. Groups of variants:
     basic    ours and "plain", the textbook composition of the same U-Net: skip and up-sampled tensor concatenated,
              torch's group norm, a convolution as head, MONAI's DiceCELoss
-    rungs    the rungs that a plan may choose, under bf16 autocast, rung 0 ("voxfit") first; every_rung: all there are
+    rungs    every way of running the stages that a plan may choose, under bf16 autocast, the plain one first
     peers    MONAI's DynUNet; with --peers (see peers_environment.sh) also nnU-Net, in its own process and environment.
              "nnU-Net" is its trainer's own step: float32 on a CPU, float16 and compiled on a GPU
     compile  the first step of basic's "ours bf16" as `torch.compile` makes it; needs a C++ compiler
@@ -35,7 +35,7 @@ from monai.losses import DiceCELoss as MonaiDiceCELoss
 from peers.dynunet import DynUNetLoss, make_dynunet
 from peers.nnunet import NnunetWorker
 from run_facts import write_results
-from rungs import Rung, every_rung, main_rungs, make_network, make_plan
+from rungs import PLAIN, StepKind, make_network, make_plan, step_kinds
 from torch import Tensor, nn
 
 from pipeline.losses.deep_supervision import DeepSupervisionLoss
@@ -46,9 +46,9 @@ from pipeline.networks.unet import UNet
 from pipeline.plan import NetworkPlan
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-GROUPS = ("basic", "rungs", "every_rung", "peers", "compile")
+GROUPS = ("basic", "rungs", "peers", "compile")
 
-PLAIN_RUNG = Rung(fused_head=False)
+PLAIN_KIND = StepKind(fused_head=False)
 
 # One whole optimiser step; where another process takes it, the seconds that it measured.
 Step = Callable[[], float | None]
@@ -64,7 +64,7 @@ class Variant:
     dynunet: bool = False
     channels_last: bool = False
     compiled: bool = False
-    rung: Rung = PLAIN_RUNG
+    kind: StepKind = PLAIN_KIND
 
 
 class PlainNorm(nn.GroupNorm):
@@ -145,7 +145,7 @@ def _network_and_loss(
     if variant.dynunet:
         features, deep = plan.features_per_stage, plan.deep_supervision
         return make_dynunet(args.classes, features, in_channels=args.channels, deep_supervision=deep), DynUNetLoss()
-    network = make_network(variant.rung, args.classes, plan, args.channels)
+    network = make_network(variant.kind, args.classes, plan, args.channels)
     if variant.plain:
         return make_plain(network), DeepSupervisionLoss(PlainLoss())
     return network, make_loss()
@@ -209,15 +209,14 @@ def make_variants(plan: NetworkPlan, groups: tuple[str, ...] = ("basic",)) -> li
             Variant("plain bf16", bf16=True, plain=True),
             Variant("ours bf16", bf16=True),
             Variant("ours bf16, channels last", bf16=True, channels_last=True),
-            Variant("ours bf16, first stage recomputed", bf16=True, rung=Rung(fused_head=False, recompute_stages=1)),
+            Variant("ours bf16, first stage recomputed", bf16=True, kind=_recomputed(1)),
             Variant(
                 "ours bf16, every stage recomputed",
                 bf16=True,
-                rung=Rung(fused_head=False, recompute_stages=plan.num_stages),
+                kind=_recomputed(plan.num_stages),
             ),
         ],
-        "rungs": _rung_variants(plan, main_rungs(plan.num_stages)),
-        "every_rung": _rung_variants(plan, every_rung(plan.num_stages)),
+        "rungs": [Variant(kind.name, bf16=True, kind=kind) for kind in step_kinds(plan)],
         "peers": [
             Variant("MONAI DynUNet float32", bf16=False, dynunet=True),
             Variant("MONAI DynUNet bf16", bf16=True, dynunet=True),
@@ -227,9 +226,8 @@ def make_variants(plan: NetworkPlan, groups: tuple[str, ...] = ("basic",)) -> li
     return [variant for group in GROUPS if group in groups for variant in made[group]]
 
 
-def _rung_variants(plan: NetworkPlan, rungs: list[Rung]) -> list[Variant]:
-    first = sorted(rungs, key=lambda rung: rung != Rung())
-    return [Variant(rung.name, bf16=True, rung=rung) for rung in first if plan.can_run_in_slabs or not rung.slab_stages]
+def _recomputed(recompute_stages: int) -> StepKind:
+    return StepKind(execution=PLAIN._replace(recompute_stages=recompute_stages), fused_head=False)
 
 
 def has_cpp_compiler() -> bool:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from monai.losses import DiceCELoss
 from torch import nn
 
-from pipeline.plan import GIB
+from pipeline.plan import GIB, Execution
+from pipeline.planning.executions import execution_families
 from pipeline.planning.meter import StepMemory
 
 MODULES = ("memory", "gpu_memory", "rungs", "run_facts", "step", "peers.dynunet", "peers.nnunet")
@@ -89,18 +90,20 @@ def test_ratios_are_to_nnunet_of_as_many_classes(load):
     assert not memory.ratios([row for row in rows if row.step == "voxfit"])
 
 
-def test_rungs_have_names_of_their_own_and_the_main_ones_are_among_all(load):
+def test_kinds_of_step_have_names_of_their_own_and_are_all_that_a_plan_may_choose(load):
     rungs = load("rungs")
-    every = rungs.every_rung()
-    assert len({rung.name for rung in every}) == len(set(every)) == len(every)
-    assert set(rungs.main_rungs()) < set(every)
+    kinds = rungs.step_kinds(rungs.make_plan())
+    assert len({kind.name for kind in kinds}) == len(set(kinds)) == len(kinds)
+    families = execution_families(rungs.make_plan(), may_offload=True)
+    assert {kind.execution for kind in kinds} == {execution for family in families for execution in family}
+    assert kinds[0] == rungs.StepKind()
 
 
-def test_a_row_holds_what_the_meter_says_of_that_rung(load):
+def test_a_row_holds_what_the_meter_says_of_that_step(load):
     memory, rungs = load("memory"), load("rungs")
-    rung = rungs.Rung(recompute_stages=6)
-    row = memory.run_job(memory.Job(rung.name, rung, 5, ((64, 32, 96),), (), "cuda", None))
-    assert row.memory == {(64, 32, 96): rungs.meter_rung(rung, (64, 32, 96), 5)}
+    kind = rungs.StepKind(execution=Execution(recompute_stages=6))
+    row = memory.run_job(memory.Job(kind.name, kind, 5, ((64, 32, 96),), (), "cuda", None))
+    assert row.memory == {(64, 32, 96): rungs.meter_kind(kind, (64, 32, 96), 5)}
     (found,) = memory.as_json([row])["memory"]
     assert found["peak_bytes"] == sum(found["parts"].values()) == row.memory[64, 32, 96].peak_bytes
     assert found["voxels"] == 64 * 32 * 96
@@ -142,6 +145,13 @@ def test_results_say_day_commit_versions_and_command(load, tmp_path):
     assert found["memory"] == [1]
     assert {"command", "commit", "machine"} <= set(found)
     assert facts.write_results(tmp_path / "here.json", "memory", {}) == tmp_path / "here.json"
+
+
+def test_results_hold_the_command_without_folders_of_this_machine(load, tmp_path, monkeypatch):
+    arguments = ["--peers", str(tmp_path / "peers"), "--quick", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmarks/memory.py", *arguments])
+    command = load("run_facts").run_facts()["command"]
+    assert command == "python scripts/benchmarks/memory.py --peers PEERS --quick --out=RESULTS"
 
 
 def test_the_gpu_benchmark_says_that_it_needs_a_gpu(load, monkeypatch, capsys):

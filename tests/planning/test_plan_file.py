@@ -124,11 +124,16 @@ def test_a_plan_spoilt_by_hand_is_one_clear_error(
     assert str(path) in str(caught.value)
 
 
-def test_the_chosen_rung_is_found_among_the_candidates_and_unknown_after_an_edit() -> None:
+def test_the_chosen_rung_is_found_among_the_candidates_and_nothing_is_predicted_of_it_after_an_edit() -> None:
     assert PLAN.rung == PLAN.candidates[0]
     changed = replace(PLAN, recompute_stages=0, fallbacks=())
     assert changed.rung.execution == Execution(slab_stages=1)
-    assert (changed.rung.required_bytes, changed.rung.host_bytes, changed.rung.relative_time) == (7, 3, 1.0)
+    assert (changed.rung.required_bytes, changed.rung.host_bytes, changed.rung.relative_time) == (0, 0, 1.0)
+
+
+def test_without_candidates_the_plan_s_own_memory_is_what_is_predicted() -> None:
+    rung = replace(PLAN, candidates=()).rung
+    assert (rung.required_bytes, rung.host_bytes) == (PLAN.memory.required_bytes, PLAN.memory.host_bytes)
 
 
 def test_an_optimizer_other_than_the_planned_one_is_told() -> None:

@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
@@ -29,7 +30,7 @@ from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan, ProbeOutco
 from pipeline.planning.meter import StepMemory, meter_step
 from pipeline.planning.storages import StorageCounter
 from pipeline.training.assembly import make_network
-from pipeline.training.probe import probe_plan, run_apart, search_ladder
+from pipeline.training.probe import STEP_MODULE, probe_plan, run_apart, search_ladder
 from pipeline.training.probe_step import StepRequest, make_probed_network, run_step
 from pipeline.training.probed_plan import with_probe
 from pipeline.training.settings import resolve_settings
@@ -84,6 +85,15 @@ def metered_on_cpu(plan: Plan) -> StepMemory:
     )
 
 
+def probing_processes() -> list[psutil.Process]:
+    """Children of this process that run a step; workers that other tests left behind are none of them."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            found += [child] if STEP_MODULE in child.cmdline() else []
+    return found
+
+
 # ---- one step in a process of its own
 
 
@@ -101,7 +111,7 @@ def test_a_plan_that_fits_is_measured_and_leaves_nothing_behind() -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), resource.getrlimit(resource.RLIMIT_DATA), Path.cwd()) == before[1:]
     assert not torch.cuda.is_initialized()
-    assert not psutil.Process().children()
+    assert not probing_processes()
 
 
 def test_what_runs_out_of_memory_is_stepped_down_to_a_rung_that_was_run() -> None:
@@ -154,7 +164,7 @@ def test_a_process_that_a_signal_ends_is_told_and_is_no_ceiling() -> None:
     plan = ladder_plan()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(probe_plan, plan, budget_bytes=4096 * MIB, device="cpu")
-        while not (children := psutil.Process().children()) and not waiting.done():
+        while not (children := probing_processes()) and not waiting.done():
             sleep(0.01)
         os.kill(children[0].pid, signal.SIGKILL)
         probe = waiting.result()
@@ -171,7 +181,7 @@ def test_a_step_that_does_not_end_is_ended_and_told() -> None:
     request = StepRequest(plan=make_plan(), rung=Rung(patch_size=(12, 20, 8)), device="cpu", budget_bytes=None)
     tried = run_apart(request, timeout_seconds=0.05)
     assert tried.outcome == "timed out"
-    assert not psutil.Process().children()
+    assert not probing_processes()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
