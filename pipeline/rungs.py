@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from pydantic import ConfigDict
 
 from pipeline.errors import InputError
-from pipeline.geometry import Shape3
+from pipeline.geometry import Shape3, format_shape
 
 NormName = Literal["group", "instance", "batch"]
 BlockName = Literal["plain", "residual"]
@@ -164,6 +164,11 @@ class Rung(Record):
         """Voxels of one iteration."""
         return prod(self.patch_size) * self.batch_size
 
+    def __str__(self) -> str:
+        """In words."""
+        batch = f"{self.batch_size} x accumulation {self.accumulate_grad_batches}"
+        return f"patch {format_shape(self.patch_size)}, batch {batch}, {self.execution}"
+
     def is_same_step(self, other: Rung) -> bool:
         """Whether both run the same step, whatever is predicted of it."""
         return _step(self) == _step(other)
@@ -226,6 +231,5 @@ class Probe(Record):
 
     @property
     def fitting(self) -> ProbedRung | None:
-        """The first of the ladder that ran and fitted, or None."""
-        fitting = [each for each in self.tried if each.outcome == "fits"]
-        return max(fitting, key=lambda each: each.rung.required_bytes, default=None)
+        """The first of the ladder that ran and fitted: the last to fit, as the search goes up from its first fit."""
+        return next((each for each in reversed(self.tried) if each.outcome == "fits"), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pipeline.slabs.repeats import has_values
@@ -32,8 +31,3 @@ def without_repeats(chunks: list[slice], tensor: Tensor) -> list[slice]:
     first two (the second finds what the first has left) and the last, and not thousands.
     """
     return chunks if has_values(tensor) or len(chunks) <= 3 else [*chunks[:2], chunks[-1]]
-
-
-def loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What losses of logits in `dtype` are computed in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.losses.chunks import loss_dtype, split_voxels, without_repeats
-from pipeline.losses.terms import Slopes, Sums, Terms, finish
+from pipeline.losses.chunks import split_voxels, without_repeats
+from pipeline.losses.terms import Slopes, Sums, Terms, finish, loss_dtype
 from pipeline.slabs.dtypes import compute_dtype, without_autocast
 from pipeline.slabs.rows import PendingLogits, Rows, WholeRows, take_once
 

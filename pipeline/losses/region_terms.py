@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pipeline.errors import InputError
-from pipeline.losses.chunks import loss_dtype
-from pipeline.losses.terms import LossOptions, Slopes, Sums, split_off_ignored
+from pipeline.losses.terms import LossOptions, Slopes, Sums, loss_dtype, split_off_ignored
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.losses.chunks import loss_dtype
-from pipeline.losses.terms import LossOptions, Slopes, Sums, split_off_ignored
+from pipeline.losses.terms import LossOptions, Slopes, Sums, loss_dtype, split_off_ignored
 
 
 @dataclass(frozen=True)

@@ -108,3 +108,8 @@ def split_off_ignored(target: Tensor, ignore_index: int, dtype: torch.dtype) -> 
     # In int64, because an unsigned type would wrap a negative ignore_index round to a class.
     valid = target[:, None].long() != ignore_index
     return torch.where(valid, target[:, None], 0).long(), valid.to(dtype)
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What losses of logits in `dtype` are computed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

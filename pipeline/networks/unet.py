@@ -9,7 +9,7 @@ from pipeline.errors import InputError
 from pipeline.networks.blocks import DecoderStage, Head, make_encoder_stage
 from pipeline.networks.recompute import recompute
 from pipeline.networks.slab_stages import run_in_slabs
-from pipeline.plan import NetworkPlan
+from pipeline.plan import Execution, NetworkPlan
 from pipeline.slabs.rows import PendingLogits, WholeRows
 
 Outputs = Tensor | PendingLogits | list[Tensor | PendingLogits]
@@ -29,6 +29,9 @@ class UNet(nn.Module):
         offload_stages: Number of slab stages, from the highest resolution, whose kept tensors lie in host memory.
         fused_head: Give `PendingLogits` instead of logits while gradients are recorded in train mode; losses of this
             project take the logits from them voxels by voxels.
+
+    Raises:
+        InputError: The network cannot run its stages so, see `Execution.problems`.
     """
 
     def __init__(
@@ -43,12 +46,8 @@ class UNet(nn.Module):
         fused_head: bool = False,
     ) -> None:
         super().__init__()
-        if slab_stages and (network.block != "plain" or network.norm == "batch"):
-            raise InputError(
-                f"{network.block} blocks with {network.norm} norm cannot run in slabs",
-                where="slab_stages",
-                fix="Use plain blocks with group or instance norm, or 0",
-            )
+        if problems := Execution(recompute_stages, slab_stages, offload_stages).problems(network):
+            raise InputError("; ".join(problems))
         self.recompute_stages = recompute_stages
         self.slab_stages = slab_stages
         self.offload_stages = offload_stages
@@ -109,7 +108,9 @@ class UNet(nn.Module):
         """
         skips = []
         for index, stage in enumerate(self.encoder[first:], start=first):
-            x = self._run(index, nn.Sequential(stage[0].norm, *stage[1:]) if index == first > 0 else stage, x)
+            # What comes from stages in slabs is convolved already.
+            is_convolved = first > 0 and index == first
+            x = self._run(index, nn.Sequential(stage[0].norm, *stage[1:]) if is_convolved else stage, x)
             skips.append(x)
         x = skips.pop()
         outputs: list[Tensor | PendingLogits] = []

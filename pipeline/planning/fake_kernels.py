@@ -9,11 +9,12 @@ losses, raises.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 aten = torch.ops.aten
@@ -59,6 +60,19 @@ class MeterFakeMode(FakeTensorMode):
                 result += (arg.fake_device, arg.untyped_storage().nbytes(), arg.is_inference())
             else:
                 super()._prep_args_for_hash(result, arg if isinstance(arg, dict) else (arg,), *rest)
+
+
+def fake_copy(module: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are fake CPU tensors; call it under `MeterFakeMode`."""
+    fakes = {id(tensor): _fake_like(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    # Tensors that are plain attributes are copied for real: fake mode cannot, and they become fake where they are used.
+    with unset_fake_temporarily():
+        return copy.deepcopy(module, fakes)
+
+
+def _fake_like(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def _is_dense_fake(value: Any) -> bool:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from pipeline.geometry import Shape3
-from pipeline.planning.fake_kernels import MeterFakeMode
-from pipeline.planning.meter import _fake_copy
+from pipeline.planning.fake_kernels import MeterFakeMode, fake_copy
 from pipeline.planning.storages import StorageCounter
 
 # A module that keeps more than this share of everything would, run again, take nearly the memory of the whole network:
@@ -41,7 +40,7 @@ def propose_recompute(network: nn.Module, *, in_channels: int, patch_size: Shape
     """
     root = _Call(None)
     with MeterFakeMode(allow_non_fake_inputs=True), StorageCounter() as counter:
-        fake = _fake_copy(network).train()
+        fake = fake_copy(network).train()
         names = {id(module): name for name, module in fake.named_modules()}
         _record_calls(fake, counter, root)
         outputs = fake(torch.empty(1, in_channels, *patch_size))

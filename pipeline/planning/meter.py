@@ -6,7 +6,6 @@ a GPU adds to them is estimated in `pipeline.planning.budget`. Shapes: images (B
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_iter
 
@@ -22,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.geometry import Shape3
 from pipeline.plan import Precision
 from pipeline.planning.cuda_autocast import cuda_autocast_rules
-from pipeline.planning.fake_kernels import MeterFakeMode
+from pipeline.planning.fake_kernels import MeterFakeMode, fake_copy
 from pipeline.planning.storages import StorageCounter
 
 if TYPE_CHECKING:
@@ -101,8 +100,8 @@ def meter_step(
     try:
         with MeterFakeMode(allow_non_fake_inputs=True), _rules_of(device_type):
             memory = count_step(
-                _fake_copy(network),
-                _fake_copy(loss) if isinstance(loss, nn.Module) else loss,
+                fake_copy(network),
+                fake_copy(loss) if isinstance(loss, nn.Module) else loss,
                 torch.empty(batch_size, in_channels, *patch_size),
                 torch.zeros(batch_size, *patch_size, dtype=torch.int64),
                 **options,
@@ -230,16 +229,3 @@ def _make_optimizer(optimizer: OptimizerName | MakeOptimizer, parameters: list[n
     if optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=0.001, foreach=True)
     return optimizer(parameters)
-
-
-def _fake_copy(module: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers are fake CPU tensors; call it under `FakeTensorMode`."""
-    fakes = {id(tensor): _fake_like(tensor) for tensor in [*module.parameters(), *module.buffers()]}
-    # Tensors that are plain attributes are copied for real: fake mode cannot, and they become fake where they are used.
-    with unset_fake_temporarily():
-        return copy.deepcopy(module, fakes)
-
-
-def _fake_like(tensor: Tensor) -> Tensor:
-    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake

@@ -12,8 +12,7 @@ from pipeline.config import PlanConfig
 from pipeline.datasets.fingerprint import ChannelStatistics, Fingerprint
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
-from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NormalizationScheme, Plan, Rung
-from pipeline.planning.budget import estimate_overhead_bytes
+from pipeline.plan import GIB, ChannelPlan, NormalizationScheme, Plan, Rung
 from pipeline.planning.candidates import patch_candidates
 from pipeline.planning.ladder import list_candidates, list_fallbacks
 from pipeline.planning.reasons import Choice, explain_choice, explain_normalization
@@ -69,7 +68,7 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int
         optimizer=config.optimizer,
         ema=config.ema,
         network=meter.network_plan(choice.rung.patch_size),
-        memory=_memory_plan(meter, choice.rung, budget_bytes),
+        memory=meter.memory_plan(choice.rung, budget_bytes=budget_bytes),
         candidates=choice.candidates,
         fallbacks=choice.fallbacks,
         notes=(
@@ -164,17 +163,6 @@ def _need(meter: RungMeter, rung: Rung) -> str:
 def _largest_batch(fingerprint: Fingerprint, target: TargetGrid, patch_size: Shape3) -> int:
     dataset_voxels = prod(target.median_shape) * len(fingerprint.cases)
     return max(1, int(LARGEST_DATASET_SHARE * dataset_voxels / prod(patch_size)))
-
-
-def _memory_plan(meter: RungMeter, rung: Rung, budget_bytes: int) -> MemoryPlan:
-    memory = meter.memory(rung)
-    return MemoryPlan(
-        budget_bytes=budget_bytes,
-        peak_bytes=memory.peak_bytes,
-        overhead_bytes=estimate_overhead_bytes(memory.peak_bytes),
-        parts=memory.parts,
-        host_bytes=meter.weighed(rung).host_bytes,
-    )
 
 
 def _channel_plans(fingerprint: Fingerprint, config: PlanConfig) -> tuple[ChannelPlan, ...]:

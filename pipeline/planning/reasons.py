@@ -167,7 +167,7 @@ def _memory_sentence(choice: Choice, config: PlanConfig, budget_bytes: int) -> s
     average = " and averaged weights" if config.ema else ""
     return (
         f"Predicted {required / GIB:.2f} of {budget_bytes / GIB:.2f} GiB, metered for {kind} with {optimizer}{average};"
-        " what the device adds to tensors (context, workspaces, fragmentation) is estimated, not yet measured on a GPU."
+        " what the device adds to tensors (context, workspaces, fragmentation) is an estimate."
     )
 
 

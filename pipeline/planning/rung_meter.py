@@ -10,14 +10,12 @@ from pipeline.config import PlanConfig
 from pipeline.geometry import Shape3, Spacing
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.unet import UNet
-from pipeline.plan import Execution, NetworkPlan, Rung
+from pipeline.plan import Execution, MemoryPlan, NetworkPlan, Plan, Rung
 from pipeline.planning.budget import estimate_overhead_bytes
 from pipeline.planning.executions import execution_families, relative_time
 from pipeline.planning.meter import StepMemory, meter_step
 from pipeline.planning.topology import make_topology
 
-# Whether the network hands the loss pending logits, as in training.
-FUSED_HEAD = True
 # Beside the meter's own parts: the weights that an exponential moving average keeps.
 AVERAGED_WEIGHTS = "averaged weights"
 
@@ -39,6 +37,14 @@ class RungMeter:
     num_classes: int
     spacing: Spacing
     _known: dict[_Step, StepMemory] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> RungMeter:
+        """The meter for rungs of a plan that exists; its network is to be given with every rung."""
+        options = PlanConfig(dataset="", precision=plan.precision, optimizer=plan.optimizer, ema=plan.ema)
+        return cls(
+            config=options, in_channels=plan.num_channels, num_classes=plan.num_classes, spacing=plan.target_spacing
+        )
 
     def network_plan(self, patch_size: Shape3) -> NetworkPlan:
         """The network for a patch."""
@@ -83,8 +89,7 @@ class RungMeter:
     def weighed(self, rung: Rung, *, network: NetworkPlan | None = None) -> Rung:
         """The rung with the memory that is predicted of it."""
         memory = self.memory(rung, network=network)
-        host_bytes = getattr(memory, "host_bytes", 0)
-        return replace(rung, required_bytes=_required_bytes(memory), host_bytes=host_bytes)
+        return replace(rung, required_bytes=_required_bytes(memory), host_bytes=memory.host_bytes)
 
     def required_bytes(self, rung: Rung) -> int:
         """Metered tensors and estimated overhead of a training step."""
@@ -103,6 +108,17 @@ class RungMeter:
             self._known[step] = self._meter(rung, network)
         return self._known[step]
 
+    def memory_plan(self, rung: Rung, *, budget_bytes: int, network: NetworkPlan | None = None) -> MemoryPlan:
+        """What a plan says of the memory of its rung."""
+        memory = self.memory(rung, network=network)
+        return MemoryPlan(
+            budget_bytes=budget_bytes,
+            peak_bytes=memory.peak_bytes,
+            overhead_bytes=estimate_overhead_bytes(memory.peak_bytes),
+            parts=memory.parts,
+            host_bytes=memory.host_bytes,
+        )
+
     def _meter(self, rung: Rung, network_plan: NetworkPlan) -> StepMemory:
         with torch.device("meta"):
             network = UNet(
@@ -110,7 +126,7 @@ class RungMeter:
                 self.num_classes,
                 network_plan,
                 **rung.execution._asdict(),
-                fused_head=FUSED_HEAD,
+                fused_head=True,
             )
         memory = meter_step(
             network,

@@ -106,9 +106,8 @@ class RowConvolutions:
         rows, (begin, end) = self.inputs[index], self._input_rows(index, start, stop)
         if wanted:
             batch, channels, _, *plane = rows.shape
-            rows.add_gradient(
-                begin, self.new_rows(0, 0).new_empty(batch, channels, end - begin, *plane, dtype=rows.dtype)
-            )
+            shape = (batch, channels, end - begin, *plane)
+            rows.add_gradient(begin, torch.empty(shape, dtype=rows.dtype, device=self.device))
 
     def _input_rows(self, index: int, start: int, stop: int) -> tuple[int, int]:
         """Input rows whose gradient is handed in with output rows start to stop."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.slabs.repeats import is_repeat
+from pipeline.slabs.rows import ONE_PASS
 from pipeline.slabs.store import RawRows, SlabStore, slab_rows
 
 
@@ -138,7 +139,9 @@ class NormedRows:
     def read(self, start: int, stop: int) -> Tensor:
         """Activations of rows start to stop."""
         if self._is_replaced:
-            raise RuntimeError("these rows are gone: the backward pass has put their gradients in their place")
+            raise RuntimeError(
+                f"these rows are gone: the backward pass has put their gradients in their place; {ONE_PASS}"
+            )
         return self._activated(self.raw.read(start, stop))
 
     def _activated(self, raw: Tensor) -> Tensor:
@@ -148,7 +151,9 @@ class NormedRows:
         """Two where gradients take the place of the raw rows: what they become is known after the first."""
         if self.gradient is None:
             if self._has_swept:
-                raise RuntimeError("features in slabs serve one loss and one backward pass, and had theirs")
+                raise RuntimeError(
+                    f"features in slabs serve one loss and one backward pass, and had theirs; {ONE_PASS}"
+                )
             self._has_swept = True
             yield False
             self._in_place = self._coefficients()
@@ -217,8 +222,9 @@ class NormedRows:
         by_dz, by_raw = weight * self._by_channel(rstd), self._by_channel(-rstd.square() * mean_dz_xhat)
         # Both lines have mean zero, so that rounding them to half precision shifts no sum over voxels.
         from_dz, from_raw = self._by_channel(-rstd * mean_dz), -by_raw * self._by_channel(mean)
-        parts = (part.to(self._mean.dtype) for part in (by_dz, from_dz, by_raw, from_raw))
-        return _RawGradient(_ChannelwiseLine(next(parts), next(parts)), _ChannelwiseLine(next(parts), next(parts)))
+        dtype = self._mean.dtype
+        of_dz = _ChannelwiseLine(by_dz.to(dtype), from_dz.to(dtype))
+        return _RawGradient(of_dz, _ChannelwiseLine(by_raw.to(dtype), from_raw.to(dtype)))
 
 
 class _ChannelwiseLine:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from pipeline.slabs.dtypes import compute_dtype
 
+# What to do about a second pass over rows that a first one has freed.
+ONE_PASS = "run forward and backward once each, or set slab_stages to 0"
+
 
 class Rows(Protocol):
     """An activation (B, C, I, J, K) as autograd functions of this project take it.
@@ -65,7 +68,7 @@ def take_once(ctx: Any, name: str) -> Any:
     """
     kept = getattr(ctx, name)
     if kept is None:
-        raise RuntimeError("a step in slabs frees its rows, so its backward pass can run only once")
+        raise RuntimeError(f"a step in slabs frees its rows, so its backward pass can run only once; {ONE_PASS}")
     setattr(ctx, name, None)
     return kept
 

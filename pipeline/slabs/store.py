@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.slabs.host import allocate_on_host
+from pipeline.slabs.rows import ONE_PASS
 
 # Temporaries of a slab come to about four times its bytes; more slabs than this save little and cost a call each.
 SLAB_BYTES = 32 * 1024**2
@@ -134,7 +135,7 @@ class SlabStore:
     def _piece(self, slab: int, first: int, last: int) -> Tensor:
         kept = self._slabs.get(slab)
         if slab in self._freed:
-            raise RuntimeError("these rows were freed in a backward pass")
+            raise RuntimeError(f"these rows were freed in a backward pass; {ONE_PASS}")
         if kept is None:
             batch, channels, _, *plane = self.shape
             return torch.zeros(batch, channels, last - first, *plane, dtype=self.dtype, device=self.device)

@@ -39,9 +39,7 @@ def make_network(plan: Plan, settings: Settings) -> UNet:
         plan.num_channels,
         plan.num_classes,
         plan.network,
-        recompute_stages=settings.recompute_stages,
-        slab_stages=settings.slab_stages,
-        offload_stages=settings.offload_stages,
+        **settings.execution._asdict(),
         fused_head=True,
     )
 

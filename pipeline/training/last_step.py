@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.planning.out_of_memory import is_out_of_memory
 from pipeline.training.loop_state import Pace
-from pipeline.training.run_folder import Counts
-
-Phase = Literal["start", "data", "forward", "backward", "optimiser", "validation"]
+from pipeline.training.out_of_memory import is_out_of_memory
+from pipeline.training.run_folder import Counts, Phase
 
 
 class _Mark(NamedTuple):

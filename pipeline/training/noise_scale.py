@@ -12,9 +12,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# The noise scale grows as the loss falls: an average over so many optimiser steps follows it through a training.
 HORIZON = 1000
+# Before that the standard errors themselves are guesses.
 MIN_STEPS = 50
+# A ratio whose denominator may well be zero is not worth telling.
 MIN_STANDARD_ERRORS = 3.0
+# A recommendation stays within what the reading can tell of batches that much larger.
 MAX_GROWTH = 8
 
 

@@ -19,7 +19,6 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.artifacts import to_json
-from pipeline.geometry import format_shape
 from pipeline.log import get_logger
 from pipeline.plan import GIB, Plan, Probe, ProbedRung, ProbeOutcome, Rung
 from pipeline.training.probe_step import StepRequest
@@ -153,9 +152,4 @@ def describe_try(tried: ProbedRung) -> str:
     rung = tried.rung
     taken = f", measured {tried.measured_bytes / GIB:.2f} GiB" if tried.outcome == "fits" else ""
     message = f" ({tried.message})" if tried.message else ""
-    return f"{describe_step(rung)}: {tried.outcome}{taken}, predicted {rung.required_bytes / GIB:.2f} GiB{message}"
-
-
-def describe_step(rung: Rung) -> str:
-    """A rung in words."""
-    return f"patch {format_shape(rung.patch_size)}, batch {rung.batch_size}, {rung.execution}"
+    return f"{rung}: {tried.outcome}{taken}, predicted {rung.required_bytes / GIB:.2f} GiB{message}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -26,8 +25,8 @@ from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.precision import autocast, choose_precision
 from pipeline.networks.unet import UNet
 from pipeline.plan import GIB, Plan, Precision, ProbedRung, Record, Rung
-from pipeline.planning.out_of_memory import is_out_of_memory
 from pipeline.training.optim import make_optimizer
+from pipeline.training.out_of_memory import is_out_of_memory, let_go
 from pipeline.training.probe_memory import DeviceMemory, hold_to
 from pipeline.training.processes import keep_freed_memory
 
@@ -118,9 +117,9 @@ def _tiny(plan: Plan) -> Plan:
 
 
 def _failed(error: Exception, where: str, rung: Rung, memory: DeviceMemory) -> ProbedRung:
-    # The frames of the error hold the step's tensors.
-    traceback.clear_frames(error.__traceback__)
     message = f"{where}: {_in_words(error)}"
+    # It holds the step's tensors.
+    let_go(error)
     if not is_out_of_memory(error):
         return ProbedRung(rung=rung, outcome="error", message=message)
     return ProbedRung(

@@ -7,13 +7,11 @@ from math import prod
 
 import torch
 
-from pipeline.config import PlanConfig
 from pipeline.errors import InputError
 from pipeline.log import get_logger
-from pipeline.plan import GIB, MemoryPlan, Plan, Probe, ProbedRung
-from pipeline.planning.budget import estimate_overhead_bytes
+from pipeline.plan import GIB, Plan, Probe, ProbedRung
 from pipeline.planning.rung_meter import RungMeter
-from pipeline.training.probe import describe_step, describe_try, probe_plan
+from pipeline.training.probe import describe_try, probe_plan
 
 NO_GPU = "Not probed: no GPU here."
 # A GPU sold with 24 GB reports somewhat less, and its owner asks for 24GiB all the same.
@@ -82,26 +80,15 @@ def _notes(plan: Plan, probe: Probe, found: ProbedRung, *, stepped_down: bool) -
         return (f"Probed on {probe.device}: {took}.",)
     failures = "; ".join(describe_try(each) for each in probe.tried if each.outcome != "fits")
     return (
-        f"The notes above are on {describe_step(plan.rung)}, which failed the probe on {probe.device}: {failures}.",
-        f"The plan is therefore its fallback {describe_step(found.rung)}, which was run in turn: {took}.",
+        f"The notes above are on {plan.rung}, which failed the probe on {probe.device}: {failures}.",
+        f"The plan is therefore its fallback {found.rung}, which was run in turn: {took}.",
     )
 
 
 def at_fallback(plan: Plan, number: int) -> Plan:
     """The plan with fallback `number`, from 1, as its own step and those below it as fallbacks."""
-    meter = RungMeter(
-        config=PlanConfig(
-            dataset=plan.dataset_name,
-            precision=plan.precision,
-            optimizer=plan.optimizer,
-            ema=plan.ema,
-        ),
-        in_channels=plan.num_channels,
-        num_classes=plan.num_classes,
-        spacing=plan.target_spacing,
-    )
+    meter = RungMeter.of_plan(plan)
     rung = meter.weighed(plan.fallbacks[number - 1], network=plan.network)
-    memory = meter.memory(rung, network=plan.network)
     others = [each for each in plan.candidates if not each.is_same_step(rung)]
     return replace(
         plan,
@@ -109,13 +96,7 @@ def at_fallback(plan: Plan, number: int) -> Plan:
         batch_size=rung.batch_size,
         accumulate_grad_batches=rung.accumulate_grad_batches,
         **rung.execution._asdict(),
-        memory=MemoryPlan(
-            budget_bytes=plan.memory.budget_bytes,
-            peak_bytes=memory.peak_bytes,
-            overhead_bytes=estimate_overhead_bytes(memory.peak_bytes),
-            parts=memory.parts,
-            host_bytes=rung.host_bytes,
-        ),
+        memory=meter.memory_plan(rung, budget_bytes=plan.memory.budget_bytes, network=plan.network),
         candidates=tuple(sorted([*others, rung], key=lambda each: (-prod(each.patch_size), each.relative_time))),
         fallbacks=plan.fallbacks[number:],
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import resource
-import traceback
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,9 +15,8 @@ from pipeline.config import TrainConfig
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.plan import GIB, Plan
-from pipeline.training.last_step import Phase
-from pipeline.training.run_folder import Counts, RunFolder, StepDown
-from pipeline.training.step_down import Standing, describe, options_by_hand
+from pipeline.training.run_folder import Counts, Phase, RunFolder, StepDown
+from pipeline.training.step_down import Standing, options_by_hand
 
 WHERE: dict[Phase, str] = {
     "start": "while the training was set up",
@@ -28,11 +26,10 @@ WHERE: dict[Phase, str] = {
     "optimiser": "in the optimiser step",
     "validation": "in the validation",
 }
-MAX_ERROR_LENGTH = 300
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutOfMemory:
+class OutOfMemoryReport:
     """An out-of-memory of a training, without anything that would keep memory.
 
     Attributes:
@@ -57,12 +54,6 @@ class OutOfMemory:
         return f"{WHERE[self.where]} after optimiser step {self.counts.optimizer_step}"
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip()[:MAX_ERROR_LENGTH] if lines else type(error).__name__
-
-
 def describe_memory(device: torch.device) -> str:
     """How much memory there is, and how much of it the training took."""
     if device.type == "cuda":
@@ -70,17 +61,6 @@ def describe_memory(device: torch.device) -> str:
         return f"the GPU has {total / GIB:.1f} GiB, of which the training held up to {held / GIB:.1f} GiB"
     total, held = allotted_memory_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return f"this job has {total / GIB:.1f} GiB, of which the training held up to {held / GIB:.1f} GiB"
-
-
-def let_go(error: BaseException) -> None:
-    """Drop the tensors that an error keeps alive by the frames that it came through, and those of its causes."""
-    pending: list[BaseException | None] = [error]
-    while pending:
-        each = pending.pop()
-        if each is not None and each.__traceback__ is not None:
-            traceback.clear_frames(each.__traceback__)
-            each.__traceback__ = None
-            pending += [each.__cause__, each.__context__]
 
 
 def free_memory(network: nn.Module | None) -> None:
@@ -92,7 +72,9 @@ def free_memory(network: nn.Module | None) -> None:
         torch.cuda.empty_cache()
 
 
-def go_down(folder: RunFolder, plan: Plan, config: TrainConfig, standing: Standing, failure: OutOfMemory) -> Standing:
+def go_down(
+    folder: RunFolder, plan: Plan, config: TrainConfig, standing: Standing, failure: OutOfMemoryReport
+) -> Standing:
     """Decide how to go on, write it into `run.json` and say it in a line.
 
     Args:
@@ -125,11 +107,11 @@ def go_down(folder: RunFolder, plan: Plan, config: TrainConfig, standing: Standi
     return below
 
 
-def _said(standing: Standing, below: Standing, failure: OutOfMemory) -> str:
+def _said(standing: Standing, below: Standing, failure: OutOfMemoryReport) -> str:
     if below.rung.is_same_step(standing.rung):
         how = "validations add up their scores in host memory from here on"
     else:
-        how = f"stepping down from {describe(standing.rung)} to {describe(below.rung)}"
+        how = f"stepping down from {standing.rung} to {below.rung}"
     parts = [f"out of memory {failure.place}: {how}"]
     if below.rung.patch_size != standing.rung.patch_size:
         parts.append("the same cases from here on, in smaller patches, and validation in smaller windows")
@@ -139,7 +121,7 @@ def _said(standing: Standing, below: Standing, failure: OutOfMemory) -> str:
     return "; ".join([*parts, failure.memory])
 
 
-def _no_rung_left(plan: Plan, config: TrainConfig, standing: Standing, failure: OutOfMemory) -> InputError:
+def _no_rung_left(plan: Plan, config: TrainConfig, standing: Standing, failure: OutOfMemoryReport) -> InputError:
     by_hand = options_by_hand(config)
     ways = ["end what else takes memory there"]
     if by_hand and plan.fallbacks[standing.fallback :]:
@@ -147,7 +129,7 @@ def _no_rung_left(plan: Plan, config: TrainConfig, standing: Standing, failure: 
     step = failure.continues_from.optimizer_step
     ways.append("or plan again with a smaller --vram, or a smaller patch_size, and train into another --run_dir")
     return InputError(
-        f"out of memory {failure.place}, and no rung is left below {describe(standing.rung)}; {failure.memory}",
+        f"out of memory {failure.place}, and no rung is left below {standing.rung}; {failure.memory}",
         where="plan.json",
         fix=f"The same command goes on from optimiser step {step} where there is more: {'; '.join(ways)}",
     )

@@ -21,6 +21,8 @@ SAID_ONLY = ("candidates", "memory", "notes", "probe")
 # What may change between two starts of one run. Paths may: what they lead to is compared instead (the plan) or was
 # checked against it (the store). `max_epochs` may not: the learning-rate schedule is stretched over it.
 HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs", "hardware.")
+# What a training is doing.
+Phase = Literal["start", "data", "forward", "backward", "optimiser", "validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class StepDown(Record):
         error: The error's first line.
     """
 
-    where: Literal["start", "data", "forward", "backward", "optimiser", "validation"]
+    where: Phase
     counts: Counts
     continued_from: Counts
     from_rung: Rung

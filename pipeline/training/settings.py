@@ -29,7 +29,7 @@ class Settings(NamedTuple):
         batch_size: Patches per pass, which is an iteration unless the training has stepped down to a smaller batch.
         pace: How an epoch is cut up.
         total_steps: Optimiser steps of the whole training.
-        recompute_stages, slab_stages, offload_stages: Of the plan's U-Net.
+        execution: How the stages of the plan's U-Net are run.
         processes: Threads and data workers.
         augment_on_gpu: In batch on the GPU instead of patch by patch in data workers.
     """
@@ -40,9 +40,7 @@ class Settings(NamedTuple):
     batch_size: int
     pace: Pace
     total_steps: int
-    recompute_stages: int
-    slab_stages: int
-    offload_stages: int
+    execution: Execution
     processes: Processes
     augment_on_gpu: bool
 
@@ -50,11 +48,6 @@ class Settings(NamedTuple):
     def accumulate_grad_batches(self) -> int:
         """Passes per optimiser step."""
         return self.pace.passes_per_step
-
-    @property
-    def execution(self) -> Execution:
-        """How the stages of the plan's U-Net are run."""
-        return Execution(self.recompute_stages, self.slab_stages, self.offload_stages)
 
     @property
     def rung(self) -> Rung:
@@ -72,7 +65,7 @@ class Settings(NamedTuple):
             patch_size=rung.patch_size,
             batch_size=rung.batch_size,
             pace=self.pace._replace(passes_per_iteration=self.batch_size // rung.batch_size),
-            **rung.execution._asdict(),
+            execution=rung.execution,
         )
 
     @property
@@ -98,7 +91,7 @@ def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
 
     Raises:
         InputError: A GPU is asked for where there is none, or more than one, or the effective batch is no multiple of
-            the batch.
+            the batch, or the network cannot run its stages as asked.
     """
     hardware = config.hardware
     if hardware.devices not in ("auto", 1):
@@ -115,9 +108,7 @@ def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
         batch_size=batch_size,
         pace=pace,
         total_steps=pace.steps_per_epoch * config.max_epochs,
-        recompute_stages=_stages(plan, config, "recompute_stages"),
-        slab_stages=_stages(plan, config, "slab_stages"),
-        offload_stages=_stages(plan, config, "offload_stages"),
+        execution=_execution(plan, config),
         processes=share_cpus(
             num_threads=hardware.num_threads,
             num_workers=hardware.num_workers,
@@ -135,9 +126,16 @@ def _accumulation(plan: Plan, config: TrainConfig, batch_size: int) -> int:
     return accumulation_for(batch_size=batch_size, effective_batch=config.effective_batch)
 
 
-def _stages(plan: Plan, config: TrainConfig, name: str) -> int:
-    option = getattr(config.hardware, name)
-    return min(getattr(plan, name) if option == "auto" else option, plan.network.num_stages)
+def _execution(plan: Plan, config: TrainConfig) -> Execution:
+    """The plan's way of running the stages, with options given by hand in place of its own."""
+    options = {name: getattr(config.hardware, name) for name in Execution._fields}
+    execution = plan.execution._replace(**{name: value for name, value in options.items() if value != "auto"})
+    if options["offload_stages"] == "auto":
+        # Fewer stages in slabs leave fewer to offload.
+        execution = execution._replace(offload_stages=min(execution.offload_stages, execution.slab_stages))
+    if problems := execution.problems(plan.network):
+        raise InputError("; ".join(f"hardware.{problem}" for problem in problems))
+    return execution
 
 
 def _patch_bytes(plan: Plan) -> int:

@@ -6,13 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipeline.config import TrainConfig
-from pipeline.geometry import format_shape
-from pipeline.plan import Plan, Rung
-from pipeline.training.last_step import Phase
-from pipeline.training.run_folder import StepDown
+from pipeline.plan import Execution, Plan, Rung
+from pipeline.training.run_folder import Phase, StepDown
 from pipeline.training.settings import Settings
-
-EXECUTION = ("recompute_stages", "slab_stages", "offload_stages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +84,15 @@ class _Adapter:
 
     def options_over(self, rung: Rung) -> Rung:
         """The rung with the options that were given by hand in place of its own."""
-        options = dict.fromkeys(EXECUTION, 0) if self.has_own_network else self._by_hand()
+        options = Execution()._asdict() if self.has_own_network else self._by_hand()
         return replace(rung, **options)
 
     def _by_hand(self) -> dict[str, int]:
-        return {name: getattr(self.settings, name) for name in EXECUTION if _is_by_hand(self.config.hardware, name)}
+        return {
+            name: value
+            for name, value in self.settings.execution._asdict().items()
+            if _is_by_hand(self.config.hardware, name)
+        }
 
     def ladder(self, rungs: tuple[Rung, ...], *, above: Rung, first: int) -> Iterator[tuple[int, Rung]]:
         """The rungs after the first `first`, with their numbers, as this training would run them, each once."""
@@ -127,15 +127,7 @@ def _is_by_hand(options: object, name: str) -> bool:
     return getattr(options, name) != "auto"
 
 
-def describe(rung: Rung) -> str:
-    """A rung in words."""
-    return (
-        f"patch {format_shape(rung.patch_size)}, batch {rung.batch_size} x accumulation "
-        f"{rung.accumulate_grad_batches}, {rung.execution}"
-    )
-
-
 def options_by_hand(config: TrainConfig) -> list[str]:
     """Names of the options given by hand that rungs must agree with."""
-    names = [f"hardware.{name}" for name in EXECUTION if _is_by_hand(config.hardware, name)]
+    names = [f"hardware.{name}" for name in Execution._fields if _is_by_hand(config.hardware, name)]
     return [*names, "batch_size"] if _is_by_hand(config, "batch_size") else names

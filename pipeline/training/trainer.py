@@ -15,7 +15,6 @@ from pipeline.errors import InputError, StoppedError
 from pipeline.log import get_logger
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.plan import Plan
-from pipeline.planning.out_of_memory import is_out_of_memory
 from pipeline.store import CaseStore
 from pipeline.training.assembly import (
     Callbacks,
@@ -28,9 +27,10 @@ from pipeline.training.assembly import (
 from pipeline.training.checkpoints import find_checkpoint
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.module import SegmentationModule
+from pipeline.training.out_of_memory import first_line, is_out_of_memory, let_go
 from pipeline.training.processes import keep_freed_memory, torch_threads
 from pipeline.training.quiet import quiet_lightning
-from pipeline.training.recovery import OutOfMemory, describe_memory, first_line, free_memory, go_down, let_go
+from pipeline.training.recovery import OutOfMemoryReport, describe_memory, free_memory, go_down
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_lock import run_lock
 from pipeline.training.run_record import finished_record, predicted_bytes, started_record
@@ -133,13 +133,13 @@ def fit_fold(
         )
         step_downs = record.step_downs if record is not None else ()
         standing = Standing.of(plan, config, settings, step_downs, has_own_network=network is not None)
-        while isinstance(ended := _train(job, standing), OutOfMemory):
+        while isinstance(ended := _train(job, standing), OutOfMemoryReport):
             free_memory(network)
             standing = go_down(folder, plan, config, standing, ended)
         return FitResult.of(folder, ended)
 
 
-def _train(job: _Job, standing: Standing) -> RunRecord | OutOfMemory:
+def _train(job: _Job, standing: Standing) -> RunRecord | OutOfMemoryReport:
     """Train to the end, from the newest checkpoint on, or until memory runs out.
 
     Everything that is made here is gone on return, so that what comes next finds the memory free.
@@ -191,7 +191,7 @@ def _train(job: _Job, standing: Standing) -> RunRecord | OutOfMemory:
     return record
 
 
-def _recovered(error: Exception, trainer: pl.Trainer, callbacks: Callbacks) -> OutOfMemory:
+def _recovered(error: Exception, trainer: pl.Trainer, callbacks: Callbacks) -> OutOfMemoryReport:
     """What an out-of-memory came to, once everything that is to be kept is on disk."""
     device, message = trainer.strategy.root_device, first_line(error)
     memory = describe_memory(device)
@@ -203,7 +203,7 @@ def _recovered(error: Exception, trainer: pl.Trainer, callbacks: Callbacks) -> O
             raise
         # What is on disk is older, and whole.
         let_go(another)
-    return OutOfMemory(
+    return OutOfMemoryReport(
         where=callbacks.last_step.phase,
         counts=callbacks.last_step.counts,
         continues_from=callbacks.writer.saved,

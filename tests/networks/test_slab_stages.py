@@ -123,8 +123,17 @@ def test_evaluation_mode_with_gradients_gives_logits_in_slabs_too(small_plan, gr
 
 @pytest.mark.parametrize("changes", [{"block": "residual"}, {"norm": "batch"}])
 def test_networks_that_cannot_run_in_slabs_are_refused(small_plan, changes):
-    with pytest.raises(InputError, match="cannot run in slabs"):
+    with pytest.raises(InputError, match="slab_stages: must be 0 with"):
         UNet(1, 3, small_plan(**changes), slab_stages=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"slab_stages": 9}, {"recompute_stages": -1}, {"offload_stages": 1}, {"slab_stages": 1, "offload_stages": 2}],
+)
+def test_ways_of_running_that_the_network_does_not_have_are_refused(small_plan, options):
+    with pytest.raises(InputError, match="_stages: must be 0 to"):
+        UNet(1, 3, small_plan(), **options)
 
 
 def peak_bytes(network: UNet, shape: tuple[int, ...]) -> int:

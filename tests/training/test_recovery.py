@@ -23,7 +23,7 @@ from pipeline.networks.blocks import DecoderStage
 from pipeline.networks.unet import UNet
 from pipeline.plan import Plan, Rung
 from pipeline.training.checkpoints import AtomicCheckpointIO
-from pipeline.training.recovery import let_go
+from pipeline.training.out_of_memory import let_go
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.trainer import fit_fold
 

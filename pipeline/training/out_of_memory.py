@@ -1,6 +1,8 @@
-"""Whether an error says that memory ran out, and nothing else."""
+"""Whether an error says that memory ran out, what it says, and how to be rid of what it keeps alive."""
 
 from __future__ import annotations
+
+import traceback
 
 import torch
 
@@ -19,6 +21,8 @@ SIGNS = (
     "CUDA driver error: out of memory",
 )
 
+MAX_ERROR_LENGTH = 300
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is a true out-of-memory of the GPU or of the host.
@@ -31,3 +35,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and "DataLoader worker" not in text and any(sign in text for sign in SIGNS)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:MAX_ERROR_LENGTH] if lines else type(error).__name__
+
+
+def let_go(error: BaseException) -> None:
+    """Drop the tensors that an error keeps alive by the frames that it came through, and those of its causes."""
+    pending: list[BaseException | None] = [error]
+    while pending:
+        each = pending.pop()
+        if each is not None and each.__traceback__ is not None:
+            traceback.clear_frames(each.__traceback__)
+            each.__traceback__ = None
+            pending += [each.__cause__, each.__context__]

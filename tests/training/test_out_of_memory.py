@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.planning.out_of_memory import is_out_of_memory
+from pipeline.training.out_of_memory import is_out_of_memory
 
 
 def test_what_the_allocators_here_raise_is_recognised():
