@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pipeline.errors import InputError
 from pipeline.losses.chunks import split_voxels, without_repeats
 from pipeline.losses.fused_head import fused_head_loss
 from pipeline.losses.region_terms import RegionTerms, make_membership
 from pipeline.losses.softmax_terms import SoftmaxTerms
-from pipeline.losses.terms import LossOptions, Sums, Terms, finish
+from pipeline.losses.terms import LossOptions, Sums, Terms, finish, loss_dtype
+from pipeline.slabs.backward import first_derivative_only
 from pipeline.slabs.rows import PendingLogits
 
 
@@ -34,7 +34,8 @@ class DiceCELoss(nn.Module):
     Without regions, channels are classes that exclude each other: softmax, Dice over the foreground classes, cross
     entropy over all classes. Equal to MONAI's `DiceCELoss(include_background=False, softmax=True, to_onehot_y=True,
     batch=batch_dice, smooth_nr=smooth, smooth_dr=smooth, lambda_dice=dice_weight, lambda_ce=ce_weight)`; and with
-    `weight=class_weights` where `weighted_dice` is set, because MONAI weights both parts.
+    `weight=class_weights` where `weighted_dice` is set, because MONAI weights both parts (but for a single foreground
+    class, whose weight it leaves out).
 
     With regions, channels are regions that may overlap: sigmoid, Dice over all regions, binary cross entropy. Equal to
     MONAI's `DiceLoss(sigmoid=True)` plus torch's `BCEWithLogitsLoss` on the multi-hot target.
@@ -89,9 +90,11 @@ class DiceCELoss(nn.Module):
             target: (B, I, J, K'), class indices of any integer dtype.
 
         Raises:
-            ValueError: The shapes do not belong together.
+            ValueError: The shapes do not belong together, or the target holds no class indices.
         """
         self._check_shapes(outputs.shape, target.shape)
+        if target.is_floating_point():
+            raise ValueError(f"the target holds class indices and is of an integer dtype, not {target.dtype}")
         if isinstance(outputs, PendingLogits):
             return fused_head_loss(outputs, target, self._terms())
         return _DiceCE.apply(outputs, target, self._terms())
@@ -104,6 +107,8 @@ class DiceCELoss(nn.Module):
     def _check_shapes(self, logits: torch.Size, target: torch.Size) -> None:
         if target != (logits[0], *logits[2:]):
             raise ValueError(f"target {tuple(target)} does not belong to logits {tuple(logits)}")
+        if logits[1] < 2 and self.membership is None:
+            raise ValueError("a single channel has no background to be told from; give regions for a sigmoid")
         for name, wanted in (("regions", self.membership), ("class_weights", self.class_weights)):
             if wanted is not None and len(wanted) != logits[1]:
                 raise ValueError(f"{len(wanted)} {name} do not belong to logits {tuple(logits)}")
@@ -131,13 +136,13 @@ class _DiceCE(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, terms: Terms) -> Tensor:
         flat, flat_target = logits.flatten(2), target.flatten(1)
         parts = (terms.add_up(flat[:, :, voxels], flat_target[:, voxels]) for voxels in _split(flat))
-        value, ctx.slopes = finish(reduce(Sums.plus, parts), terms)
+        value, ctx.slopes = finish(reduce(Sums.plus, parts), terms, loss_dtype(logits.dtype))
         ctx.terms = terms
         ctx.save_for_backward(logits, target)
         return value
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         logits, target = ctx.saved_tensors
         flat, target = logits.flatten(2), target.flatten(1)

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pipeline.losses.chunks import split_voxels, without_repeats
 from pipeline.losses.terms import Slopes, Sums, Terms, finish, loss_dtype
+from pipeline.slabs.backward import first_derivative_only, take_once
 from pipeline.slabs.dtypes import compute_dtype, without_autocast
-from pipeline.slabs.rows import PendingLogits, Rows, WholeRows, take_once
+from pipeline.slabs.rows import PendingLogits, Rows, WholeRows
 
 # Features of a block of rows, and its gradient: few reads, and little beside the features themselves.
 BLOCK_BYTES = 2**25
@@ -50,7 +50,7 @@ class _FusedHead(torch.autograd.Function):
                 _add_up_block(features.read(rows.start, rows.stop), target[:, rows], head, terms)
                 for rows in without_repeats(_split_rows(features), handle)
             )
-            value, ctx.slopes = finish(reduce(Sums.plus, parts), terms)
+            value, ctx.slopes = finish(reduce(Sums.plus, parts), terms, loss_dtype(dtype))
         ctx.save_for_backward(handle, weight, bias, target)
         # A tensor is freed together with the saved ones; other features see to what they keep themselves.
         ctx.is_tensor = isinstance(features, WholeRows)
@@ -59,7 +59,7 @@ class _FusedHead(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         handle, weight, bias, target = ctx.saved_tensors
         features = WholeRows(handle) if ctx.is_tensor else take_once(ctx, "features")

@@ -71,7 +71,9 @@ class RegionTerms:
         index, valid = split_off_ignored(target, self.options.ignore_index, like.dtype)
         membership = self.membership.to(like)
         index = index[:, 0].clamp_(max=membership.shape[1] - 1)
-        return membership[:, index].transpose(0, 1).mul_(valid), valid
+        # Unlike indexing, this refuses negative values.
+        inside = membership.index_select(1, index.flatten()).unflatten(1, index.shape)
+        return inside.transpose(0, 1).mul_(valid), valid
 
     def _extra_weights(self, like: Tensor) -> Tensor:
         """(R, 1) what a weight adds to one."""

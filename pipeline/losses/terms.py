@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Sums(NamedTuple):
-    """Sums over voxels.
+    """Sums over voxels; sums of chunks are added up in float64, where no number of chunks shifts them.
 
     Attributes:
         overlap: (B, K) probability at the voxels that belong to the channel.
@@ -34,7 +34,7 @@ class Sums(NamedTuple):
 
     def plus(self, other: Sums) -> Sums:
         """The sums over the voxels of both."""
-        return Sums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return Sums(*(mine.double() + theirs.double() for mine, theirs in zip(self, other, strict=True)))
 
 
 class Slopes(NamedTuple):
@@ -85,9 +85,10 @@ class Terms(Protocol):
         """(K,) weight of each channel's Dice term in their mean over channels, in dtype and on the device of `like`."""
 
 
-def finish(sums: Sums, terms: Terms) -> tuple[Tensor, Slopes]:
-    """The loss and its slopes, from the sums over all voxels."""
+def finish(sums: Sums, terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Slopes]:
+    """The loss and its slopes in `dtype`, from the sums over all voxels."""
     options = terms.options
+    sums = Sums(*(part.double() for part in sums))
     axes = [0] if options.batch_dice else []
     overlap, predicted, reference = (part.sum(axes, keepdim=True) if axes else part for part in sums[:3])
     numerator = 2 * overlap + options.smooth
@@ -100,7 +101,8 @@ def finish(sums: Sums, terms: Terms) -> tuple[Tensor, Slopes]:
         every=(options.dice_weight * scale * numerator / denominator**2)[..., None],
         cross_entropy=options.ce_weight / total,
     )
-    return options.dice_weight * dice + options.ce_weight * sums.cross_entropy / total, slopes
+    value = options.dice_weight * dice + options.ce_weight * sums.cross_entropy / total
+    return value.to(dtype), Slopes(*(part.to(dtype) for part in slopes))
 
 
 def split_off_ignored(target: Tensor, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,23 +34,40 @@ def _checkpoint(function: Callable[..., Any], module: nn.Module, *args: Any, **k
         function,
         *args,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _frozen_running_statistics(module)),
+        context_fn=lambda: (nullcontext(), _SecondRun(module)),
         **kwargs,
     )
 
 
-@contextmanager
-def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.track_running_stats]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None
-    try:
-        yield
-    finally:
-        for norm, (momentum, num_batches_tracked) in zip(norms, kept, strict=True):
+class _SecondRun:
+    """Context of a module's forward in the backward pass; entered again for every further backward pass.
+
+    Running statistics of batch norms are left alone. Parameters must be those that the first run read, which torch's
+    checkpoint does not see to.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._parameters = _identities(module)
+        self._kept: list[tuple[_BatchNorm, float | None, torch.Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        if _identities(self._module) != self._parameters:
+            name = type(self._module).__name__
+            raise RuntimeError(f"parameters of a recomputed {name} were changed between forward and backward pass")
+        norms = [child for child in self._module.modules() if isinstance(child, _BatchNorm)]
+        self._kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.track_running_stats]
+        for norm, *_ in self._kept:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, num_batches_tracked in self._kept:
             norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
+
+
+def _identities(module: nn.Module) -> list[tuple[int, int]]:
+    """What tells a parameter that was replaced, or changed in place."""
+    return [(id(parameter), parameter._version) for parameter in module.parameters()]
 
 
 class _RecomputedForward:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from pipeline.networks.blocks import NEGATIVE_SLOPE, ConvBlock, DecoderStage
+from pipeline.networks.blocks import ConvBlock, DecoderStage
+from pipeline.networks.norms import GroupNorm
 from pipeline.slabs.convolution import convolve_and_norm, convolve_whole
 from pipeline.slabs.resolution import UpsampledRows, make_whole
 from pipeline.slabs.rows import PendingLogits, Rows, WholeRows
@@ -25,24 +26,28 @@ def run_in_slabs(network: UNet, x: Tensor, *, pending: bool) -> list[Tensor | Pe
         pending: Leave logits to whoever takes the outputs.
     """
     num_slab_stages = min(network.slab_stages, len(network.encoder))
-    rows: Rows = WholeRows(x)
-    skips = []
+    # Skips and, last, the activation that the next stage reads. Popped as they are used up: an evaluation, where
+    # autograd keeps nothing, then holds no more than what is still to be read.
+    held: list[Rows] = []
     for index in range(num_slab_stages):
-        rows = _encode(network, index, rows)
-        skips.append(rows)
+        held.append(_encode(network, index, held[-1] if held else WholeRows(x)))
     outputs: list[Tensor | PendingLogits] = []
-    if num_slab_stages == len(network.encoder):
-        rows = skips.pop()
-    else:
-        first_block = network.encoder[num_slab_stages][0]
-        convolved = convolve_whole(rows, first_block.conv)
-        deep, outputs = network.run_stages(convolved, first=num_slab_stages, pending=pending)
-        rows = WholeRows(deep)
+    if num_slab_stages < len(network.encoder):
+        deep, outputs = _run_whole_stages(network, held[-1], first=num_slab_stages, pending=pending)
+        held.append(WholeRows(deep))
+        del deep
     for index in reversed(range(min(num_slab_stages, len(network.decoder)))):
-        rows = _decode(network, index, rows, skips.pop(), read_once=pending and index == 0)
+        held.append(_decode(network, index, held, read_once=pending and index == 0))
         if index < network.num_outputs:
-            outputs.insert(0, _head(network, index, rows, pending=pending))
+            outputs.insert(0, _head(network, index, held[-1], pending=pending))
     return outputs
+
+
+def _run_whole_stages(
+    network: UNet, rows: Rows, *, first: int, pending: bool
+) -> tuple[Tensor, list[Tensor | PendingLogits]]:
+    """The stages below the slabs, whose first convolution reads rows."""
+    return network.run_stages(convolve_whole(rows, network.encoder[first][0].conv), first=first, pending=pending)
 
 
 def _encode(network: UNet, index: int, rows: Rows) -> Rows:
@@ -51,12 +56,14 @@ def _encode(network: UNet, index: int, rows: Rows) -> Rows:
     return rows
 
 
-def _decode(network: UNet, index: int, lower: Rows, skip: Rows, *, read_once: bool) -> Rows:
+def _decode(network: UNet, index: int, held: list[Rows], *, read_once: bool) -> Rows:
+    """The activation of a decoder stage, from the last two held, a skip and the activation below it."""
     stage: DecoderStage = network.decoder[index]
-    up = UpsampledRows(lower, stage.upsample)
+    inputs = [UpsampledRows(held.pop(), stage.upsample), held.pop()]
     last = len(stage.blocks) - 1
     layers, norm = [stage.merge.up_conv, stage.merge.skip_conv], stage.merge.norm
-    rows = _convolve(network, index, [up, skip], layers, norm, has_one_reader=read_once and last < 0)
+    rows = _convolve(network, index, inputs, layers, norm, has_one_reader=read_once and last < 0)
+    inputs.clear()
     for number, block in enumerate(stage.blocks):
         # Only the head reads the last rows of all, and it can sweep twice.
         rows = _run(network, index, block, [rows], has_one_reader=read_once and number == last)
@@ -72,7 +79,7 @@ def _convolve(
     index: int,
     inputs: Sequence[Rows],
     layers: Sequence[nn.Conv3d],
-    norm: nn.GroupNorm,
+    norm: GroupNorm,
     *,
     has_one_reader: bool,
 ) -> Rows:
@@ -80,7 +87,7 @@ def _convolve(
         inputs,
         layers,
         norm,
-        negative_slope=NEGATIVE_SLOPE,
+        negative_slope=norm.negative_slope,
         on_host=index < network.offload_stages,
         has_one_reader=has_one_reader,
     )

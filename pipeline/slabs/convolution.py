@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from pipeline.slabs.backward import check_unchanged, first_derivative_only, take_once
 from pipeline.slabs.dtypes import compute_dtype, without_autocast
 from pipeline.slabs.geometry import RowConvolution
 from pipeline.slabs.normed_rows import GroupNormSpec, GroupStatistics, NormedRows
 from pipeline.slabs.repeats import is_repeat
-from pipeline.slabs.rows import Rows, take_once
+from pipeline.slabs.rows import Rows
 from pipeline.slabs.store import RecomputedRows, SlabStore, slab_ranges, slab_rows
 
 # Up to so many input channels the raw rows of a convolution are computed anew wherever they are read: with 32 channels
@@ -193,12 +193,14 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, convolutions: RowConvolutions, rows: NormedRows, *tensors: Tensor) -> Tensor:
         ctx.convolutions, ctx.rows = convolutions, rows
+        ctx.save_for_backward(*tensors)
         return rows.handle.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
         convolutions, rows = take_once(ctx, "convolutions"), take_once(ctx, "rows")
+        check_unchanged(ctx)
         num = len(convolutions.inputs)
         with without_autocast(convolutions.device):
             weights, handles = convolutions.backward(rows.to_raw_gradient(), ctx.needs_input_grad[-num:])
@@ -218,6 +220,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, convolutions: RowConvolutions, *tensors: Tensor) -> Tensor:
         ctx.convolutions = convolutions
+        ctx.save_for_backward(*tensors)
         out = torch.empty(convolutions.shape, dtype=convolutions.dtype, device=convolutions.device)
         with without_autocast(convolutions.device):
             for start, stop in convolutions.ranges():
@@ -226,9 +229,10 @@ class _Whole(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         convolutions = take_once(ctx, "convolutions")
+        check_unchanged(ctx)
         with without_autocast(gradient.device):
             weights, handles = convolutions.backward(_Slices(gradient), ctx.needs_input_grad[-1:])
         return None, *weights, *handles

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.slabs.backward import ONE_PASS
 from pipeline.slabs.repeats import is_repeat
-from pipeline.slabs.rows import ONE_PASS
 from pipeline.slabs.store import RawRows, SlabStore, slab_rows
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pipeline.slabs.backward import check_unchanged, first_derivative_only, take_once
 from pipeline.slabs.dtypes import compute_dtype, without_autocast
 from pipeline.slabs.repeats import is_repeat
-from pipeline.slabs.rows import Rows, take_once
+from pipeline.slabs.rows import Rows
 from pipeline.slabs.store import slab_ranges, slab_rows
 
 
@@ -97,12 +97,15 @@ class _Upsampled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: UpsampledRows, weight: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
         ctx.rows = rows
+        ctx.save_for_backward(weight, bias, handle)
         return weight.new_zeros(())
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        weight, bias, handle = take_once(ctx, "rows").gradients()
+        rows: UpsampledRows = take_once(ctx, "rows")
+        check_unchanged(ctx)
+        weight, bias, handle = rows.gradients()
         return None, weight, bias if ctx.needs_input_grad[2] else None, handle
 
 
@@ -118,6 +121,7 @@ class _MadeWhole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Rows, handle: Tensor) -> Tensor:
         ctx.rows = rows
+        ctx.save_for_backward(handle)
         out = torch.empty(rows.shape, dtype=rows.dtype, device=handle.device)
         with without_autocast(handle.device):
             for start, stop in _ranges(rows):
@@ -125,9 +129,10 @@ class _MadeWhole(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         rows: Rows = take_once(ctx, "rows")
+        check_unchanged(ctx)
         with without_autocast(gradient.device):
             for _ in rows.sweeps():
                 for start, stop in _ranges(rows):

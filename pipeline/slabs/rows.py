@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.slabs.dtypes import compute_dtype
-
-# What to do about a second pass over rows that a first one has freed.
-ONE_PASS = "run forward and backward once each, or set slab_stages to 0"
 
 
 class Rows(Protocol):
@@ -58,19 +55,6 @@ class Rows(Protocol):
 
     def take_gradient(self) -> Tensor:
         """What a function returns for `handle`; call it once all its rows have their gradient."""
-
-
-def take_once(ctx: Any, name: str) -> Any:
-    """What a function kept under `name` for its backward pass; a loss that lives on then holds it no more.
-
-    Raises:
-        RuntimeError: The backward pass has run before.
-    """
-    kept = getattr(ctx, name)
-    if kept is None:
-        raise RuntimeError(f"a step in slabs frees its rows, so its backward pass can run only once; {ONE_PASS}")
-    setattr(ctx, name, None)
-    return kept
 
 
 class WholeRows:

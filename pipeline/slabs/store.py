@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.slabs.backward import ONE_PASS
 from pipeline.slabs.host import allocate_on_host
-from pipeline.slabs.rows import ONE_PASS
 
 # Temporaries of a slab come to about four times its bytes; more slabs than this save little and cost a call each.
 SLAB_BYTES = 32 * 1024**2

@@ -343,7 +343,7 @@ def test_the_network_and_the_loss_may_be_recomputed_together():
     network, x, target = (
         _network(fused_head=True).double(),
         torch.randn(2, 1, 4, 8, 16).double(),
-        torch.zeros(2, 4, 8, 16),
+        torch.zeros(2, 4, 8, 16).long(),
     )
     parameters = dict(network.named_parameters())
     expected = _results(make_loss()(network(x), target), parameters)
@@ -362,3 +362,24 @@ def test_a_single_output_is_a_list_of_one():
 def test_a_target_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="does not belong to logits"):
         DiceCELoss()(_pending(_leaves()), _target()[:, None])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_second_derivative_is_refused_and_not_wrong(fused):
+    leaves, target = _leaves(), _target()
+    logits = F.conv3d(leaves["features"].tanh(), leaves["weight"], leaves["bias"])
+    value = DiceCELoss()(_pending(leaves) if fused else logits, target)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, leaves["features"], create_graph=True)
+
+
+def test_targets_that_are_no_class_indices_are_refused():
+    with pytest.raises(ValueError, match=r"integer dtype, not torch\.float32"):
+        DiceCELoss()(_pending(_leaves()), _target().float())
+
+
+def test_a_single_channel_without_regions_is_refused():
+    leaves = _leaves(classes=1)
+    with pytest.raises(ValueError, match="give regions"):
+        DiceCELoss()(_pending(leaves), _target())
+    assert DiceCELoss(regions=((1, 2),))(_pending(leaves), _target()).isfinite()

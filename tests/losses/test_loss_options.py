@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
+from pipeline.losses import chunks
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.slabs.rows import PendingLogits, WholeRows
 
@@ -138,3 +139,24 @@ def test_options_for_another_number_of_channels_are_refused(options, pending):
 def test_options_without_a_meaning_are_refused(options):
     with pytest.raises(InputError, match=r"weight|regions"):
         DiceCELoss(**options)
+
+
+def test_negative_targets_that_are_not_ignored_are_no_class_of_a_region():
+    loss = DiceCELoss(regions=REGIONS)
+    logits, target = _case({"regions": REGIONS})
+    target[0, 0, 0, 0] = -2
+    with pytest.raises((IndexError, RuntimeError), match="out of (range|DATA bounds)"):
+        loss(logits, target)
+
+
+@pytest.mark.parametrize("regions", [None, REGIONS])
+def test_sums_of_thousands_of_chunks_are_those_of_one(monkeypatch, regions):
+    """A float32 sum of so many parts counted the voxels wrong by 3e-5."""
+    logits = torch.zeros(1, 3, 24, 64, 64)
+    logits[:, 1] = 1.3
+    target = torch.zeros(1, 24, 64, 64, dtype=torch.int64)
+    expected, expected_gradient = _value_and_gradient(DiceCELoss(regions=regions), logits.double(), target)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 31)
+    value, gradient = _value_and_gradient(DiceCELoss(regions=regions), logits, target)
+    torch.testing.assert_close(value.double(), expected, rtol=5e-7, atol=0)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2e-6, atol=0)

@@ -102,3 +102,31 @@ def test_nested_recomputation_is_refused(names):
     recompute_modules(network, names[:1])
     with pytest.raises(InputError, match="must not be nested"):
         recompute_modules(network, names[1:])
+
+
+def test_a_second_backward_pass_recomputes_again():
+    plain = MonaiUNet(3, 1, 2, channels=(4, 8), strides=(2,), norm="batch")
+    network = recompute_modules(copy.deepcopy(plain), ["model.0"])
+    x = torch.randn(1, 1, 4, 6, 8)
+    found = []
+    for each in (plain, network):
+        value = each(x).square().sum()
+        value.backward(retain_graph=True)
+        value.backward()
+        found.append([parameter.grad for parameter in each.parameters()] + list(each.buffers()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("change", ["in place", "other parameters"])
+def test_parameters_that_changed_since_the_forward_pass_are_noticed(change):
+    network = recompute_modules(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), ["0"])
+    x = torch.randn(2, 3)
+    if change == "in place":
+        value = network(x).sum()
+        with torch.no_grad():
+            network[0].weight.mul_(2)
+    else:
+        others = {name: value.detach() * 2 for name, value in network.named_parameters()}
+        value = torch.func.functional_call(network, others, (x.requires_grad_(),)).sum()
+    with pytest.raises(RuntimeError, match="parameters of a recomputed Linear were changed"):
+        value.backward()

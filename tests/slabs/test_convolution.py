@@ -288,3 +288,54 @@ def test_rows_that_gave_way_to_their_gradients_are_not_read_again():
         value.backward()
     with pytest.raises(RuntimeError, match="these rows are gone"):
         rows.read(0, 2)
+
+
+@pytest.mark.parametrize("name", ["input", "first", "second", "second_norm"])
+def test_tensors_that_changed_since_the_forward_pass_are_noticed(name):
+    layers, x = make_layers(5), torch.randn(SHAPE, dtype=torch.float64)
+    out = in_slabs(layers, x)
+    with torch.no_grad():
+        (x if name == "input" else layers[name].weight).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("function", [in_slabs, lambda layers, x: make_whole(UpsampledRows(WholeRows(x), layers))])
+def test_a_second_derivative_is_refused(function):
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    layers = make_layers(5) if function is in_slabs else nn.ConvTranspose3d(5, 4, 2, 2).double()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(function(layers, x).square().sum(), x, create_graph=True)
+
+
+def test_upsampling_weights_that_changed_since_the_forward_pass_are_noticed():
+    up, x = nn.ConvTranspose3d(5, 4, 2, 2).double(), torch.randn(SHAPE, dtype=torch.float64)
+    out = make_whole(UpsampledRows(WholeRows(x), up))
+    with torch.no_grad():
+        up.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("layer", [nn.Conv3d(1, 2, 1, bias=False), nn.ConvTranspose3d(1, 2, (2, 1, 1), (2, 1, 1))])
+def test_gradients_of_half_precision_weights_are_summed_over_slabs_in_float32(layer):
+    """Each of 24 slabs adds 70 ones; bf16 knows no odd tens above 512."""
+    rows, plane = (48, (5, 7)) if isinstance(layer, nn.Conv3d) else (24, (7, 10))
+    x = WholeRows(torch.ones(1, 1, rows, *plane))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = convolve_whole(x, layer) if isinstance(layer, nn.Conv3d) else make_whole(UpsampledRows(x, layer))
+    assert out.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(out.sum(dtype=torch.float32), layer.weight)
+    assert torch.equal(gradient, torch.full_like(gradient, 1680))
+
+
+def test_a_backward_pass_under_autocast_gives_the_same_gradients():
+    layers, x, found = make_layers(5, dtype=torch.float32), torch.randn(SHAPE), []
+    for enabled in (False, True):
+        layers.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = in_slabs(layers, x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out.backward(torch.ones_like(out))
+        found.append([parameter.grad for parameter in layers.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
