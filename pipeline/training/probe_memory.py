@@ -62,8 +62,7 @@ class CudaMemory:
         free, total = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved()
         used = total - free - reserved
-        is_alone = used <= MOST_CONTEXT_BYTES
-        self._of_others = 0 if is_alone else used - CONTEXT_BYTES
+        self._of_others = used - context_bytes()
         # Kernels are loaded into the context as they are first called, so it still grows.
         budget = total if budget_bytes is None else min(budget_bytes, total)
         allowed = max(0, budget - max(CONTEXT_BYTES, used - self._of_others))
@@ -84,6 +83,17 @@ class CudaMemory:
 
     def lift(self) -> None:
         """Nothing is in the way: answers are made on the host."""
+
+
+def context_bytes() -> int:
+    """What this process takes of the current GPU beside its allocator.
+
+    That is all that the driver counts, or where it is too much for one process, because others use the GPU too, the
+    estimate that plans are made with.
+    """
+    free, total = torch.cuda.mem_get_info()
+    used = total - free - torch.cuda.memory_reserved()
+    return used if used <= MOST_CONTEXT_BYTES else CONTEXT_BYTES
 
 
 class ProcessMemory:

@@ -84,10 +84,10 @@ class RunRecord(Record):
         best_epoch, best_dice: The best validation during training (mean over classes and cases); none without one.
         validation: Dice of the best weights on every validation case: class by case, None where there is none.
         train_seconds, validation_seconds: Sums over all epochs of `metrics.csv`.
-        predicted_bytes: What the plan predicts of the step that was trained with, the GPU's context and what it adds to
-            tensors included; None for a step or a network that the plan does not know.
-        measured_bytes: Most that was held: by the allocator of a GPU (reserved, without the context), by the processes
-            on a CPU. None before the training ended.
+        predicted_bytes: What the plan predicts that the GPU is to hold for the step that was trained with, context
+            included; None on a CPU, and for a step or a network that the plan does not know.
+        measured_bytes: Most that was held: on a GPU by the allocator (reserved) and the context together, on a CPU by
+            the processes. None before the training ended.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1

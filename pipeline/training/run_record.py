@@ -18,6 +18,7 @@ from pipeline.networks.weights import read_weights
 from pipeline.plan import Plan, Rung
 from pipeline.training.checkpoints import CheckpointWriter
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
+from pipeline.training.probe_memory import context_bytes
 from pipeline.training.run_folder import Counts, RunRecord, StepDown, hash_of
 from pipeline.training.settings import Settings
 from pipeline.training.validation import ValidationResult, Validator
@@ -49,7 +50,8 @@ def started_record(
         accumulate_grad_batches=settings.accumulate_grad_batches,
         step_downs=step_downs,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
-        predicted_bytes=predicted_bytes,
+        # Plans are for GPUs; a process on a CPU takes other things.
+        predicted_bytes=predicted_bytes if settings.device_type == "cuda" else None,
     )
 
 
@@ -64,7 +66,8 @@ def _measured_bytes(trainer: pl.Trainer, table: MetricsTable) -> int:
     device = trainer.strategy.root_device
     if device.type == "cuda":
         # Peaks are reset with every epoch; what is reserved seldom falls.
-        return max(torch.cuda.max_memory_reserved(device), *(int(row["peak_vram_bytes"] or 0) for row in table.rows))
+        peaks = (torch.cuda.max_memory_reserved(device), *(int(row["peak_vram_bytes"] or 0) for row in table.rows))
+        return max(peaks) + context_bytes()
     return max(int(row["peak_ram_bytes"] or 0) for row in table.rows)
 
 
