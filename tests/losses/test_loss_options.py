@@ -145,7 +145,7 @@ def test_negative_targets_that_are_not_ignored_are_no_class_of_a_region():
     loss = DiceCELoss(regions=REGIONS)
     logits, target = _case({"regions": REGIONS})
     target[0, 0, 0, 0] = -2
-    with pytest.raises((IndexError, RuntimeError), match="out of (range|DATA bounds)"):
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|DATA bounds)"):
         loss(logits, target)
 
 
