@@ -16,6 +16,7 @@ from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.norms import GroupNorm
 from pipeline.networks.unet import UNet
 from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NetworkPlan, Plan, Rung
+from pipeline.planning.meter import meter_step
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.intensity import ChannelParameters, change_intensity
 from pipeline.slabs import store as slab_store
@@ -255,3 +256,34 @@ def test_slabs_and_host_memory_lower_the_peak_of_the_device() -> None:
     )
     assert slabs < 0.6 * plain
     assert offloaded < 0.8 * slabs
+
+
+def test_pinned_buffers_that_are_used_again_hold_what_was_written_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host runs ahead of the device by whole steps, so buffers are written to anew while copies are queued."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    shape = (48, 64, 56)
+    images = [torch.randn(1, 1, *shape).cuda() for _ in range(3)]
+    target = torch.randint(0, 3, (1, *shape)).cuda()
+    plain, slabs = UNet(1, 3, NETWORK).cuda(), UNet(1, 3, NETWORK, slab_stages=2, offload_stages=2).cuda()
+    slabs.load_state_dict(plain.state_dict())
+    for _ in range(3):
+        for image in images:
+            expected, found = (gradients(network, image, target, bf16=False) for network in (plain, slabs))
+            for name, gradient in found.items():
+                tolerance = 1e-3 * float(expected[name].abs().max()) + 1e-12
+                torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance)
+
+
+def test_pinned_memory_is_what_the_plan_says_and_does_not_grow_from_step_to_step() -> None:
+    shape = (96, 96, 80)
+    with torch.device("meta"):
+        metered = UNet(1, 60, WIDE_NETWORK, fused_head=True, slab_stages=2, offload_stages=2)
+    predicted = meter_step(metered, make_loss(), patch_size=shape, in_channels=1).pinned_bytes
+    torch.cuda.synchronize()
+    before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    taken = []
+    for _ in range(3):
+        peak_bytes(shape, slab_stages=2, offload_stages=2)
+        taken.append(torch.cuda.host_memory_stats()["allocated_bytes.current"] - before)
+    assert taken[0] <= predicted
+    assert taken[1:] == taken[:1] * 2

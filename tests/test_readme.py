@@ -1,4 +1,4 @@
-"""The README is true: its commands run as written, and its tree has a line for every file.
+"""The documents are true: what they tell to run runs as written, and the README's tree has a line for every file.
 
 `python tests/test_readme.py` prints the tree as it should stand there.
 """
@@ -21,9 +21,9 @@ MARK = "<!-- run by tests/test_readme.py -->\n"
 WIDTH = 34
 
 
-def marked_blocks() -> list[tuple[str, str]]:
+def marked_blocks(document: Path = README) -> list[tuple[str, str]]:
     """Language and text of the code blocks that are to be run, in order."""
-    return re.findall(re.escape(MARK) + r"```(\w+)\n(.*?)```", README.read_text(), re.DOTALL)
+    return re.findall(re.escape(MARK) + r"```(\w+)\n(.*?)```", document.read_text(), re.DOTALL)
 
 
 def tree() -> str:
@@ -70,6 +70,13 @@ def test_the_quickstart_run_ends_with_the_table_and_the_report(tmp_path: Path) -
     run(command, tmp_path)
     report = tmp_path / "fold_0" / "report.html"
     assert report.read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.slow
+def test_the_example_of_a_network_of_one_s_own_runs_as_written(tmp_path: Path) -> None:
+    ((language, text),) = marked_blocks(ROOT / "docs" / "memory.md")
+    assert language == "python"
+    run([sys.executable, "-c", text], tmp_path)
 
 
 def test_the_tree_of_the_readme_has_a_line_for_every_file() -> None:

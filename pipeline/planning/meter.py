@@ -45,6 +45,7 @@ class StepMemory:
             half-precision weights included, "head" the logits of every output and what the loss left for its backward
             pass, and "working" everything that comes and goes inside a pass.
         host_bytes: Most bytes of host buffers that were live at one time, for what is offloaded.
+        pinned_bytes: What these take of pinned memory with a GPU, where blocks are powers of two.
         process_bytes: Most bytes by which the step makes a process on a CPU grow, estimated for one thread and glibc:
             tensors, host buffers, what convolutions allocate inside themselves (`pipeline.planning.workspace`), and
             freed blocks that the C library keeps (`pipeline.planning.storages`). None for a GPU.
@@ -53,6 +54,7 @@ class StepMemory:
     peak_bytes: int
     parts: dict[str, int]
     host_bytes: int = 0
+    pinned_bytes: int = 0
     process_bytes: int | None = None
 
 
@@ -151,6 +153,7 @@ def count_step(
         counter.peak_bytes,
         {part: parts.get(part, 0) for part in PARTS},
         host_bytes=counter.peak_host_bytes,
+        pinned_bytes=counter.peak_pinned_bytes,
         process_bytes=counter.peak_process_bytes,
     )
 

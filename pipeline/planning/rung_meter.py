@@ -89,7 +89,7 @@ class RungMeter:
     def weighed(self, rung: Rung, *, network: NetworkPlan | None = None) -> Rung:
         """The rung with the memory that is predicted of it."""
         memory = self.memory(rung, network=network)
-        return replace(rung, required_bytes=_required_bytes(memory), host_bytes=memory.host_bytes)
+        return replace(rung, required_bytes=_required_bytes(memory), host_bytes=memory.pinned_bytes)
 
     def required_bytes(self, rung: Rung) -> int:
         """Metered tensors and estimated overhead of a training step."""
@@ -116,7 +116,7 @@ class RungMeter:
             peak_bytes=memory.peak_bytes,
             overhead_bytes=estimate_overhead_bytes(memory.peak_bytes),
             parts=memory.parts,
-            host_bytes=memory.host_bytes,
+            host_bytes=memory.pinned_bytes,
         )
 
     def _meter(self, rung: Rung, network_plan: NetworkPlan) -> StepMemory:

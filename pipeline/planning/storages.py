@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from pipeline.planning.workspace import estimate_cpu_workspace
-from pipeline.slabs.host import is_allocating_on_host
+from pipeline.slabs.host import is_allocating_on_host, pinned_bytes
 
 HOST = "host"
 # glibc takes freed blocks up to this size (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits) back into its heap, which does not
@@ -44,6 +44,7 @@ class StorageCounter(TorchDispatchMode):
         peak_bytes: Most of them that were live at one time.
         host_bytes: Bytes of host buffers that are live now.
         peak_host_bytes: Most of them that were live at one time.
+        peak_pinned_bytes: What they take of pinned memory, which goes by sizes and is kept for the next step.
         peak_process_bytes: Most bytes that a process on a CPU takes at one time: blocks above `LARGEST_KEPT_BYTES`
             that are live, host buffers and what was allocated inside operators among them, and a heap as large as
             the smaller ones ever needed. Measured steps took up to 5 % more, by gaps in the heap.
@@ -58,6 +59,13 @@ class StorageCounter(TorchDispatchMode):
         self._at_peak: list[tuple[_Storage, int]] = []
         self._is_at_peak = False
         self._small_bytes = self._heap_bytes = 0
+        # Host buffers by size: live now, and most at one time.
+        self._buffers: dict[int, list[int]] = {}
+
+    @property
+    def peak_pinned_bytes(self) -> int:
+        """See `pipeline.slabs.host`."""
+        return sum(pinned_bytes(most, num_bytes) for num_bytes, (_, most) in self._buffers.items())
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -106,6 +114,7 @@ class StorageCounter(TorchDispatchMode):
         self.peak_bytes, self.peak_host_bytes = self.live_bytes, self.host_bytes
         self._heap_bytes = self._small_bytes
         self.peak_process_bytes = self.live_bytes + self.host_bytes
+        self._buffers = {num_bytes: [live, live] for num_bytes, (live, _) in self._buffers.items()}
         self._is_at_peak = True
 
     def peak_parts(self) -> dict[str, int]:
@@ -154,6 +163,9 @@ class StorageCounter(TorchDispatchMode):
     def _change(self, part: str, num_bytes: int) -> None:
         if part == HOST:
             self.host_bytes += num_bytes
+            live_and_most = self._buffers.setdefault(abs(num_bytes), [0, 0])
+            live_and_most[0] += 1 if num_bytes > 0 else -1
+            live_and_most[1] = max(live_and_most)
         else:
             self.live_bytes += num_bytes
         if abs(num_bytes) <= LARGEST_KEPT_BYTES:

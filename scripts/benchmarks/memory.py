@@ -10,7 +10,7 @@ autocast with SGD and momentum, batch 1 where a row says nothing else (nnU-Net's
 that of tensors: what a device adds is not in it, for anyone. "x" compares voxels within a budget with nnU-Net's at
 batch 1, interpolated between the cube that fits and the next one, since memory is nearly linear in the voxels.
 
-Operators follow CUDA's autocast rules, or with `--autocast cpu` those of a CPU. "+ h" are GiB of host memory.
+Operators follow CUDA's autocast rules, or with `--autocast cpu` those of a CPU. "+ h" are GiB of pinned host memory.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _table(title: str, columns: list[str], lines: dict[str, list[str]]) -> Itera
 
 
 def _gib(memory: StepMemory) -> str:
-    host = f" + {memory.host_bytes / GIB:.1f} h" if memory.host_bytes else ""
+    host = f" + {memory.pinned_bytes / GIB:.1f} h" if memory.pinned_bytes else ""
     return f"{memory.peak_bytes / GIB:.1f}{host}"
 
 

@@ -67,7 +67,7 @@ def test_voxels_that_fill_a_budget_are_exact_where_memory_is_a_straight_line_in_
 
 def make_row(memory, step, num_classes, voxels):
     row = memory.Row(step, num_classes)
-    row.memory[128, 128, 128] = StepMemory(3 * GIB, {"working": 3 * GIB}, host_bytes=GIB)
+    row.memory[128, 128, 128] = StepMemory(3 * GIB, {"working": 3 * GIB}, pinned_bytes=GIB)
     row.largest[8] = voxels and (round(voxels ** (1 / 3)), float(voxels))
     return row
 

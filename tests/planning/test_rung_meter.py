@@ -40,7 +40,7 @@ def test_a_rung_is_metered_as_it_is_trained(effective_batch: int, execution: tup
     assert rung.effective_batch == effective_batch
     expected = expected_memory(meter, rung)
     assert meter.memory(rung) == expected
-    assert meter.weighed(rung).host_bytes == expected.host_bytes
+    assert meter.weighed(rung).host_bytes == expected.pinned_bytes
     assert (expected.host_bytes > 0) == (execution[2] > 0)
 
 
