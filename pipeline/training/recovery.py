@@ -25,6 +25,7 @@ WHERE: dict[Phase, str] = {
     "backward": "in the backward pass",
     "optimiser": "in the optimiser step",
     "validation": "in the validation",
+    "report": "while the epoch was reported and saved",
 }
 
 
