@@ -23,7 +23,7 @@ from pipeline.training.divergence import SCALER_PATIENCE, DivergenceGuard
 from pipeline.training.ema import WeightAverage
 from pipeline.training.epoch_report import EpochReport, EpochTimer
 from pipeline.training.gradient_noise import GradientNoise
-from pipeline.training.last_step import LastStep
+from pipeline.training.last_step import LastStep, ValidationEnd
 from pipeline.training.loop_state import ResumePoint
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.processes import NICENESS_BESIDE_CPU_NETWORK
@@ -96,7 +96,8 @@ class Callbacks:
     """Callbacks of a training; `in_order` they run.
 
     Attributes:
-        in_order: Resume point, clock, seed, guard, average, validation, gradient noise, report, last step, checkpoints.
+        in_order: Resume point, clock, seed, guard, average, validation and its end, gradient noise, report, last step,
+            checkpoints.
         guard: Stops a training that diverges.
         last_step: Knows the last finished optimiser step; stands after all that do something when one is finished.
         writer: Saves checkpoints; the last one.
@@ -135,7 +136,8 @@ def make_callbacks(
     seeds = IterationSeed(config.seed, iterations_per_epoch=pace.passes_per_epoch)
     guard, last_step = DivergenceGuard(folder.last_checkpoint, pace=pace, patience=patience), LastStep(pace, start)
     writer = CheckpointWriter(folder, last_step, validation=validation)
-    all_ = [ResumePoint(pace), timer, seeds, guard, average, validation, noise, report, last_step, writer]
+    validated = [validation, ValidationEnd(last_step)]
+    all_ = [ResumePoint(pace), timer, seeds, guard, average, *validated, noise, report, last_step, writer]
     return Callbacks([callback for callback in all_ if callback is not None], guard, last_step, writer)
 
 
@@ -143,6 +145,8 @@ def make_trainer(
     folder: RunFolder, callbacks: list[pl.Callback], config: TrainConfig, settings: Settings, *, start: Counts
 ) -> pl.Trainer:
     """Lightning's trainer: the loop, precision, accumulation and clipping; everything else is in our callbacks."""
+    # What an epoch whose end is done again has logged is dropped, too.
+    purge_step = start.epoch * settings.pace.steps_per_epoch + 1
     return pl.Trainer(
         accelerator="gpu" if settings.device_type == "cuda" else "cpu",
         devices=1,
@@ -151,7 +155,7 @@ def make_trainer(
         accumulate_grad_batches=settings.pace.passes_per_step,
         gradient_clip_val=config.optim.gradient_clip_norm or None,
         callbacks=callbacks,
-        logger=TensorBoardLogger(folder.path, name="tensorboard", version="", purge_step=start.optimizer_step + 1),
+        logger=TensorBoardLogger(folder.path, name="tensorboard", version="", purge_step=purge_step),
         # Under SLURM Lightning would otherwise save and requeue from inside a signal handler.
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
         default_root_dir=folder.path,

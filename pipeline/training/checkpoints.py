@@ -52,13 +52,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
+class _Best(NamedTuple):
+    epoch: int | None = None
+    result: ValidationResult | None = None
+
+
 class CheckpointWriter(pl.Callback):
     """Saves `last` after every epoch, and `best` when the validation is better than all before.
 
     As long as nothing was validated, `best` is `last`. Stands last among the callbacks: what is saved has passed the
-    divergence guard, and `best` is written before `last`, so that a run killed in between repeats the epoch and
-    comes to the same `best`. What a run starts from is saved as well, as `last`: that is what a first optimiser step
-    left half done is taken up from, and a folder that cannot be written is found out at once.
+    divergence guard. `best` is written before `last`, and the epoch counts as finished in between, so that a run that
+    is killed or interrupted before does the epoch's end again and comes to the same `best`. What a run starts from is
+    saved as well, as `last`: that is what a first optimiser step left half done is taken up from, and a folder that
+    cannot be written is found out at once.
 
     Args:
         folder: The run folder.
@@ -66,7 +72,7 @@ class CheckpointWriter(pl.Callback):
         validation: Whose result decides; None without validation cases.
 
     Attributes:
-        saved: Counts of the newest checkpoint of this run on disk.
+        saved: Counts of the newest `last` of this run on disk.
     """
 
     def __init__(self, folder: RunFolder, last_step: LastStep, *, validation: WholeVolumeValidation | None) -> None:
@@ -74,8 +80,19 @@ class CheckpointWriter(pl.Callback):
         self.last_step = last_step
         self.validation = validation
         self.saved = last_step.counts
-        self.best_epoch: int | None = None
-        self.best_result: ValidationResult | None = None
+        self._best = _Best()
+        # What the checkpoint that is being written says.
+        self._written = (last_step.counts, self._best)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch of the weights in `best`; None without a validation."""
+        return self._best.epoch
+
+    @property
+    def best_result(self) -> ValidationResult | None:
+        """Their validation."""
+        return self._best.result
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save what a run starts from."""
@@ -84,37 +101,42 @@ class CheckpointWriter(pl.Callback):
 
     def save_last(self, trainer: pl.Trainer) -> None:
         """Save what the newest count stands for."""
-        trainer.save_checkpoint(self.folder.last_checkpoint)
+        self._write(trainer, self.folder.last_checkpoint, self.last_step.counts, self._best)
         self.saved = self.last_step.counts
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Save what has to be saved."""
-        result = self.validation.result if self.validation is not None else None
-        if result is not None and self._is_better(result):
-            self.best_epoch, self.best_result = trainer.current_epoch + 1, result
-            trainer.save_checkpoint(self.folder.best_checkpoint)
-        self.save_last(trainer)
-        if self.best_result is None:
-            _link_or_copy(self.folder.last_checkpoint, self.folder.best_checkpoint)
+    def _write(self, trainer: pl.Trainer, path: Path, counts: Counts, best: _Best) -> None:
+        self._written = (counts, best)
+        trainer.save_checkpoint(path)
 
-    def _is_better(self, result: ValidationResult) -> bool:
-        return result.mean > (self.best_result.mean if self.best_result is not None else -1.0)
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save what has to be saved, and count the epoch as finished once `best` is on disk."""
+        finished, best = self.last_step.pace.counts(epoch=trainer.current_epoch + 1, passes=0), self._best
+        result = self.validation.result if self.validation is not None else None
+        if result is not None and result.mean > (best.result.mean if best.result is not None else -1.0):
+            best = _Best(trainer.current_epoch + 1, result)
+        if best.result is None or best is not self._best:
+            self._write(trainer, self.folder.best_checkpoint, finished, best)
+        self._best = best
+        self.last_step.finish_epoch(finished)
+        if best.result is None:
+            _link_or_copy(self.folder.best_checkpoint, self.folder.last_checkpoint)
+            self.saved = finished
+        else:
+            self.save_last(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the three counts."""
-        checkpoint[COUNTS_KEY] = asdict(self.last_step.counts)
+        checkpoint[COUNTS_KEY] = asdict(self._written[0])
 
     def state_dict(self) -> dict[str, Any]:
         """The best validation so far."""
-        if self.best_result is None:
-            return {"best_epoch": None}
-        return {"best_epoch": self.best_epoch, "best_result": asdict(self.best_result)}
+        epoch, result = self._written[1]
+        return {"best_epoch": None} if result is None else {"best_epoch": epoch, "best_result": asdict(result)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the best validation so far."""
-        self.best_epoch = state_dict["best_epoch"]
-        if self.best_epoch is not None:
-            self.best_result = ValidationResult(**state_dict["best_result"])
+        if state_dict["best_epoch"] is not None:
+            self._best = _Best(state_dict["best_epoch"], ValidationResult(**state_dict["best_result"]))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

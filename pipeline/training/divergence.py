@@ -21,6 +21,7 @@ class _Seen(NamedTuple):
     copied: torch.cuda.Event | None
     case_ids: tuple[str, ...]
     iteration: int
+    ends_step: bool
 
 
 class DivergenceGuard(pl.Callback):
@@ -43,6 +44,7 @@ class DivergenceGuard(pl.Callback):
         self.patience = patience
         self._pending: _Seen | None = None
         self._bad_in_a_row = 0
+        self._bad_at_step = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Any], batch_idx: int
@@ -51,7 +53,8 @@ class DivergenceGuard(pl.Callback):
         self._look()
         iteration = self.pace.iteration(epoch=trainer.current_epoch, batch_idx=batch_idx)
         is_finite, copied = _copied_to_host(torch.isfinite(outputs["loss"]))
-        self._pending = _Seen(outputs["loss"], is_finite, copied, tuple(batch.get("case_id", ())), iteration)
+        case_ids, ends_step = tuple(batch.get("case_id", ())), self.pace.ends_step(batch_idx)
+        self._pending = _Seen(outputs["loss"], is_finite, copied, case_ids, iteration, ends_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Check before anything is saved."""
@@ -64,12 +67,12 @@ class DivergenceGuard(pl.Callback):
             raise self._error("the weights became NaN or infinite", f"epoch {trainer.current_epoch + 1}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The bad losses in a row."""
-        return {"bad_in_a_row": self._bad_in_a_row}
+        """The bad losses in a row up to the last finished optimiser step: those after it will be seen again."""
+        return {"bad_in_a_row": self._bad_at_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
-        self._bad_in_a_row = int(state_dict["bad_in_a_row"])
+        self._bad_in_a_row = self._bad_at_step = int(state_dict["bad_in_a_row"])
 
     def _look(self) -> None:
         seen, self._pending = self._pending, None
@@ -77,10 +80,9 @@ class DivergenceGuard(pl.Callback):
             return
         if seen.copied is not None:
             seen.copied.synchronize()
-        if bool(seen.is_finite):
-            self._bad_in_a_row = 0
-            return
-        self._bad_in_a_row += 1
+        self._bad_in_a_row = 0 if bool(seen.is_finite) else self._bad_in_a_row + 1
+        if seen.ends_step:
+            self._bad_at_step = self._bad_in_a_row
         if self._bad_in_a_row > self.patience:
             place = f"iteration {seen.iteration}, case {', '.join(dict.fromkeys(seen.case_ids))}"
             raise self._error(f"the loss became {float(seen.loss)}", place)

@@ -118,8 +118,11 @@ class EpochReport(pl.Callback):
         # As of the last finished optimiser step: its number, the losses until then, and its rate.
         self._step, self._num_known, self._known_lr = 0, 0, 0.0
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Note the rate before the schedule moves on."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin an epoch with its first batch, and note the rate before the schedule moves on."""
+        if batch_idx == 0:
+            # Not as soon as the row is written: an epoch's end that is interrupted after that is done again.
+            self._losses, self._batch_sizes, self._num_known = [], [], 0
         self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(
@@ -137,7 +140,6 @@ class EpochReport(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the row and the line."""
         row = self._row(trainer, self._mean_loss())
-        self._losses, self._batch_sizes, self._num_known = [], [], 0
         self.table.append(row)
         for logger in trainer.loggers:
             scalars = {key: value for key, value in row.items() if value is not None and key not in COUNT_COLUMNS}
@@ -152,7 +154,7 @@ class EpochReport(pl.Callback):
         return float((losses.nan_to_num() * weights).sum() / weights.sum())
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch as of its last finished optimiser step."""
+        """The epoch as of its last finished optimiser step; of a finished one, all of it."""
         return {
             "losses": [float(loss) for loss in self._losses[: self._num_known]],
             "batch_sizes": self._batch_sizes[: self._num_known],

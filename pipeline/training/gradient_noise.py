@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -121,12 +121,14 @@ class GradientNoise(pl.Callback):
         self.reading = self._sums.read() if measured else None
 
     def _collect(self) -> None:
-        steps, self._pending = self._pending, []
-        for squared_norms, num, inverse in steps:
+        sums = replace(self._sums)
+        for squared_norms, num, inverse in self._pending:
             # One by one, because stacking them first takes memory on the device, of which none may be left.
             small, big = squared_norms.tolist()
             if math.isfinite(small) and math.isfinite(big):
-                self._sums.add(*signal_and_noise(small, big, num_batches=num, mean_inverse_batch=inverse))
+                sums.add(*signal_and_noise(small, big, num_batches=num, mean_inverse_batch=inverse))
+        # At once, so that an interruption loses no step and adds none twice.
+        self._sums, self._pending = sums, []
 
     def describe(self) -> str:
         """The reading in words; empty where there is none."""

@@ -86,23 +86,29 @@ class LastStep(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note a finished optimiser step."""
         if trainer.global_step > self.counts.optimizer_step:
+            counts = self.pace.counts(epoch=trainer.current_epoch, passes=batch_idx + 1)
+            mark = _Mark(_versions(pl_module), _state_of(trainer.optimizers[0]))
             for buffer, copy in self._buffers:
                 copy.copy_(buffer)
-            self._mark = _Mark(_versions(pl_module), _state_of(trainer.optimizers[0]))
-            self._stepped = False
-            self.counts = self.pace.counts(epoch=trainer.current_epoch, passes=batch_idx + 1)
+            # Last and at once: an error in between would leave a new mark with old counts, and the step be done twice.
+            self._mark, self.counts, self._stepped = mark, counts, False
         self.phase = self._phase_after(batch_idx + 1)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """The epoch is validated and reported: from here on it counts as finished."""
-        self.counts = self.pace.counts(epoch=trainer.current_epoch + 1, passes=0)
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """The first batch of an epoch comes next."""
         self.phase = "data"
+
+    def finish_epoch(self, counts: Counts) -> None:
+        """Count the epoch as finished, once all that is kept of it is on disk."""
+        self.counts = counts
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Put back what an unfinished step has changed, if that can be told from what was there before."""
         # Ctrl-C comes at any line, also between the kernels of a step and the note that it was made.
         sudden = not is_out_of_memory(exception) and self.phase == "optimiser"
-        if self._mark is None or self._stepped or sudden:
+        # Where the fp16 scaler leaves a step out nothing changes, but callbacks before this one may have seen its end.
+        half_seen = trainer.global_step > self.counts.optimizer_step
+        if self._mark is None or self._stepped or sudden or half_seen:
             return
         optimizer = trainer.optimizers[0]
         state, known = _state_of(optimizer), self._mark.state
@@ -113,6 +119,17 @@ class LastStep(pl.Callback):
         for buffer, copy in self._buffers:
             buffer.copy_(copy)
         self.is_current = True
+
+
+class ValidationEnd(pl.Callback):
+    """Notes that a validation is over; stands behind it."""
+
+    def __init__(self, last_step: LastStep) -> None:
+        self.last_step = last_step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """What the epoch brought is written down next."""
+        self.last_step.phase = "report"
 
 
 def _versions(module: nn.Module) -> list[int]:

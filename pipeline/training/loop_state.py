@@ -62,6 +62,10 @@ class Pace(NamedTuple):
             optimizer_step=epoch * self.steps_per_epoch + -(-passes // self.passes_per_step),
         )
 
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether pass `batch_idx` (from 0) of an epoch is the last one of an optimiser step, whole or partial."""
+        return (batch_idx + 1) % self.passes_per_step == 0 or batch_idx + 1 == self.passes_per_epoch
+
     def iteration(self, *, epoch: int, batch_idx: int) -> int:
         """Number, from 1 over all epochs, of the iteration that pass `batch_idx` (from 0) of an epoch is part of."""
         return epoch * self.iterations_per_epoch + batch_idx // self.passes_per_iteration + 1

@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.plan import GIB, Plan
 from pipeline.training.run_folder import Counts, Phase, RunFolder, StepDown
-from pipeline.training.step_down import Standing, options_by_hand
+from pipeline.training.step_down import Standing, options_in_the_way
 
 WHERE: dict[Phase, str] = {
     "start": "while the training was set up",
@@ -25,6 +25,7 @@ WHERE: dict[Phase, str] = {
     "backward": "in the backward pass",
     "optimiser": "in the optimiser step",
     "validation": "in the validation",
+    "report": "while the epoch was reported and saved",
 }
 
 
@@ -122,14 +123,16 @@ def _said(standing: Standing, below: Standing, failure: OutOfMemoryReport) -> st
 
 
 def _no_rung_left(plan: Plan, config: TrainConfig, standing: Standing, failure: OutOfMemoryReport) -> InputError:
-    by_hand = options_by_hand(config)
     ways = ["end what else takes memory there"]
-    if by_hand and plan.fallbacks[standing.fallback :]:
-        ways.append(f"leave {' and '.join(by_hand)} to the plan, whose other rungs do not agree")
+    if by_hand := options_in_the_way(plan, config, standing, failure.where):
+        ways.append(f"leave {' and '.join(by_hand)} to the plan, which has other rungs")
     step = failure.continues_from.optimizer_step
     ways.append("or plan again with a smaller --vram, or a smaller patch_size, and train into another --run_dir")
+    left = f"no rung is left below {standing.rung}"
+    if standing.below:
+        left = f"no rung below {standing.rung} runs the windows of a validation otherwise"
     return InputError(
-        f"out of memory {failure.place}, and no rung is left below {standing.rung}; {failure.memory}",
+        f"out of memory {failure.place}, and {left}; {failure.memory}",
         where="plan.json",
         fix=f"The same command goes on from optimiser step {step} where there is more: {'; '.join(ways)}",
     )

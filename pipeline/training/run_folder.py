@@ -22,7 +22,7 @@ SAID_ONLY = ("candidates", "memory", "notes", "probe")
 # checked against it (the store). `max_epochs` may not: the learning-rate schedule is stretched over it.
 HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs", "hardware.")
 # What a training is doing.
-Phase = Literal["start", "data", "forward", "backward", "optimiser", "validation"]
+Phase = Literal["start", "data", "forward", "backward", "optimiser", "validation", "report"]
 
 
 @dataclass(frozen=True, kw_only=True)

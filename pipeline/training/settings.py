@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.config import TrainConfig
+from pipeline.config import HardwareConfig, TrainConfig
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
 from pipeline.networks.precision import DeviceType, PrecisionChoice, choose_device_type, choose_precision
@@ -128,13 +128,19 @@ def _accumulation(plan: Plan, config: TrainConfig, batch_size: int) -> int:
 
 def _execution(plan: Plan, config: TrainConfig) -> Execution:
     """The plan's way of running the stages, with options given by hand in place of its own."""
-    options = {name: getattr(config.hardware, name) for name in Execution._fields}
-    execution = plan.execution._replace(**{name: value for name, value in options.items() if value != "auto"})
+    execution = options_over(plan.execution, config.hardware)
+    if problems := execution.problems(plan.network):
+        raise InputError("; ".join(f"hardware.{problem}" for problem in problems))
+    return execution
+
+
+def options_over(execution: Execution, hardware: HardwareConfig) -> Execution:
+    """A way of running the stages with options given by hand in place of its own; it may be one that no network has."""
+    options = {name: getattr(hardware, name) for name in Execution._fields}
+    execution = execution._replace(**{name: value for name, value in options.items() if value != "auto"})
     if options["offload_stages"] == "auto":
         # Fewer stages in slabs leave fewer to offload.
         execution = execution._replace(offload_stages=min(execution.offload_stages, execution.slab_stages))
-    if problems := execution.problems(plan.network):
-        raise InputError("; ".join(f"hardware.{problem}" for problem in problems))
     return execution
 
 

@@ -22,6 +22,7 @@ from pipeline.errors import InputError, StoppedError
 from pipeline.networks.blocks import DecoderStage
 from pipeline.networks.unet import UNet
 from pipeline.plan import Plan, Rung
+from pipeline.training import validation
 from pipeline.training.checkpoints import AtomicCheckpointIO
 from pipeline.training.out_of_memory import let_go
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
@@ -145,18 +146,44 @@ def test_an_out_of_memory_in_a_pass_changes_nothing_but_the_rung(
     assert faults.passes["forward"] == 9 + 1 + passes % 2
 
 
-@pytest.mark.parametrize("at", [1, 9, 20])
-def test_an_out_of_memory_in_a_validation_does_no_training_step_again(
-    ladder, store, splits, make_config, whole, assert_same_run, at
+@pytest.fixture
+def in_slabs(plan) -> Plan:
+    """The first stage in slabs; below it rungs that recompute, and one that keeps less of a window on the device."""
+    recomputed = replace(PLAIN, slab_stages=1, recompute_stages=2)
+    return replace(plan, slab_stages=1, fallbacks=(recomputed, replace(recomputed, offload_stages=1)))
+
+
+@pytest.fixture
+def fail_case(monkeypatch) -> Callable[..., None]:
+    """Lets the validation of the n-th case raise, counted from the call on."""
+
+    def fail(*, at: int) -> None:
+        real, calls = validation.sliding_window_scores, count(1)
+
+        def maybe(*args, **options) -> Tensor:
+            if next(calls) == at:
+                raise OOM
+            return real(*args, **options)
+
+        monkeypatch.setattr(validation, "sliding_window_scores", maybe)
+
+    return fail
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_an_out_of_memory_in_a_validation_goes_to_a_rung_that_helps_it_and_does_no_training_step_again(
+    in_slabs, store, splits, make_config, assert_same_run, fail_case, at
 ):
+    whole = fit_fold(in_slabs, store, splits, make_config("whole", **options_with("adamw")))
     config = make_config(**options_with("adamw"))
-    with Faults(validation=[at]) as faults:
-        result = fit_fold(ladder, store, splits, config)
-    assert_same_run(result.run_dir, whole["adamw"])
+    fail_case(at=at)
+    with Faults() as faults:
+        result = fit_fold(in_slabs, store, splits, config)
+    assert_same_run(result.run_dir, whole.run_dir)
     assert faults.passes["forward"] == 9
     (step,) = record_of(config).step_downs
     epoch = step.counts.epoch
-    assert (step.where, step.scores_on_host) == ("validation", True)
+    assert (step.where, step.scores_on_host, step.fallback) == ("validation", True, 2)
     assert step.counts == Counts(epoch=epoch, iteration=3 * (epoch + 1), optimizer_step=2 * (epoch + 1))
 
 
@@ -270,6 +297,35 @@ def test_a_parameter_changed_in_place_is_noticed_whatever_the_optimiser(
     assert (down.continued_from == down.counts) == (updated == 0 or at in (1, 3, 5))
 
 
+def test_a_validation_that_runs_out_of_memory_does_not_take_rungs_that_cannot_help_it(
+    long_ladder, store, splits, make_config
+):
+    config = make_config(**options_with())
+    with Faults(validation=[9]) as faults:
+        result = fit_fold(long_ladder, store, splits, config)
+    assert [(step.where, step.fallback) for step in record_of(config).step_downs] == [("validation", 3)]
+    assert faults.shapes[:6] == [(2, 1, *PATCH)] * 6
+    assert faults.shapes[6:] == [(1, 1, *SMALLER)] * 6
+    assert result.counts == Counts(epoch=3, iteration=9, optimizer_step=6)
+
+
+def test_a_validation_that_no_rung_helps_ends_with_advice_and_is_done_again_where_there_is_room(
+    ladder, store, splits, make_config, whole, assert_same_run
+):
+    config = make_config(**options_with())
+    with Faults(validation=[9]), pytest.raises(InputError) as raised:
+        fit_fold(ladder, store, splits, config)
+    message = str(raised.value)
+    assert message.startswith("plan.json: out of memory in the validation after optimiser step 4, and no rung below")
+    assert "plain runs the windows of a validation otherwise" in message
+    assert "The same command goes on from optimiser step 4" in message
+    assert not record_of(config).step_downs
+    with Faults() as faults:
+        result = fit_fold(ladder, store, splits, config)
+    assert faults.passes["forward"] == 3
+    assert_same_run(result.run_dir, whole["sgd"])
+
+
 def test_several_in_a_row_go_down_rung_by_rung_and_keep_the_effective_batch_and_the_patches(
     long_ladder, store, splits, make_config, whole, rows_of, caplog
 ):
@@ -344,6 +400,13 @@ def test_at_the_last_rung_a_run_ends_with_advice_and_goes_on_when_there_is_room(
         result = fit_fold(ladder, store, splits, config)
     assert faults.networks[-1].recompute_stages == 2
     assert_same_run(result.run_dir, whole["sgd"])
+
+
+def test_an_option_given_by_hand_that_leaves_no_rung_is_named(ladder, store, splits, make_config):
+    config = make_config(**options_with(), hardware={"recompute_stages": 0})
+    with Faults(forward=[5]), pytest.raises(InputError, match="no rung is left below") as raised:
+        fit_fold(ladder, store, splits, config)
+    assert "leave hardware.recompute_stages to the plan, which has other rungs" in str(raised.value)
 
 
 def test_a_plan_without_fallbacks_ends_at_once_and_resumably(plan, store, splits, make_config, whole, assert_same_run):
@@ -477,15 +540,17 @@ def test_a_first_step_left_half_done_gives_a_network_of_ones_own_back_as_it_came
     assert_same_run(*runs)
 
 
-def test_the_last_scoring_of_all_cases_may_run_out_of_memory_too(ladder, store, splits, make_config, rows_of):
+def test_the_last_scoring_of_all_cases_may_run_out_of_memory_too(
+    in_slabs, store, splits, make_config, rows_of, fail_case
+):
+    """One case is scored after the second and the third epoch, and both at the end."""
     options = options_with(max_validation_cases=1)
-    whole = fit_fold(ladder, store, splits, make_config("whole", **options))
+    whole = fit_fold(in_slabs, store, splits, make_config("whole", **options))
     config = make_config(**options)
+    fail_case(at=4)
     with Faults() as faults:
-        counted = fit_fold(ladder, store, splits, make_config("counted", **options))
-    with Faults(validation=[faults.passes["validation"]]) as faults:
-        result = fit_fold(ladder, store, splits, config)
-    assert (result.best_dice, result.counts) == (whole.best_dice, whole.counts) == (counted.best_dice, counted.counts)
+        result = fit_fold(in_slabs, store, splits, config)
+    assert (result.best_dice, result.counts) == (whole.best_dice, whole.counts)
     assert record_of(config).validation == record_of(make_config("whole")).validation
     assert faults.passes["forward"] == 9
     assert rows_of(result.run_dir) == rows_of(whole.run_dir)

@@ -1,4 +1,4 @@
-"""Where a training stands on its plan's ladder: options win, rungs that do not fit them are left out."""
+"""Where a training stands on its plan's ladder: options win, rungs that come to nothing less are left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.plan import Rung
 from pipeline.store import CaseStore
 from pipeline.training.run_folder import Counts, StepDown
 from pipeline.training.settings import resolve_settings
-from pipeline.training.step_down import Standing
+from pipeline.training.step_down import Standing, options_in_the_way
 from pipeline.training.validation import Validator
 
 PATCH = (16, 8, 12)
@@ -59,20 +59,109 @@ def test_batches_are_divisors_of_the_first_and_the_effective_batch_is_kept(ladde
 @pytest.mark.parametrize(
     ("options", "left"),
     [
-        ({"hardware": {"recompute_stages": 2}}, [2, 3, 4]),
-        ({"hardware": {"recompute_stages": 1}}, [5]),
-        ({"hardware": {"slab_stages": 0}}, [1, 3, 4, 5]),
-        ({"hardware": {"recompute_stages": 0}}, []),
-        ({"batch_size": 2, "effective_batch": 6}, [4, 5]),
-        ({"batch_size": 6}, [1, 2]),
+        ({"hardware": {"recompute_stages": 2}}, [2, 3, 4, 5]),
+        ({"hardware": {"recompute_stages": 1}}, [2, 3, 4, 5]),
+        ({"hardware": {"slab_stages": 0}}, [1, 2, 3, 4, 5]),
+        ({"hardware": {"slab_stages": 1, "recompute_stages": 0}}, [3, 4, 5]),
+        ({"hardware": {"recompute_stages": 0}}, [2, 3, 4, 5]),
+        ({"hardware": {"recompute_stages": 0, "slab_stages": 0}}, [3, 4, 5]),
+        ({"batch_size": 6}, [1, 2, 3, 4, 5]),
     ],
     ids=str,
 )
-def test_options_given_by_hand_win_and_only_rungs_that_agree_are_used(ladder, make_config, options, left):
+def test_options_given_by_hand_win_and_leave_every_rung_that_is_another_step_and_not_larger(
+    ladder, make_config, options, left
+):
     standing = standing_of(ladder, make_config(**options))
     assert numbers(standing) == left
     for name, value in options.get("hardware", {}).items():
         assert {getattr(rung, name) for rung in (standing.rung, *(rung for _, rung in standing.below))} == {value}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "effective_batch", "batches"),
+    [(12, 12, [6, 6, 4, 2, 2]), (3, 6, [3, 3, 3, 1, 1]), (2, 6, [2, 2, 2, 2]), (1, 6, [1, 1, 1, 1])],
+)
+def test_a_batch_given_by_hand_is_divided_and_its_effective_batch_kept(
+    ladder, make_config, batch_size, effective_batch, batches
+):
+    """Rungs that differ in the batch alone fall together."""
+    standing = standing_of(ladder, make_config(batch_size=batch_size, effective_batch=effective_batch))
+    assert [rung.batch_size for _, rung in standing.below] == batches
+    assert standing.below[-1][1].patch_size == (8, 8, 8)
+    assert {rung.effective_batch for _, rung in standing.below} == {effective_batch}
+
+
+def with_fallbacks(plan, *rungs: Rung):
+    """Built past the checks of a plan, with a plain step of two patches on top."""
+    laddered = replace(plan, slab_stages=0)
+    object.__setattr__(laddered, "fallbacks", rungs)
+    return laddered
+
+
+def below(plan, config, *, own=False) -> list[tuple[int, tuple[int, ...], int]]:
+    """Number, patch and batch of the rungs that are left."""
+    return [(number, rung.patch_size, rung.batch_size) for number, rung in standing_of(plan, config, own=own).below]
+
+
+def test_an_option_given_by_hand_that_no_rung_has_leaves_smaller_batches_and_patches(plan, make_config):
+    rungs = (
+        Rung(patch_size=PATCH, batch_size=2, recompute_stages=2),
+        Rung(patch_size=PATCH, batch_size=1, accumulate_grad_batches=2, recompute_stages=2),
+        Rung(patch_size=(8, 8, 8), batch_size=1, accumulate_grad_batches=2, recompute_stages=2),
+    )
+    config = make_config(hardware={"recompute_stages": 1})
+    assert below(with_fallbacks(plan, *rungs), config) == [(2, PATCH, 1), (3, (8, 8, 8), 1)]
+
+
+def test_rungs_that_an_option_given_by_hand_makes_plainer_or_impossible_are_left_out(plan, make_config):
+    rungs = (
+        Rung(patch_size=PATCH, batch_size=2, slab_stages=1),
+        Rung(patch_size=PATCH, batch_size=2, slab_stages=2, offload_stages=1),
+        Rung(patch_size=PATCH, batch_size=2, slab_stages=1, offload_stages=1, recompute_stages=2),
+        Rung(patch_size=(8, 8, 8), batch_size=2, recompute_stages=1),
+    )
+    laddered = with_fallbacks(plan, *rungs)
+    assert [number for number, *_ in below(laddered, make_config())] == [1, 2, 3, 4]
+    plainer = make_config(hardware={"recompute_stages": 0, "offload_stages": 0})
+    assert [number for number, *_ in below(laddered, plainer)] == [1, 2, 4]
+    stage = make_config(hardware={"slab_stages": 1, "offload_stages": 1, "recompute_stages": 0})
+    assert [number for number, *_ in below(laddered, stage)] == [4]
+    on_slabs = replace(laddered, slab_stages=1, offload_stages=1)
+    assert [number for number, *_ in below(on_slabs, make_config(hardware={"offload_stages": 1}))] == [2, 3]
+    fewer = standing_of(laddered, make_config(hardware={"slab_stages": 0})).below
+    assert [(number, rung.execution) for number, rung in fewer] == [(3, (2, 0, 0)), (4, (1, 0, 0))]
+
+
+def test_a_rung_that_falls_together_with_the_first_step_hides_none_above_it(plan, make_config):
+    rungs = (
+        Rung(patch_size=PATCH, batch_size=1, accumulate_grad_batches=2),
+        Rung(patch_size=PATCH, batch_size=2, slab_stages=1),
+    )
+    assert below(with_fallbacks(plan, *rungs), make_config(), own=True) == [(1, PATCH, 1)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "left"),
+    [
+        ("auto", [(1, PATCH, 4), (3, (8, 8, 8), 4)]),
+        (8, [(1, PATCH, 8), (3, (8, 8, 8), 8)]),
+        (2, [(1, PATCH, 2), (3, (8, 8, 8), 2)]),
+        (1, [(1, PATCH, 1), (3, (8, 8, 8), 1), (4, (8, 8, 4), 1)]),
+    ],
+)
+def test_with_batch_norm_no_rung_trains_with_another_batch(plan, make_config, batch_size, left):
+    rungs = (
+        Rung(patch_size=PATCH, batch_size=4, recompute_stages=1),
+        Rung(patch_size=PATCH, batch_size=1, accumulate_grad_batches=4, recompute_stages=1),
+        Rung(patch_size=(8, 8, 8), batch_size=4, recompute_stages=1),
+        Rung(patch_size=(8, 8, 4), batch_size=1, accumulate_grad_batches=4, recompute_stages=1),
+    )
+    network = replace(plan.network, norm="batch")
+    laddered = with_fallbacks(replace(plan, batch_size=4, network=network), *rungs)
+    assert below(laddered, make_config(batch_size=batch_size, effective_batch=8)) == left
+    # Of a network of one's own the plan says nothing.
+    assert [batch for *_, batch in below(laddered, make_config(effective_batch=8), own=True)] == [1, 1]
 
 
 def test_for_a_network_of_ones_own_only_batch_and_patch_count(ladder, make_config):
@@ -114,7 +203,44 @@ def test_every_decision_goes_strictly_down_and_ends(ladder, make_config):
             taken.append((standing.fallback, standing.scores_on_host))
         on_host = where == "validation"
         first = [(0, True)] if on_host and on_gpu else []
-        assert taken == [*first, *((number, on_host) for number in (1, 2, 3, 4, 5))]
+        # No window of a validation is run otherwise in the fourth rung than in the third.
+        assert taken == [*first, *((number, on_host) for number in ((2, 3, 5) if on_host else (1, 2, 3, 4, 5)))]
+
+
+def test_a_validation_that_runs_out_of_memory_where_no_rung_helps_it_ends_there(plan, make_config):
+    rungs = (
+        Rung(patch_size=PATCH, batch_size=2, recompute_stages=1),
+        Rung(patch_size=PATCH, batch_size=1, accumulate_grad_batches=2, recompute_stages=1),
+    )
+    standing = standing_of(with_fallbacks(plan, *rungs), make_config())
+    assert standing.step_down("validation", on_gpu=False) is None
+    on_host = standing.step_down("validation", on_gpu=True)
+    assert (on_host.rung, on_host.below, on_host.scores_on_host) == (standing.rung, standing.below, True)
+    assert on_host.step_down("validation", on_gpu=True) is None
+    assert standing.step_down("report", on_gpu=False).fallback == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "named"),
+    [
+        ({}, "forward", []),
+        ({"recompute_stages": 0}, "forward", ["hardware.recompute_stages"]),
+        ({"recompute_stages": 0}, "validation", []),
+        ({"slab_stages": 0}, "validation", ["hardware.slab_stages"]),
+        ({"recompute_stages": 0, "slab_stages": 0}, "backward", ["hardware.recompute_stages", "hardware.slab_stages"]),
+        ({"offload_stages": 0}, "backward", []),
+    ],
+    ids=str,
+)
+def test_only_options_that_lower_rungs_would_have_otherwise_are_in_the_way(plan, make_config, options, where, named):
+    rungs = (
+        Rung(patch_size=PATCH, batch_size=2, recompute_stages=1),
+        Rung(patch_size=PATCH, batch_size=2, slab_stages=1),
+    )
+    laddered, config = with_fallbacks(plan, *rungs), make_config(hardware=options)
+    standing = standing_of(laddered, config)
+    assert options_in_the_way(laddered, config, standing, where) == named
+    assert options_in_the_way(laddered, config, replace(standing, fallback=2), where) == []
 
 
 def test_the_scores_stay_on_the_host_once_they_had_to_go_there(ladder, make_config):
