@@ -7,6 +7,7 @@ Lightning's keys they hold `counts` (epoch, iteration, optimizer_step) and, wher
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import zipfile
@@ -23,6 +24,7 @@ from pipeline.artifacts import atomic_path
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.training.last_step import LastStep
+from pipeline.training.out_of_memory import is_out_of_memory
 from pipeline.training.run_folder import Counts, RunFolder
 from pipeline.training.validation import ValidationResult, WholeVolumeValidation
 
@@ -151,6 +153,10 @@ def _link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
+class _UnusableError(InputError):
+    """A checkpoint that was read and cannot be gone on from."""
+
+
 class FoundCheckpoint(NamedTuple):
     """A checkpoint that a run can go on from."""
 
@@ -166,7 +172,8 @@ def find_checkpoint(folder: RunFolder, state: dict[str, Tensor]) -> FoundCheckpo
         state: State dict of the module that will be trained, whose keys and shapes the checkpoint must have.
 
     Raises:
-        InputError: There are checkpoints and none is usable, or they are of another network.
+        InputError: There are checkpoints and none is usable, or they are of another network, or one cannot be read now:
+            going on from an older one would cost what is in it.
     """
     problems = []
     for path in (folder.last_checkpoint, folder.best_checkpoint):
@@ -174,7 +181,7 @@ def find_checkpoint(folder: RunFolder, state: dict[str, Tensor]) -> FoundCheckpo
             continue
         try:
             counts = _read_counts(path, state)
-        except InputError as error:
+        except _UnusableError as error:
             problems.append(error)
             continue
         if problems:
@@ -191,14 +198,22 @@ def _read_counts(path: Path, state: dict[str, Tensor]) -> Counts:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         counts, saved = Counts(**checkpoint[COUNTS_KEY]), checkpoint["state_dict"]
     except Exception as error:
+        # Neither says anything about the file, but for an invalid argument: a place outside of a torn one.
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            fix = "The file may be whole: try again once it can be read"
+            raise InputError(f"cannot be read ({error.strerror or error})", where=path, fix=fix) from error
         # torch.load has no error of its own: torn zips, foreign pickles and short files each raise another type.
-        raise InputError(
+        raise _UnusableError(
             f"is torn, or was not written by voxfit ({_first_sentence(error)})",
             where=path,
             fix="Remove it to use what else is in the run, or give another --run_dir",
         ) from error
     if {key: value.shape for key, value in saved.items()} != {key: value.shape for key, value in state.items()}:
-        raise InputError("belongs to another network", where=path, fix="Give the same network, or another --run_dir")
+        raise _UnusableError(
+            "belongs to another network", where=path, fix="Give the same network, or another --run_dir"
+        )
     return counts
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.artifacts import write_text
+from pipeline.training.run_folder import Counts
 
 COUNT_COLUMNS = ("epoch", "iteration", "optimizer_step")
 COLUMNS = (
@@ -52,6 +53,12 @@ class MetricsTable:
     def total(self, column: str) -> float:
         """The sum of a column over all epochs."""
         return float(sum(row.get(column) or 0 for row in self.rows))
+
+
+def finished_epochs(path: Path) -> Counts:
+    """Counts of the last row of a table; none without one."""
+    rows = _read(path)
+    return Counts(**{name: int(rows[-1][name] or 0) for name in COUNT_COLUMNS}) if rows else Counts()
 
 
 def _read(path: Path) -> list[Row]:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -71,13 +71,25 @@ def keep_freed_memory() -> None:
     A training step on a CPU frees and takes the same blocks over and over, and every return costs page faults. Does
     nothing where the C library is not glibc.
     """
-    try:
+    with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         # Setting any option ends glibc's own adaptation, and older releases refuse a threshold above 32 MiB.
         libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):
-        return
+
+
+def give_freed_memory_back() -> None:
+    """Let the C library give back what it keeps, and from here on every large block as soon as it is freed.
+
+    The end of `keep_freed_memory`, for a process that has run short: small blocks that live on keep the free ones
+    between them from going back to the system, where libraries ask for code, mapped files and stacks of threads. Costs
+    the page faults that were spared before: up to the time of the step itself for a small network.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**20)
+        libc.malloc_trim(0)
 
 
 def prepare_worker(_: int, *, niceness: int = 0) -> None:

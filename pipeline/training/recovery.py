@@ -15,6 +15,8 @@ from pipeline.config import TrainConfig
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.plan import GIB, Plan
+from pipeline.slabs.host import release_host_buffers
+from pipeline.training.processes import give_freed_memory_back
 from pipeline.training.run_folder import Counts, Phase, RunFolder, StepDown
 from pipeline.training.step_down import Standing, options_in_the_way
 
@@ -55,22 +57,32 @@ class OutOfMemoryReport:
         return f"{WHERE[self.where]} after optimiser step {self.counts.optimizer_step}"
 
 
-def describe_memory(device: torch.device) -> str:
-    """How much memory there is, and how much of it the training took."""
-    if device.type == "cuda":
-        total, held = torch.cuda.get_device_properties(device).total_memory, torch.cuda.max_memory_reserved(device)
-        return f"the GPU has {total / GIB:.1f} GiB, of which the training held up to {held / GIB:.1f} GiB"
-    total, held = allotted_memory_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return f"this job has {total / GIB:.1f} GiB, of which the training held up to {held / GIB:.1f} GiB"
+def describe_memory(*, on_gpu: bool) -> str:
+    """How much memory there is, and how much of it the training took, or that this cannot be told."""
+    try:
+        if on_gpu:
+            total, held = torch.cuda.get_device_properties().total_memory, torch.cuda.max_memory_reserved()
+            return f"the GPU has {total / GIB:.1f} GiB, of which the training held up to {held / GIB:.1f} GiB"
+        total, held = allotted_memory_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return f"this job has {total / GIB:.1f} GiB, of which the training held up to {held / GIB:.1f} GiB"
+    except Exception:
+        # Asked where memory has run out and may be short still, which must not end the training.
+        return "how much memory there is cannot be told"
 
 
 def free_memory(network: nn.Module | None) -> None:
-    """Give back what a training that ended left behind: gradients, objects that hold each other, the GPU's cache."""
+    """Give back what a training that ended left behind: gradients, objects that hold each other, what is cached."""
     if network is not None:
         network.zero_grad(set_to_none=True)
+    # Torch keeps what a failed backward pass on a CPU left undone, and all it holds, until the next one.
+    torch.zeros((), requires_grad=True).backward()
     gc.collect()
+    release_host_buffers()
+    give_freed_memory_back()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        # As of torch 2.9 or so.
+        getattr(torch.accelerator, "empty_host_cache", lambda: None)()
 
 
 def go_down(

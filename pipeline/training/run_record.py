@@ -29,13 +29,13 @@ PACKAGES = ("voxfit", "torch", "pytorch-lightning", "monai", "numpy", "blosc2")
 def started_record(
     settings: Settings,
     fold: int | Literal["all"],
-    network: nn.Module,
+    network: nn.Module | None,
     *,
     splits: Splits,
     step_downs: tuple[StepDown, ...] = (),
     predicted_bytes: int | None = None,
 ) -> RunRecord:
-    """The record of a run that begins or goes on."""
+    """The record of a run that begins, also before it has a network, or goes on."""
     return RunRecord(
         fold=fold,
         splits_hash=hash_of(splits),
@@ -49,7 +49,7 @@ def started_record(
         batch_size=settings.batch_size,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         step_downs=step_downs,
-        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()) if network is not None else 0,
         # Plans are for GPUs; a process on a CPU takes other things.
         predicted_bytes=predicted_bytes if settings.device_type == "cuda" else None,
     )

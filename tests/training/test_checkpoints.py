@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import errno
 import resource
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.training.checkpoints import COUNTS_KEY, AtomicCheckpointIO, find_checkpoint
+from pipeline.training.checkpoints import COUNTS_KEY, AtomicCheckpointIO, _UnusableError, find_checkpoint
+from pipeline.training.out_of_memory import is_out_of_memory
+from pipeline.training.probe_memory import hold_to
 from pipeline.training.run_folder import Counts, RunFolder
 
 STATE = {"network.weight": torch.arange(6.0).reshape(2, 3)}
@@ -82,3 +87,43 @@ def test_a_single_wrong_byte_is_noticed(folder):
     folder.last_checkpoint.write_bytes(content)
     assert torch.load(folder.last_checkpoint, weights_only=True)["counts"]["epoch"] == 2, "torch does not notice"
     assert find_checkpoint(folder, STATE).path == folder.best_checkpoint
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_read_is_said_as_such(folder):
+    """It is mapped, which takes as much of a limit as reading it."""
+    save(folder.best_checkpoint, epoch=1)
+    save(folder.last_checkpoint, epoch=2, state={"network.weight": torch.zeros(2**24)})
+    limit = hold_to("cpu", 2**24)
+    try:
+        with pytest.raises(RuntimeError, match="Cannot allocate memory") as raised:
+            find_checkpoint(folder, {"network.weight": torch.zeros(1)})
+    finally:
+        limit.lift()
+    assert is_out_of_memory(raised.value)
+    assert not isinstance(raised.value, InputError)
+
+
+@pytest.mark.parametrize(("number", "reason"), [(errno.EIO, "Input/output error"), (errno.EACCES, "Permission denied")])
+def test_a_checkpoint_that_cannot_be_read_is_not_called_torn_nor_passed_over(folder, monkeypatch, number, reason):
+    def fail(self: zipfile.ZipFile) -> None:
+        raise OSError(number, reason)
+
+    for path in (folder.best_checkpoint, folder.last_checkpoint):
+        save(path, epoch=1)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    with pytest.raises(InputError) as raised:
+        find_checkpoint(folder, STATE)
+    assert str(raised.value).startswith(f"{folder.last_checkpoint}: cannot be read ({reason})")
+    assert "Remove" not in str(raised.value)
+
+
+def test_a_torn_end_is_called_torn_wherever_it_sends_the_reader(folder):
+    save(folder.last_checkpoint, epoch=1)
+    whole, found = folder.last_checkpoint.read_bytes(), []
+    for place in range(len(whole) - 140, len(whole)):
+        folder.last_checkpoint.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        # Most bytes of the end are looked at by nobody.
+        with suppress(_UnusableError):
+            found.append(find_checkpoint(folder, STATE).counts.epoch)
+    assert set(found) <= {1}
+    assert len(found) < 140

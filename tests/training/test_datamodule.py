@@ -114,3 +114,35 @@ def test_a_killed_data_worker_is_said_in_one_line():
     with pytest.raises(InputError, match="a data worker was killed") as raised, stops_as_errors(trainer):
         next(iter(data.train_dataloader()))
     assert "hardware.num_workers" in str(raised.value)
+
+
+class Fails(Dataset):
+    """Raises where an item is asked for."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, index: int) -> dict:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "said"),
+    [
+        (MemoryError(), InputError, "a data worker ran out of host memory"),
+        (
+            RuntimeError("shape mismatch in the store"),
+            RuntimeError,
+            "Original Traceback[^$]*shape mismatch",
+        ),
+        (ValueError("killed by signal"), ValueError, "Original Traceback[^$]*killed by signal"),
+    ],
+)
+def test_an_error_in_a_data_worker_is_said_for_what_it_is(error, expected, said):
+    data = PatchDataModule(Fails(error), batch_size=1, iterations_per_epoch=1, num_workers=1)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(expected, match=said) as raised, stops_as_errors(trainer):
+        next(iter(data.train_dataloader()))
+    if expected is InputError:
+        assert str(raised.value).startswith("hardware.num_workers: ")
+        assert "\n" not in str(raised.value)

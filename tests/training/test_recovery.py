@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pipeline.artifacts import read_artifact
+from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.config import OptimConfig
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.blocks import DecoderStage
@@ -25,6 +28,7 @@ from pipeline.plan import Plan, Rung
 from pipeline.training import validation
 from pipeline.training.checkpoints import AtomicCheckpointIO
 from pipeline.training.out_of_memory import let_go
+from pipeline.training.recovery import free_memory
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.trainer import fit_fold
 
@@ -614,6 +618,145 @@ def test_an_out_of_memory_while_the_last_step_is_saved_falls_back_on_the_checkpo
     assert_same_run(result.run_dir, other.run_dir)
 
 
+def fail_once(monkeypatch, name: str, *, at: int = 1, error: Callable[[], Exception] = OOM) -> None:
+    """Lets what `name` names raise at its n-th call."""
+    module, _, attribute = name.rpartition(".")
+    owner = resolve_name(module)
+    real, calls = getattr(owner, attribute), count(1)
+
+    def maybe(*args, **options):
+        if next(calls) == at:
+            raise error()
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, attribute, maybe)
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(f"pipeline.training.attempt.{part}" for part in ("make_network", "find_checkpoint", "make_data")),
+        *("pipeline.training.ema.deepcopy", "pipeline.training.attempt.make_trainer"),
+    ],
+)
+def test_memory_may_run_out_before_there_is_a_training(
+    ladder, store, splits, make_config, whole, assert_same_run, monkeypatch, part, attempt
+):
+    fail_once(monkeypatch, part, at=attempt)
+    config = make_config(**options_with())
+    with Faults(forward=[5] if attempt == 2 else []):
+        result = fit_fold(ladder, store, splits, config)
+    assert_same_run(result.run_dir, whole["sgd"])
+    step = record_of(config).step_downs[-1]
+    after = Counts(epoch=1, iteration=3, optimizer_step=2) if attempt == 2 else Counts()
+    assert (step.where, step.counts, step.continued_from, step.fallback) == ("start", after, after, attempt)
+
+
+def test_memory_that_a_run_lacks_to_read_what_it_goes_on_from_does_not_say_that_it_begins_anew(
+    plan, store, splits, make_config, whole, assert_same_run, monkeypatch
+):
+    config = make_config(**options_with())
+    with Faults(forward=[8], error=KeyboardInterrupt), pytest.raises(StoppedError):
+        fit_fold(plan, store, splits, config)
+    fail_once(monkeypatch, "pipeline.training.attempt.find_checkpoint")
+    with pytest.raises(InputError, match="The same command goes on from optimiser step 4 where there is more"):
+        fit_fold(plan, store, splits, config)
+    assert_same_run(fit_fold(plan, store, splits, config).run_dir, whole["sgd"])
+
+
+def test_memory_that_runs_out_while_weights_are_read_back_costs_a_rung(
+    ladder, store, splits, make_config, whole, assert_same_run, monkeypatch
+):
+    """Which `load_state_dict` reports as an error of another type, without a cause."""
+    real, calls = Tensor.copy_, count(1)
+
+    def copy(self: Tensor, *args, **options) -> Tensor:
+        if isinstance(self, nn.Parameter) and next(calls) == 1:
+            raise OOM("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "copy_", copy)
+    config = make_config(**options_with())
+    with Faults(forward=[5]):
+        result = fit_fold(ladder, store, splits, config)
+    assert_same_run(result.run_dir, whole["sgd"])
+    assert [step.where for step in record_of(config).step_downs] == ["forward", "start"]
+
+
+def test_a_shortage_that_hides_how_much_memory_there_is_is_recovered_from_all_the_same(
+    ladder, store, splits, make_config, whole, assert_same_run, monkeypatch, caplog
+):
+    fail_once(monkeypatch, "pipeline.training.recovery.allotted_memory_bytes", error=MemoryError)
+    config = make_config(**options_with())
+    with Faults(forward=[2]):
+        result = fit_fold(ladder, store, splits, config)
+    assert_same_run(result.run_dir, whole["sgd"])
+    assert "how much memory there is cannot be told" in caplog.text
+
+
+def test_a_run_that_is_stopped_and_has_no_memory_to_save_the_last_step_is_stopped_all_the_same(
+    ladder, store, splits, make_config, whole, assert_same_run, monkeypatch
+):
+    fail_once(monkeypatch, "pipeline.training.checkpoints.AtomicCheckpointIO.save_checkpoint", at=3, error=MemoryError)
+    config = make_config(**options_with())
+    with Faults(forward=[6], error=KeyboardInterrupt), pytest.raises(StoppedError):
+        fit_fold(ladder, store, splits, config)
+    assert_same_run(fit_fold(ladder, store, splits, config).run_dir, whole["sgd"])
+
+
+def test_a_data_worker_without_memory_costs_no_rung(long_ladder, store, splits, make_config, monkeypatch):
+    fail_once(monkeypatch, "pipeline.sampling.patch_dataset.PatchDataset.__getitem__", error=MemoryError)
+    config = make_config(**options_with(hardware={"num_workers": 1}))
+    with pytest.raises(InputError, match=r"hardware\.num_workers: a data worker ran out of host memory"):
+        fit_fold(long_ladder, store, splits, config)
+    assert not record_of(config).step_downs
+
+
+REALLY_SHORT = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from pipeline.artifacts import read_artifact, write_artifact
+from pipeline.config import AugmentationConfig, HardwareConfig, OptimConfig, TrainConfig
+from pipeline.datasets.splits import Splits
+from pipeline.plan import Plan
+from pipeline.training.probe_memory import hold_to
+from pipeline.training.trainer import fit_fold
+folder, store = (Path(argument) for argument in sys.argv[1:3])
+plan, splits = read_artifact(folder / "plan.json", Plan), read_artifact(folder / "splits.json", Splits)
+def run(name, plan, epochs):
+    config = TrainConfig(
+        plan="plan.json", store=str(store), run_dir=str(folder / name), max_epochs=epochs, iterations_per_epoch=1,
+        fold="all", optim=OptimConfig(name="adamw", ema_decay=0.9), augmentation=AugmentationConfig(enabled=False),
+        hardware=HardwareConfig(accelerator="cpu", num_workers=0, num_threads=1),
+    )
+    fit_fold(plan, store, splits, config)
+run("small", replace(plan, patch_size=(16, 16, 16), fallbacks=()), 1)
+hold_to("cpu", 300 * 2**20)
+run("run", plan, 2)
+"""
+
+
+def test_a_process_that_really_runs_short_of_memory_steps_down_and_finishes(plan, store, splits, tmp_path):
+    """A step of the plan takes twice the limit, one of the last rung a tenth of it."""
+    large = Rung(patch_size=(64, 64, 64), batch_size=2)
+    half = replace(large, batch_size=1, accumulate_grad_batches=2)
+    rungs = (replace(large, recompute_stages=1), half, *(replace(half, patch_size=(size,) * 3) for size in (32, 16)))
+    network = replace(plan.network, features_per_stage=(16, 32), num_blocks_per_stage=(2, 2))
+    short = replace(plan, patch_size=large.patch_size, network=network, fallbacks=rungs)
+    write_artifact(tmp_path / "plan.json", short)
+    write_artifact(tmp_path / "splits.json", splits)
+    done = subprocess.run(
+        [sys.executable, "-c", REALLY_SHORT, tmp_path, store], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = read_artifact(tmp_path / "run" / "run.json", RunRecord)
+    assert record.status == "finished"
+    assert record.counts == Counts(epoch=2, iteration=2, optimizer_step=2)
+    assert record.step_downs
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_a_gpu_that_really_runs_out_of_memory_is_recovered_from(ladder, store, splits, make_config, precision):
@@ -668,3 +811,25 @@ def test_an_error_lets_go_of_what_its_frames_hold_whoever_else_holds_the_frames(
         let_go(error)
         assert not frame.f_locals
         assert held[0]() is None
+
+
+def test_what_a_failed_backward_pass_leaves_undone_is_let_go(plan: Plan) -> None:
+    network = UNet(1, 3, plan.network)
+    start = torch.randn(1, 1, *PATCH, requires_grad=True)
+    kept = start.exp()
+    alive = weakref.ref(kept.untyped_storage())
+
+    def run_out_of_memory(_: Tensor) -> None:
+        raise OOM("made up")
+
+    network.decoder[0].merge.norm.weight.register_hook(run_out_of_memory)
+    value = sum(output.square().mean() for output in network.train()(kept))
+    del kept
+    with pytest.raises(OOM) as caught:
+        value.backward()
+    let_go(caught.value)
+    del value, caught
+    gc.collect()
+    assert alive() is not None
+    free_memory(network)
+    assert alive() is None
