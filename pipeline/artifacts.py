@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -92,18 +93,20 @@ def write_artifact(path: Path, artifact: Any) -> None:
 
 
 def read_artifact(path: Path, kind: type[Artifact]) -> Artifact:
-    """Read a dataclass strictly: unknown, missing and mistyped keys are all named at once.
+    """Read a dataclass strictly: unknown, missing and mistyped keys are all named at once; a key stands once.
 
     Raises:
         InputError: The file is missing, is not JSON, has another schema version, or does not fit `kind`.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        plain = json.loads(text)
+        plain = json.loads(text, object_pairs_hook=_unique_keys)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read ({error})", where=path) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"is not valid JSON ({error})", where=path) from error
+    except InputError as error:
+        raise InputError(error.what, where=path, fix=error.fix) from error
     _check_version(path, plain, kind)
     try:
         artifact: Artifact = _adapter(cast(Hashable, kind)).validate_json(text)
@@ -114,11 +117,23 @@ def read_artifact(path: Path, kind: type[Artifact]) -> Artifact:
     return artifact
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of which Python would silently keep the last of equal keys."""
+    plain = dict(pairs)
+    if len(plain) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = ", ".join(f'"{key}"' for key, count in counts.items() if count > 1)
+        raise InputError(f"{twice}: stands more than once in the same object", fix="Keep one of them")
+    return plain
+
+
 def _check_version(path: Path, plain: Any, kind: type[Any]) -> None:
     expected = getattr(kind, "SCHEMA_VERSION", None)
     if expected is None:
         return
-    found = plain.get("schema_version") if isinstance(plain, dict) else None
+    if not isinstance(plain, dict):
+        raise InputError(f"an object {{...}} is expected, got {json.dumps(plain)[:20]}", where=path)
+    found = plain.get("schema_version")
     if found != expected:
         raise InputError(
             f"has schema version {found}, this voxfit reads version {expected}",

@@ -64,8 +64,8 @@ class PlanOptions(Checked):
     """Voxel size in millimetres along i, j, k; auto follows the data."""
     batch_size: int | Auto = 1
     """Patches per device and iteration; auto fills the budget once the patch covers the volume."""
-    effective_batch: int = 2
-    """Patches per optimiser step, reached by accumulation."""
+    effective_batch: int | Auto = "auto"
+    """Patches per optimiser step, accumulated; auto is 2, or batch_size above that. A number bounds batch_size auto."""
     block: Literal["plain", "residual"] = "plain"
     """Convolution block of the U-Net."""
     norm: Literal["group", "instance", "batch"] = "group"
@@ -91,8 +91,9 @@ class PlanOptions(Checked):
 
     def problems(self) -> list[str]:
         found = _at_least(self, 1, "batch_size", "effective_batch", "base_features", "num_groups", "max_relative_time")
-        if isinstance(self.batch_size, int) and self.batch_size > 0 and self.effective_batch % self.batch_size:
-            found.append(f"effective_batch: {self.effective_batch} is not a multiple of batch_size {self.batch_size}")
+        batch, effective = self.batch_size, self.effective_batch
+        if isinstance(batch, int) and isinstance(effective, int) and batch > 0 and effective % batch:
+            found.append(f"effective_batch: {effective} is not a multiple of batch_size {batch}")
         if self.max_features < self.base_features:
             found.append(f"max_features: {self.max_features} is below base_features {self.base_features}")
         return found

@@ -64,7 +64,7 @@ class MemoryPlan(Record):
         budget_bytes: The VRAM budget the plan was made for.
         peak_bytes: Metered peak of one step with the chosen patch, batch, precision and recomputation.
         overhead_bytes: What a device adds (context, convolution workspace, fragmentation); an estimate.
-        parts: Bytes at the peak by what holds them; they add up to `peak_bytes`.
+        parts: Bytes at the peak by what holds them; they add up to `peak_bytes`, unless there are none.
         host_bytes: Pinned host memory that the step takes for offloaded tensors.
     """
 
@@ -73,6 +73,17 @@ class MemoryPlan(Record):
     overhead_bytes: int
     parts: dict[str, int]
     host_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        names = ("budget_bytes", "peak_bytes", "overhead_bytes", "host_bytes")
+        numbers = {name: getattr(self, name) for name in names}
+        numbers |= {f"parts.{part}": number for part, number in self.parts.items()}
+        problems = [f"{name}: must be at least 0, got {number}" for name, number in numbers.items() if number < 0]
+        total = sum(self.parts.values())
+        if self.parts and total != self.peak_bytes:
+            problems.append(f"parts: must add up to peak_bytes ({self.peak_bytes}), got {total}")
+        if problems:
+            raise InputError("; ".join(f"memory.{problem}" for problem in problems))
 
     @property
     def required_bytes(self) -> int:
@@ -143,6 +154,7 @@ class Plan(Record):
     def __post_init__(self) -> None:
         problems = [
             *self._own_rung().problems(self.network),
+            *self._channel_problems(),
             *self._label_problems(),
             *self._rung_problems(),
         ]
@@ -213,16 +225,37 @@ class Plan(Record):
 
     def _rung_problems(self) -> list[str]:
         """Problems of the rungs: fallbacks are trained with, candidates are only shown."""
-        found = []
+        found = self._effective_batch_problems()
         for index, rung in enumerate(self.fallbacks):
-            own = rung.problems(self.network)
-            if not own and rung.effective_batch != self.effective_batch:
-                own = [f"effective batch {rung.effective_batch} is not the plan's {self.effective_batch}"]
-            found += [f"fallbacks.{index}.{problem}" for problem in own]
+            found += [f"fallbacks.{index}.{problem}" for problem in rung.problems(self.network)]
         for index, rung in enumerate(self.candidates):
             if min(rung.patch_size) < 1:
                 found.append(f"candidates.{index}.patch_size: must be positive, got {list(rung.patch_size)}")
-            found += [f"candidates.{index}.{problem}" for problem in rung.batch_problems()]
+            found += [f"candidates.{index}.{problem}" for problem in rung.number_problems()]
+        return found
+
+    def _effective_batch_problems(self) -> list[str]:
+        """One problem for all fallbacks with another effective batch: they follow from one edit."""
+        others = {
+            index: rung for index, rung in enumerate(self.fallbacks) if rung.effective_batch != self.effective_batch
+        }
+        if not others:
+            return []
+        sizes = ", ".join(sorted({str(rung.effective_batch) for rung in others.values()}))
+        where = ", ".join(f"fallbacks.{index}" for index in others)
+        return [
+            f"batch_size x accumulate_grad_batches: must be the same in all rungs, but is {self.effective_batch} at the"
+            f" top of the file and {sizes} in {where}; change accumulate_grad_batches as well, or both keys in each, or"
+            " delete fallbacks, which leaves nothing to step down to"
+        ]
+
+    def _channel_problems(self) -> list[str]:
+        found = [] if min(self.target_spacing) > 0 else ["target_spacing: must be positive"]
+        for index, channel in enumerate(self.channels):
+            if channel.std <= 0:
+                found.append(f"channels.{index}.std: must be positive, got {channel.std}")
+            if channel.lower > channel.upper:
+                found.append(f"channels.{index}.lower: {channel.lower} is above upper ({channel.upper})")
         return found
 
     def _label_problems(self) -> list[str]:

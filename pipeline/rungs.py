@@ -18,9 +18,9 @@ ProbeOutcome = Literal["fits", "out of memory", "error", "died", "timed out", "b
 
 
 class Record:
-    """A dataclass that is read from JSON strictly: unknown keys are errors, numbers are not made from text."""
+    """A dataclass that is read from JSON strictly: no unknown keys, no infinite numbers, no numbers made from text."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class NetworkPlan(Record):
     Attributes:
         features_per_stage: Channels of each stage.
         strides: Down-sampling into each stage along i, j, k; the first is (1, 1, 1).
-        kernel_sizes: Convolution kernel of each stage.
+        kernel_sizes: Convolution kernel of each stage; odd, so that voxels keep their places.
         num_blocks_per_stage: Convolution blocks of each encoder stage; the decoder uses the plan's
             `num_decoder_blocks` in each.
         num_decoder_blocks: Convolution blocks of each decoder stage.
@@ -58,10 +58,25 @@ class NetworkPlan(Record):
         }
         if len(set(lengths.values())) != 1:
             raise InputError(f"network: one entry per stage is needed, got {lengths}")
-        if self.num_groups < 1:
-            raise InputError(f"network.num_groups: must be at least 1, got {self.num_groups}")
         if self.num_stages < 2:
             raise InputError("network.features_per_stage: at least two stages are needed")
+        if problems := [*self._number_problems(), *self._stage_problems()]:
+            raise InputError("; ".join(f"network.{problem}" for problem in problems))
+
+    def _number_problems(self) -> list[str]:
+        numbers = {name: getattr(self, name) for name in ("num_groups", "num_decoder_blocks")}
+        for name in ("features_per_stage", "num_blocks_per_stage"):
+            numbers |= {f"{name}.{stage}": number for stage, number in enumerate(getattr(self, name))}
+        return [f"{name}: must be at least 1, got {number}" for name, number in numbers.items() if number < 1]
+
+    def _stage_problems(self) -> list[str]:
+        found = []
+        for stage, (stride, kernel) in enumerate(zip(self.strides, self.kernel_sizes, strict=True)):
+            if min(stride) < 1 or (stage == 0 and max(stride) > 1):
+                found.append(f"strides.{stage}: must be {'at least 1' if stage else '[1, 1, 1]'}, got {list(stride)}")
+            if min(kernel) < 1 or not all(size % 2 for size in kernel):
+                found.append(f"kernel_sizes.{stage}: must be odd and at least 1, got {list(kernel)}")
+        return found
 
     @property
     def num_stages(self) -> int:
@@ -80,6 +95,24 @@ class NetworkPlan(Record):
         for stride in self.strides:
             product = [p * s for p, s in zip(product, stride, strict=True)]
         return product[0], product[1], product[2]
+
+    def patch_problems(self, patch_size: Shape3) -> list[str]:
+        """What keeps it from training on patches of `patch_size` voxels."""
+        stride, shown = self.total_stride, list(patch_size)
+        if any(size < 1 or size % s for size, s in zip(patch_size, stride, strict=True)):
+            suitable = [max(1, -(-size // s)) * s for size, s in zip(patch_size, stride, strict=True)]
+            multiple = f"is not a multiple of the network's stride {list(stride)}"
+            return [f"patch_size: {shown} {multiple}; the next larger that is: {suitable}"]
+        voxels = prod(patch_size)
+        for stage, (features, steps) in enumerate(zip(self.features_per_stage, self.strides, strict=True), start=1):
+            voxels //= prod(steps)
+            has_lone_channels = self.norm == "instance" or (self.norm == "group" and self.num_groups >= features)
+            if voxels == 1 and has_lone_channels:
+                lone = (
+                    f"leaves a single voxel in stage {stage}, where {self.norm} norm has no second value of a channel"
+                )
+                return [f"patch_size: {shown} {lone}; take a larger patch"]
+        return []
 
 
 class Execution(NamedTuple):
@@ -175,18 +208,26 @@ class Rung(Record):
 
     def problems(self, network: NetworkPlan) -> list[str]:
         """What is wrong with it for training `network`."""
-        return [*self._patch_problems(network), *self.batch_problems(), *self.execution.problems(network)]
+        return [
+            *network.patch_problems(self.patch_size),
+            *self.number_problems(),
+            *self.execution.problems(network),
+        ]
 
-    def batch_problems(self) -> list[str]:
-        """What is wrong with its numbers of patches."""
-        names = ("batch_size", "accumulate_grad_batches")
-        return [f"{name}: must be at least 1, got {getattr(self, name)}" for name in names if getattr(self, name) < 1]
-
-    def _patch_problems(self, network: NetworkPlan) -> list[str]:
-        stride = network.total_stride
-        if all(size > 0 and size % s == 0 for size, s in zip(self.patch_size, stride, strict=True)):
-            return []
-        return [f"patch_size: {list(self.patch_size)} is not a multiple of the network's stride {list(stride)}"]
+    def number_problems(self) -> list[str]:
+        """What is wrong with its numbers of patches and with what is predicted of it."""
+        least = {
+            "batch_size": 1,
+            "accumulate_grad_batches": 1,
+            "required_bytes": 0,
+            "host_bytes": 0,
+            "relative_time": 0,
+        }
+        return [
+            f"{name}: must be at least {number}, got {getattr(self, name)}"
+            for name, number in least.items()
+            if getattr(self, name) < number
+        ]
 
 
 def _step(rung: Rung) -> tuple[object, ...]:

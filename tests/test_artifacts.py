@@ -187,13 +187,31 @@ def test_another_schema_version_is_said_before_anything_else(version: object, tm
         (b"", "not valid JSON"),
         (b'{"shape": [1', "not valid JSON"),
         (b"\xff\xfe", "cannot be read"),
-        (b"[]", "schema version"),
+        (b"[]", r"an object \{\.\.\.\} is expected, got \[\]"),
+        (b"null", r"an object \{\.\.\.\} is expected, got null"),
+        (b"[" * 100_000, "not valid JSON"),
     ],
 )
 def test_other_content_is_one_clear_line(content: bytes, what: str, tmp_path: Path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match=what):
         read_artifact(tmp_path / "a.json", Example)
+
+
+def test_a_key_that_stands_twice_is_named_instead_of_the_last_one_winning(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text(to_json(EXAMPLE).replace('"weight": 0.1', '"weight": 0.1, "name": "b"'))
+    with pytest.raises(InputError, match=r'"name": stands more than once.*Keep one') as caught:
+        read_artifact(path, Example)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_number_that_is_not_finite_is_refused_with_its_key(number: str, tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text(to_json(EXAMPLE).replace("0.1", number))
+    with pytest.raises(InputError, match=r"inner\.1\.weight: input should be a finite number"):
+        read_artifact(path, Example)
 
 
 @pytest.mark.parametrize("name", ["none.json", "."])

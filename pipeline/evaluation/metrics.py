@@ -20,7 +20,7 @@ from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import AllowInfNan, BeforeValidator, PlainSerializer
 
 from pipeline.evaluation.surfaces import Surface, directed_distances, find_surface
 from pipeline.geometry import Spacing
@@ -42,7 +42,9 @@ def _null_to_nan(value: float | None) -> float:
     return NAN if value is None else value
 
 
-Score = Annotated[float, BeforeValidator(_null_to_nan), PlainSerializer(_nan_to_null, return_type=float | None)]
+Score = Annotated[
+    float, AllowInfNan(True), BeforeValidator(_null_to_nan), PlainSerializer(_nan_to_null, return_type=float | None)
+]
 """A number that may have no value: NaN in Python, null in JSON."""
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.errors import InputError
 from pipeline.plan import NormName
 from pipeline.slabs.dtypes import without_autocast
 
@@ -81,8 +82,11 @@ def replace_batchnorm(network: nn.Module, *, num_groups: int = 32) -> nn.Module:
         The network; the new layer when the network itself was a batch norm.
 
     Raises:
+        InputError: `num_groups` is below 1.
         ValueError: A lazy batch norm does not know its channels yet; run the network once before.
     """
+    if num_groups < 1:
+        raise InputError(f"must be at least 1, got {num_groups}", where="num_groups")
     replaced: dict[nn.Module, GroupNorm] = {}
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if not isinstance(module, _BatchNorm):

@@ -95,8 +95,10 @@ def recompute_modules(network: nn.Module, names: Iterable[str]) -> nn.Module:
 
     Raises:
         InputError: A name is unknown, or one recomputed module contains another: a nested one would run its forward
-            more than twice.
+            more than twice. Or `names` is text instead of a list.
     """
+    if isinstance(names, str):
+        raise InputError(f'a list of module names is needed, such as ["{names}"]', where="recompute")
     modules = dict(network.named_modules())
     wanted = set(names)
     if unknown := sorted(wanted - set(modules)):

@@ -48,20 +48,13 @@ def _load(checkpoint: Path) -> dict[str, Any]:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError("does not exist", where=checkpoint, fix="Check the run folder") from error
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror or error})", where=checkpoint, fix="Try again") from error
     except Exception as error:
-        # torch.load has no error of its own: torn zips, foreign pickles, short files and too little memory for them
-        # each raise another type.
+        # torch.load has no error of its own: torn zips, foreign pickles and short files each raise another type.
         raise InputError(
-            f"is no readable checkpoint, torn or not written by voxfit ({_first_line(error)})",
+            "is no readable checkpoint (torn, or not written by voxfit)",
             where=checkpoint,
             fix="Use the other checkpoint of the run",
         ) from error
     if not isinstance(content, dict):
         raise InputError("is no checkpoint", where=checkpoint, fix="Give a checkpoint written by `voxfit train`")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import ceil, floor
 
 from pipeline.errors import InputError
 from pipeline.plan import GIB
@@ -26,6 +27,17 @@ def parse_vram(text: str) -> int:
     if match is None or unit is None or not float(match.group(1)):
         raise InputError(f'"{text}" is not an amount of memory', where="vram", fix="Write it as 24GiB, or auto")
     return int(float(match.group(1)) * unit)
+
+
+def format_budget(num_bytes: int) -> str:
+    """A budget in GiB, rounded down: beside a need above it, which `format_need` rounds up, the difference shows."""
+    # 0.62 GiB is no whole number of bytes, and was rounded down once.
+    return f"{floor(1000 * (num_bytes + 1) / GIB) / 1000:g} GiB"
+
+
+def format_need(num_bytes: int) -> str:
+    """What a step needs in GiB, rounded up."""
+    return f"{ceil(1000 * num_bytes / GIB) / 1000:g} GiB"
 
 
 def budget_from_device() -> tuple[int, str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Literal
 
@@ -14,8 +14,8 @@ from torch import nn
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
 from pipeline.networks.recompute import recompute_modules
-from pipeline.plan import GIB, Precision
-from pipeline.planning.budget import estimate_overhead_bytes
+from pipeline.plan import Precision
+from pipeline.planning.budget import estimate_overhead_bytes, format_budget, format_need
 from pipeline.planning.kept_bytes import propose_recompute
 from pipeline.planning.meter import Loss, MakeOptimizer, OptimizerName, StepMemory, meter_step
 from pipeline.planning.search import largest_fitting
@@ -45,7 +45,7 @@ class Fit:
     """The largest patch that fits.
 
     Attributes:
-        best: With the fewest recomputed modules with which that patch fits.
+        best: With the first list of recomputed modules with which that patch fits, none where it fits plain.
         looked_at: Every step that was metered, in that order.
     """
 
@@ -62,9 +62,11 @@ def patches_within(limit: Shape3, divisor: int | Shape3, *, smallest: int = 16) 
         smallest: No edge is cut below this many voxels.
 
     Raises:
-        InputError: The limit is below the divisor.
+        InputError: The limit is below the divisor, or that below 1.
     """
     steps = (divisor, divisor, divisor) if isinstance(divisor, int) else divisor
+    if min(steps) < 1:
+        raise InputError(f"must be at least 1, got {format_shape(steps)}", where="divisor")
     patch = [edge - edge % step for edge, step in zip(limit, steps, strict=True)]
     if min(patch) < 1:
         raise InputError(f"{format_shape(limit)} holds no multiple of {format_shape(steps)}", where="limit")
@@ -99,12 +101,13 @@ def largest_patch(
         patch_sizes: That the network can run, the largest first, such as `patches_within` gives.
         precision: As in the plan.
         optimizer: As for `meter_step`.
-        recompute: Names of modules to recompute where nothing fits without, one list for each attempt, each leaner than
-            the one before. "auto" proposes some: those that keep most, see `propose_recompute`.
+        recompute: Names of modules to recompute where a patch does not fit without, one list for each attempt, the last
+            of them expected to be the leanest. "auto" proposes some: those that keep most, see `propose_recompute`.
 
     Raises:
-        InputError: Not even the smallest patch fits, or a name is unknown.
+        InputError: Not even the smallest patch fits, an option or name is wrong, or the network does not take a patch.
     """
+    _check(patch_sizes, recompute)
     if recompute == "auto":
         recompute = _growing(propose_recompute(network, in_channels=in_channels, patch_size=patch_sizes[-1]))
     trials = _Trials(
@@ -115,6 +118,20 @@ def largest_patch(
         ),
     )
     return trials.search(patch_sizes, budget_bytes)
+
+
+def _check(patch_sizes: Sequence[Shape3], recompute: object) -> None:
+    if not patch_sizes:
+        raise InputError("no patch is given", where="patch_sizes", fix="Give some, the largest first")
+    for larger, smaller in pairwise(patch_sizes):
+        if prod(smaller) >= prod(larger):
+            raise InputError(
+                f"{format_shape(smaller)} comes after {format_shape(larger)} and is not smaller",
+                where="patch_sizes",
+                fix="Give the largest first, each once",
+            )
+    if isinstance(recompute, str) and recompute != "auto":
+        raise InputError(f'"{recompute}" is neither auto nor a list of lists of module names', where="recompute")
 
 
 def _growing(names: Names) -> list[Names]:
@@ -145,26 +162,32 @@ class _Trials:
         return self._known[patch, way]
 
     def search(self, patches: Sequence[Shape3], budget_bytes: int) -> Fit:
-        """The largest patch with the last list, and then the first list with which it fits."""
+        """The largest patch that fits with the last list or, next above that, with any; with the first that does."""
         last = len(self._lists) - 1
-        index = 0
-        if self.get(patches[0], 0).required_bytes > budget_bytes:
-            needs = [prod(patch) for patch in patches]
-            found = largest_fitting(needs, lambda at: self.get(patches[at], last).required_bytes, budget_bytes)
-            if found is None:
+        index, best = 0, self.get(patches[0], 0)
+        if best.required_bytes > budget_bytes:
+            sizes = [prod(patch) for patch in patches]
+            found = largest_fitting(sizes, lambda at: self.get(patches[at], last).required_bytes, budget_bytes)
+            index = len(patches) if found is None else found
+            # The last list need not be the leanest: keeping inputs may cost more than recomputation saves.
+            while index and self._first_fitting(patches[index - 1], budget_bytes):
+                index -= 1
+            if index == len(patches):
                 raise self._nothing_fits(patches, budget_bytes)
-            index = found
-        ways = range(last + 1)
-        patch = patches[index]
-        way = bisect_left(ways, True, key=lambda way: self.get(patch, way).required_bytes <= budget_bytes)
-        return Fit(self.get(patch, way), tuple(self._known.values()))
+            best = self._first_fitting(patches[index], budget_bytes) or best
+        return Fit(best, tuple(self._known.values()))
+
+    def _first_fitting(self, patch: Shape3, budget_bytes: int) -> Trial | None:
+        trials = (self.get(patch, way) for way in range(len(self._lists)))
+        return next((trial for trial in trials if trial.required_bytes <= budget_bytes), None)
 
     def _nothing_fits(self, patches: Sequence[Shape3], budget_bytes: int) -> InputError:
-        trial = self.get(patches[-1], len(self._lists) - 1)
+        trials = [self.get(patches[-1], way) for way in range(len(self._lists))]
+        trial = min(trials, key=lambda trial: trial.required_bytes)
         how = f"with {len(trial.recompute)} module(s) recomputed" if trial.recompute else "plain"
         return InputError(
-            f"no patch fits into {budget_bytes / GIB:.2f} GiB; {format_shape(trial.patch_size)} {how} needs"
-            f" {trial.required_bytes / GIB:.2f} GiB",
+            f"no patch fits into {format_budget(budget_bytes)}; {format_shape(trial.patch_size)} {how} needs"
+            f" {format_need(trial.required_bytes)}",
             where="budget_bytes",
             fix="Give a larger budget, smaller patches, or more modules to recompute",
         )

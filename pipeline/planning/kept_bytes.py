@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_iter
 
 from pipeline.geometry import Shape3
 from pipeline.planning.fake_kernels import MeterFakeMode, fake_copy
+from pipeline.planning.step_errors import told_as_input_error
 from pipeline.planning.storages import StorageCounter
 
 # A module that keeps more than this share of everything would, run again, take nearly the memory of the whole network:
@@ -37,9 +38,16 @@ def propose_recompute(network: nn.Module, *, in_channels: int, patch_size: Shape
         network: Any network that runs on fake tensors; neither changed nor run.
         in_channels: C.
         patch_size: I, J, K; shares hardly depend on it.
+
+    Raises:
+        InputError: The network does not take such a patch, or branches on values of tensors.
     """
     root = _Call(None)
-    with MeterFakeMode(allow_non_fake_inputs=True), StorageCounter() as counter:
+    with (
+        told_as_input_error(network, patch_size=patch_size, in_channels=in_channels),
+        MeterFakeMode(allow_non_fake_inputs=True),
+        StorageCounter() as counter,
+    ):
         fake = fake_copy(network).train()
         names = {id(module): name for name, module in fake.named_modules()}
         _record_calls(fake, counter, root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from math import prod
 
 from pipeline.geometry import Shape3
@@ -11,7 +12,7 @@ from pipeline.plan import Rung
 from pipeline.planning.budget import estimate_overhead_bytes
 from pipeline.planning.candidates import fallback_patches
 from pipeline.planning.rung_meter import RungMeter
-from pipeline.planning.search import largest_fitting, leanest_ways
+from pipeline.planning.search import largest_fitting
 
 NUM_SMALLER_PATCHES = 2
 # A step down that saves less than this share is not worth the interruption.
@@ -62,21 +63,12 @@ def _largest_plain(meter: RungMeter, patches: Sequence[Shape3], budget_bytes: in
 def _next_smaller(
     meter: RungMeter, own: Sequence[Rung], smaller: Sequence[Shape3], budget_bytes: int, batch_size: int
 ) -> list[Rung]:
-    """The fastest way found for each of the next smaller patches, of the ways weighed for the chosen one.
-
-    The smallest of these patches is metered, those between it and the chosen one are interpolated where they are run in
-    the same way.
-    """
+    """The fastest way that fits for each of the next smaller patches, of the ways weighed for the chosen one."""
     weighed = [way for way in own if way.batch_size == batch_size]
     found: list[Rung] = []
-    for patch in reversed(smaller[:NUM_SMALLER_PATCHES]):
-        for way in _likely_ways(meter, weighed, patch, budget_bytes):
-            above = next((rung for rung in weighed if rung.execution == way.execution), None)
-            below = next((rung for rung in found if rung.execution == way.execution), None)
-            rung = _between(way, above, below) if above and below else meter.weighed(way)
-            if rung.required_bytes <= budget_bytes:
-                found.append(rung)
-                break
+    for patch in smaller[:NUM_SMALLER_PATCHES]:
+        likely = map(meter.weighed, _likely_ways(meter, weighed, patch, budget_bytes))
+        found += islice((rung for rung in likely if rung.required_bytes <= budget_bytes), 1)
     return found
 
 
@@ -90,33 +82,32 @@ def _likely_ways(meter: RungMeter, weighed: Sequence[Rung], patch_size: Shape3, 
 
 
 def list_fallbacks(meter: RungMeter, chosen: Rung) -> tuple[Rung, ...]:
-    """Rungs below the chosen one, in stepping order: leaner ways, then smaller batches, then smaller patches.
+    """Rungs below the chosen one, in stepping order: smaller batches, then leaner ways, then smaller patches.
 
-    All train the chosen rung's network with its effective batch, and each is predicted to need less than the one
-    before. The smallest patch is metered, those above it are interpolated.
+    All are metered, train the chosen rung's network with its effective batch, and need less than the one before.
+    Smaller batches come first, for they cost no time: statistics are taken per patch, so the training is the same.
     """
     network = meter.network_plan(chosen.patch_size)
     rungs = [meter.weighed(chosen)]
-    for way in _slower_ways(meter, chosen):
-        _append_if_leaner(rungs, way)
     # Batch norm in a smaller batch would be another training.
-    for rung in _smaller_batches(rungs[-1]) if network.norm != "batch" else ():
+    for rung in _smaller_batches(chosen) if network.norm != "batch" else ():
         _append_if_leaner(rungs, meter.weighed(rung))
+    for way in _slower_ways(meter, rungs[-1]):
+        _append_if_leaner(rungs, meter.weighed(way))
     top = rungs[-1]
-    patches = [replace(top, patch_size=patch) for patch in fallback_patches(top.patch_size, network.total_stride)]
-    if patches and top.batch_size == 1:
-        smallest = meter.weighed(patches[-1], network=network)
-        for rung in [*(_between(rung, top, smallest) for rung in patches[:-1]), smallest]:
-            _append_if_leaner(rungs, rung)
+    for patch in fallback_patches(top.patch_size, network.total_stride):
+        _append_if_leaner(rungs, meter.weighed(replace(top, patch_size=patch), network=network))
     return tuple(rungs[1:])
 
 
-def _slower_ways(meter: RungMeter, chosen: Rung) -> list[Rung]:
-    """Other ways to run the chosen patches: those metered already, the leanest, and the one with least host memory."""
-    families = meter.families(chosen.patch_size, chosen.batch_size)
-    wanted = {*_known_ways(meter, chosen.patch_size, chosen.batch_size), *leanest_ways(families)}
-    wanted.update([family[-1] for family in families if family[0].offload_stages == 1][-1:])
-    return [meter.weighed(way) for way in sorted(wanted, key=lambda way: (way.offload_stages > 0, way.relative_time))]
+def _slower_ways(meter: RungMeter, rung: Rung) -> list[Rung]:
+    """Other ways to run the rung's patches: those metered already, all recomputed, and the leanest by host memory."""
+    known = _known_ways(meter, rung.patch_size, rung.batch_size)
+    families = meter.families(rung.patch_size, rung.batch_size)
+    last = {family[0].offload_stages: family[-1] for family in families}
+    ways = {*known, families[0][-1], *last.values()}
+    kept = [replace(way, accumulate_grad_batches=rung.accumulate_grad_batches) for way in ways]
+    return sorted(kept, key=lambda way: (way.offload_stages > 0, way.relative_time))
 
 
 def _smaller_batches(rung: Rung) -> Iterator[Rung]:
@@ -125,24 +116,6 @@ def _smaller_batches(rung: Rung) -> Iterator[Rung]:
     while batch_size > 1:
         batch_size = next(size for size in range(batch_size // 2, 0, -1) if total % size == 0)
         yield replace(rung, batch_size=batch_size, accumulate_grad_batches=total // batch_size)
-
-
-def _between(rung: Rung, larger: Rung, smaller: Rung) -> Rung:
-    """The rung with memory on the line through two metered ones that are run alike.
-
-    Memory is the largest of several sums that grow with the voxels, each on a line of its own, so it bends upwards: the
-    line between two points does not promise too little.
-    """
-    share = (rung.voxels - smaller.voxels) / (larger.voxels - smaller.voxels)
-
-    def on_line(low: int, high: int) -> int:
-        return low + round(share * (high - low))
-
-    return replace(
-        rung,
-        required_bytes=on_line(smaller.required_bytes, larger.required_bytes),
-        host_bytes=on_line(smaller.host_bytes, larger.host_bytes),
-    )
 
 
 def _append_if_leaner(rungs: list[Rung], rung: Rung) -> None:

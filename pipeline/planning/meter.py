@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_iter
 
@@ -22,6 +21,7 @@ from pipeline.geometry import Shape3
 from pipeline.plan import Precision
 from pipeline.planning.cuda_autocast import cuda_autocast_rules
 from pipeline.planning.fake_kernels import MeterFakeMode, fake_copy
+from pipeline.planning.step_errors import check_choice, told_as_input_error
 from pipeline.planning.storages import StorageCounter
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 Loss = Callable[[Any, Tensor], Tensor]
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 OptimizerName = Literal["sgd", "adamw"]
+
+# What autocast computes in; None is no autocast.
+HALF_OF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
 
 PARTS = ("parameters", "gradients", "optimizer", "input", "activations", "head", "working")
 
@@ -97,24 +100,23 @@ def meter_step(
         options: As for `StepOptions`.
 
     Raises:
-        InputError: The network or the loss branches on values of tensors, which fake ones do not have.
+        InputError: An option is wrong, or the step fails: the network or the loss does not take such a patch, or
+            branches on values of tensors, which fake ones do not have.
     """
-    try:
-        with MeterFakeMode(allow_non_fake_inputs=True), _rules_of(device_type):
-            memory = count_step(
-                fake_copy(network),
-                fake_copy(loss) if isinstance(loss, nn.Module) else loss,
-                torch.empty(batch_size, in_channels, *patch_size),
-                torch.zeros(batch_size, *patch_size, dtype=torch.int64),
-                **options,
-            )
-        return memory if device_type == "cpu" else replace(memory, process_bytes=None)
-    except DataDependentOutputException as error:
-        raise InputError(
-            f"the step cannot be metered because it reads the value of a tensor ({error})",
-            where=type(network).__name__,
-            fix="Decide by shapes instead of values in the network and the loss, or set patch_size by hand",
-        ) from error
+    check_choice("device_type", device_type, ("cpu", "cuda"))
+    with (
+        told_as_input_error(network, patch_size=patch_size, in_channels=in_channels, batch_size=batch_size),
+        MeterFakeMode(allow_non_fake_inputs=True),
+        _rules_of(device_type),
+    ):
+        memory = count_step(
+            fake_copy(network),
+            fake_copy(loss) if isinstance(loss, nn.Module) else loss,
+            torch.empty(batch_size, in_channels, *patch_size),
+            torch.zeros(batch_size, *patch_size, dtype=torch.int64),
+            **options,
+        )
+    return memory if device_type == "cpu" else replace(memory, process_bytes=None)
 
 
 def count_step(
@@ -133,11 +135,16 @@ def count_step(
     there. Both come from an optimiser step on gradients of zero, which is counted too.
 
     Args: as for `meter_step` and `StepOptions`, with the batch itself instead of its sizes.
+
+    Raises:
+        InputError: An option is unknown, or nothing of the network is trained.
     """
     counter = StorageCounter()
     counter.claim([*network.parameters(), *network.buffers()], "parameters")
     counter.claim([images, targets], "input")
     parameters = [p for p in network.parameters() if p.requires_grad]
+    if not parameters:
+        raise InputError("no parameter requires a gradient, so there is no training step", where=type(network).__name__)
     step = _CountedStep(counter, network.train(), loss, _make_optimizer(optimizer, parameters), _autocast(precision))
     with ExitStack() as stack:
         for parameter in parameters:
@@ -220,9 +227,9 @@ def _rules_of(device_type: Literal["cpu", "cuda"]) -> AbstractContextManager[Non
 
 
 def _autocast(precision: Precision) -> AbstractContextManager[Any]:
-    if precision == "32-true":
-        return nullcontext()
-    return torch.autocast("cpu", torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
+    check_choice("precision", precision, HALF_OF)
+    dtype = HALF_OF[precision]
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
 def _make_optimizer(optimizer: OptimizerName | MakeOptimizer, parameters: list[nn.Parameter]) -> Optimizer:
@@ -231,4 +238,6 @@ def _make_optimizer(optimizer: OptimizerName | MakeOptimizer, parameters: list[n
         return torch.optim.SGD(parameters, lr=0.01, momentum=0.99, nesterov=True, weight_decay=3e-5, foreach=True)
     if optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=0.001, foreach=True)
+    if not callable(optimizer):
+        raise InputError(f'"{optimizer}" is neither sgd, adamw nor a function of parameters', where="optimizer")
     return optimizer(parameters)

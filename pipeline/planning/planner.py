@@ -12,7 +12,8 @@ from pipeline.config import PlanConfig
 from pipeline.datasets.fingerprint import ChannelStatistics, Fingerprint
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
-from pipeline.plan import GIB, ChannelPlan, NormalizationScheme, Plan, Rung
+from pipeline.plan import ChannelPlan, NormalizationScheme, Plan, Rung
+from pipeline.planning.budget import format_budget, format_need
 from pipeline.planning.candidates import patch_candidates
 from pipeline.planning.ladder import list_candidates, list_fallbacks
 from pipeline.planning.reasons import Choice, explain_choice, explain_normalization
@@ -27,6 +28,7 @@ LARGEST_DATASET_SHARE = 0.05
 LARGEST_BODY_SHARE = 0.75
 # Patches that the error names when not even the smallest fits.
 NUM_NAMED = 3
+TOO_SMALL = "Check the shapes and spacings of the cases, or set target_spacing"
 _CT_WORD = re.compile(r"(?<![a-z0-9])ct(?![a-z0-9])", re.IGNORECASE)
 
 
@@ -108,6 +110,9 @@ def _patches(config: PlanConfig, target: TargetGrid) -> tuple[Shape3, ...]:
 def _choose(meter: RungMeter, fingerprint: Fingerprint, target: TargetGrid, budget_bytes: int) -> Choice:
     """The rung of the plan and what stands around it."""
     config, patches = meter.config, _patches(meter.config, target)
+    if problems := meter.network_plan(patches[0]).patch_problems(patches[0]):
+        median = f"the median case is {format_shape(target.median_shape)} at the target spacing"
+        raise InputError(f"{'; '.join(problems)} ({median})", where=fingerprint.dataset_name, fix=TOO_SMALL)
     batch_size = 1 if isinstance(config.batch_size, str) else config.batch_size
     ways = [_fast_enough(meter.families(patch, batch_size), config.max_relative_time) for patch in patches]
     rung = choose_rung(ways, meter.required_bytes, budget_bytes)
@@ -133,16 +138,21 @@ def _fast_enough(families: Families, max_relative_time: float) -> Families:
 
 
 def _nothing_fits(meter: RungMeter, ways: Sequence[Families], budget_bytes: int) -> InputError:
-    leanest = [leanest_ways(families) for families in ways[-NUM_NAMED:]]
-    with_host = [rungs[0] for rungs in leanest if rungs[0].offload_stages]
-    without = [min(rungs, key=meter.required_bytes) for rungs in _without_host(leanest)]
-    needs = ", ".join(_need(meter, rung) for rung in [*without, *with_host])
+    batch_size, is_given = ways[0][0][0].batch_size, meter.config.patch_size != "auto"
+    named = [_leanest(meter, families, needs_host) for needs_host in (False, True) for families in ways[-NUM_NAMED:]]
+    needs = ", ".join(_need(meter, rung) for rung in named if rung is not None)
+    subject = f"patch_size {format_shape(ways[0][0][0].patch_size)} does not fit" if is_given else "no patch fits"
     return InputError(
-        f"no patch fits into {budget_bytes / GIB:.2f} GiB with batch {without[0].batch_size}; {needs}",
+        f"{subject} into {format_budget(budget_bytes)} with batch {batch_size}; {needs}",
         where="vram",
-        fix=f"Give a larger budget{_allowed_more(meter.config)}, or lower base_features or max_features"
-        + (" or batch_size" if without[0].batch_size > 1 else ""),
+        fix=f"Give {'a smaller patch_size or ' if is_given else ''}a larger budget{_allowed_more(meter.config)}, or"
+        f" lower base_features or max_features{' or batch_size' if batch_size > 1 else ''}",
     )
+
+
+def _leanest(meter: RungMeter, families: Families, needs_host: bool) -> Rung | None:
+    ways = [way for way in leanest_ways(families) if (way.offload_stages > 0) == needs_host]
+    return min(ways, key=meter.required_bytes, default=None)
 
 
 def _allowed_more(config: PlanConfig) -> str:
@@ -151,13 +161,8 @@ def _allowed_more(config: PlanConfig) -> str:
     return f"{host}, raise max_relative_time ({config.max_relative_time:g})"
 
 
-def _without_host(leanest: Sequence[Sequence[Rung]]) -> list[list[Rung]]:
-    return [[rung for rung in rungs if not rung.offload_stages] for rungs in leanest]
-
-
 def _need(meter: RungMeter, rung: Rung) -> str:
-    patch, need = format_shape(rung.patch_size), meter.required_bytes(rung) / GIB
-    return f"{patch} ({rung.execution}) needs {need:.2f} GiB"
+    return f"{format_shape(rung.patch_size)} ({rung.execution}) needs {format_need(meter.required_bytes(rung))}"
 
 
 def _largest_batch(fingerprint: Fingerprint, target: TargetGrid, patch_size: Shape3) -> int:

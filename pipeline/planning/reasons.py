@@ -8,6 +8,7 @@ from math import prod
 from pipeline.config import PlanConfig
 from pipeline.geometry import Shape3, format_shape
 from pipeline.plan import GIB, ChannelPlan, Rung
+from pipeline.planning.budget import format_need
 from pipeline.planning.executions import OFFLOAD_TIME_FACTOR, RECOMPUTE_TIME_FACTOR, SLAB_TIME_FACTORS
 from pipeline.planning.spacing import TargetGrid
 
@@ -48,6 +49,7 @@ def explain_choice(choice: Choice, config: PlanConfig, target: TargetGrid, budge
         *_time_sentence(choice),
         *_host_sentence(choice),
         _batch_sentence(choice, config),
+        *_batch_norm_sentence(choice, config),
         _memory_sentence(choice, config, budget_bytes),
         _fallback_sentence(choice),
     )
@@ -83,7 +85,7 @@ def _patch_sentence(choice: Choice, config: PlanConfig, target: TargetGrid) -> s
     return (
         f"Patch {patch} is the largest that fits in the aspect of the median case {median} and holds"
         f" {_share(choice.rung, target)} of its voxels; the next larger, {format_shape(larger.patch_size)}, would take"
-        f" {larger.required_bytes / GIB:.1f} GiB in the leanest way that takes at most {config.max_relative_time:g}"
+        f" {format_need(larger.required_bytes)} in the leanest way that takes at most {config.max_relative_time:g}"
         f" times the plain step's time ({larger.execution})."
     )
 
@@ -112,9 +114,9 @@ def _execution_sentence(choice: Choice, budget_bytes: int) -> str:
     plain, rung = choice.plain(), choice.rung
     need = f"the plain step of this patch would take {plain.required_bytes / GIB:.1f} GiB, and " if plain else ""
     return (
-        f"The step is run with {rung.execution} (stages counted from 1, the highest resolution): {need}of the ways that"
-        f" fit {budget_bytes / GIB:.1f} GiB it is the one with the least estimated time. Losses and gradients are those"
-        " of the plain step."
+        f"The step is run with {rung.execution}, where stages are counted from 1, the highest resolution: {need}of the"
+        f" ways that fit {budget_bytes / GIB:.1f} GiB it is the one with the least estimated time. Losses and gradients"
+        " are those of the plain step."
     )
 
 
@@ -156,8 +158,18 @@ def _batch_sentence(choice: Choice, config: PlanConfig) -> str:
         reason = "memory goes to the field of view as long as the patch is smaller than the median case"
     else:
         covered = "the patch covers the median case" if config.patch_size == "auto" else "the patch was given"
-        reason = f"{covered}, so the batch is the largest that fits and holds at most 5% of all voxels"
+        divisor = "" if config.effective_batch == "auto" else f", divides effective_batch {config.effective_batch}"
+        reason = f"{covered}, so the batch is the largest that fits{divisor} and holds at most 5% of all voxels"
     return f"{steps} batch of {rung.effective_batch}: {reason}."
+
+
+def _batch_norm_sentence(choice: Choice, config: PlanConfig) -> tuple[str, ...]:
+    if config.norm != "batch" or choice.rung.batch_size > 1:
+        return ()
+    return (
+        "Warning: with batch 1 a batch norm trains on the statistics of a single patch and predicts with running ones,"
+        " which may differ much; --norm group does not depend on the batch, and so does a larger batch_size help.",
+    )
 
 
 def _memory_sentence(choice: Choice, config: PlanConfig, budget_bytes: int) -> str:

@@ -16,6 +16,8 @@ from pipeline.planning.executions import execution_families, relative_time
 from pipeline.planning.meter import StepMemory, meter_step
 from pipeline.planning.topology import make_topology
 
+# Patches per optimiser step where neither the person nor a larger batch decides.
+DEFAULT_EFFECTIVE_BATCH = 2
 # Beside the meter's own parts: the weights that an exponential moving average keeps.
 AVERAGED_WEIGHTS = "averaged weights"
 
@@ -74,10 +76,12 @@ class RungMeter:
         return tuple(tuple(self._rung(network, patch_size, batch_size, way) for way in family) for family in ways)
 
     def _rung(self, network: NetworkPlan, patch_size: Shape3, batch_size: int, execution: Execution) -> Rung:
+        given = self.config.effective_batch
+        effective_batch = DEFAULT_EFFECTIVE_BATCH if given == "auto" else given
         return Rung(
             patch_size=patch_size,
             batch_size=batch_size,
-            accumulate_grad_batches=max(1, self.config.effective_batch // batch_size),
+            accumulate_grad_batches=max(1, effective_batch // batch_size),
             **execution._asdict(),
             relative_time=relative_time(network, patch_size, execution, in_channels=self.in_channels),
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from pipeline.plan import Rung
 
@@ -81,26 +82,23 @@ def choose_rung(patches: Sequence[Families], required_bytes: RequiredBytes, budg
 
     index = largest_fitting([families[0][0].voxels for families in patches], of_leanest, budget_bytes)
     index = len(patches) if index is None else index
-    # Which way is the leanest is an expectation, so the larger neighbour is asked for in the others too.
+    # Which family is the leanest is an expectation, so the larger neighbour is asked for in all of them.
     while index and any(required_bytes(way) <= budget_bytes for way in leanest_ways(patches[index - 1])):
         index -= 1
     return None if index == len(patches) else fastest_fitting(patches[index], required_bytes, budget_bytes)
 
 
 def leanest_ways(families: Families) -> list[Rung]:
-    """The ways that are expected to take least: the last of all, the last without host memory, all recomputed."""
-    without_host = [family for family in families if not family[0].offload_stages]
-    ways = [families[-1][-1], without_host[-1][-1], families[0][-1]]
-    return list(dict.fromkeys(ways))
+    """The leanest way of each family, beginning with the one that is expected to take least."""
+    return [family[-1] for family in reversed(families)]
 
 
 def fastest_fitting(families: Families, required_bytes: RequiredBytes, budget_bytes: int) -> Rung | None:
     """The way to run a patch that fits and takes the least time; host memory is used only when nothing else fits."""
     for needs_host in (False, True):
         group = [family for family in families if (family[0].offload_stages > 0) == needs_host]
-        # Where not even the leanest ways fit, as far as they are expected to be, the others are not asked for.
-        if group and any(required_bytes(way) <= budget_bytes for way in (group[-1][-1], group[0][-1])):
-            return _fastest_of(group, required_bytes, budget_bytes)
+        if found := _fastest_of(group, required_bytes, budget_bytes):
+            return found
     return None
 
 
@@ -115,17 +113,22 @@ def _fastest_of(families: Families, required_bytes: RequiredBytes, budget_bytes:
 
 
 def choose_batch(
-    rung: Rung, required_bytes: RequiredBytes, budget_bytes: int, *, effective_batch: int, largest: int
+    rung: Rung,
+    required_bytes: RequiredBytes,
+    budget_bytes: int,
+    *,
+    effective_batch: int | Literal["auto"],
+    largest: int,
 ) -> Rung:
-    """The rung with as many patches per iteration as fit, at most `largest`.
+    """The rung, of batch 1, with as many patches per iteration as fit, at most `largest`.
 
-    Below `effective_batch` it is a divisor of it, so that accumulation reaches it exactly.
+    It is a divisor of a given `effective_batch`, so that accumulation reaches that exactly.
     """
-    sizes = [size for size in range(max(1, largest), 1, -1) if size >= effective_batch or effective_batch % size == 0]
-    rungs = [_with_batch(rung, size, effective_batch) for size in [*sizes, 1]]
+    sizes = [size for size in range(largest, 1, -1) if effective_batch == "auto" or effective_batch % size == 0]
+    rungs = [_with_batch(rung, size) for size in [*sizes, 1]]
     index = largest_fitting([way.voxels for way in rungs], lambda at: required_bytes(rungs[at]), budget_bytes)
     return rung if index is None else rungs[index]
 
 
-def _with_batch(rung: Rung, batch_size: int, effective_batch: int) -> Rung:
-    return replace(rung, batch_size=batch_size, accumulate_grad_batches=max(1, effective_batch // batch_size))
+def _with_batch(rung: Rung, batch_size: int) -> Rung:
+    return replace(rung, batch_size=batch_size, accumulate_grad_batches=max(1, rung.effective_batch // batch_size))

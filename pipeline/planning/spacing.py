@@ -56,10 +56,10 @@ def _choose_spacing(cases: Sequence[CaseFingerprint]) -> tuple[Spacing, str]:
     few_slices = shape[axis] * ANISOTROPIC_RATIO < shape[others].min()
     if not (coarse and few_slices):
         spacing = _rounded(target)
-        return spacing, f"Target spacing {format_spacing(spacing)} mm is the median of {len(cases)} cases per axis."
+        return spacing, f"Target spacing {format_spacing(spacing)} mm is the median of {_count(cases)} per axis."
     fine = max(float(np.percentile(spacings[:, axis], FINE_PERCENTILE)), float(target[others].max()))
     reason = (
-        f"is the median of {len(cases)} cases, but along {'ijk'[axis]}, where slices are few and {target[axis]:.4g} mm "
+        f"is the median of {_count(cases)}, but along {'ijk'[axis]}, where slices are few and {target[axis]:.4g} mm "
         f"apart in the median, the 10th percentile, so that cases with thin slices keep their detail."
     )
     target[axis] = fine
@@ -80,6 +80,10 @@ def median_shape(cases: Sequence[CaseFingerprint], spacing: Spacing) -> Shape3:
     shapes = np.round(extents / np.asarray(spacing))
     i, j, k = np.maximum(1, np.round(np.median(shapes, axis=0))).astype(int)
     return int(i), int(j), int(k)
+
+
+def _count(cases: Sequence[CaseFingerprint]) -> str:
+    return f"{len(cases)} case{'s' if len(cases) > 1 else ''}"
 
 
 def _rounded(values: np.ndarray) -> Spacing:

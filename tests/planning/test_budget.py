@@ -4,7 +4,14 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.plan import GIB
-from pipeline.planning.budget import budget_from_device, estimate_overhead_bytes, parse_vram
+from pipeline.planning.budget import (
+    CONTEXT_BYTES,
+    budget_from_device,
+    estimate_overhead_bytes,
+    format_budget,
+    format_need,
+    parse_vram,
+)
 
 
 @pytest.mark.parametrize("text", ["24GiB", "24GB", "24", "24 gib", " 24.0 G ", "24576MiB"])
@@ -28,3 +35,9 @@ def test_the_budget_of_this_machine_comes_with_its_reason() -> None:
 
 def test_overhead_grows_with_the_step_and_is_there_for_an_empty_one() -> None:
     assert 0 < estimate_overhead_bytes(0) < estimate_overhead_bytes(GIB) < estimate_overhead_bytes(8 * GIB)
+
+
+def test_a_need_above_a_budget_shows_whatever_the_difference() -> None:
+    for budget in (parse_vram("0.62"), parse_vram("24"), CONTEXT_BYTES):
+        assert format_budget(budget) != format_need(budget + 1024)
+    assert (format_budget(parse_vram("0.62")), format_need(parse_vram("0.62") + 1024)) == ("0.62 GiB", "0.621 GiB")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.errors import InputError
 from pipeline.losses.deep_supervision import DeepSupervisionLoss
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.networks.unet import UNet
@@ -190,7 +191,7 @@ def test_rules_are_those_of_the_cpu_again_when_a_step_cannot_be_metered() -> Non
     def failing(logits: Tensor, _: Tensor) -> Tensor:
         raise RuntimeError("no loss")
 
-    with pytest.raises(RuntimeError, match="no loss"):
+    with pytest.raises(InputError, match=r"UNet: the step fails .*RuntimeError: no loss"):
         meter(UNet(2, 3, TINY), failing)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.group_norm(half(1, 4, 4), 2).dtype == torch.bfloat16

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.errors import InputError
-from pipeline.plan import GIB, ChannelPlan, Execution, MemoryPlan, Plan, Rung
+from pipeline.networks.unet import UNet
+from pipeline.plan import GIB, ChannelPlan, Execution, MemoryPlan, NormName, Plan, Rung
 from pipeline.planning.topology import make_topology
 
 NETWORK = make_topology((40, 56, 40), (1.0, 1.0, 1.0))
@@ -89,7 +92,8 @@ def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     [
         (
             change("patch_size", to=[40, 55, 40]),
-            r"patch_size: \[40, 55, 40\] is not a multiple of the network's stride \[8, 8, 8\]",
+            r"patch_size: \[40, 55, 40\] is not a multiple of the network's stride \[8, 8, 8\];"
+            r" the next larger that is: \[40, 56, 40\]",
         ),
         (change("network", "depth", to=5), r"network\.depth: unknown key"),
         (change("schema_version", to=99), r"has schema version 99, this voxfit reads version 1"),
@@ -107,11 +111,34 @@ def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("fallbacks", 0, "slab_stages", to=9), r"fallbacks\.0\.slab_stages: must be 0 to 4, got 9"),
         (
             change("fallbacks", 1, "accumulate_grad_batches", to=1),
-            r"fallbacks\.1\.effective batch 1 is not the plan's 2",
+            r"batch_size x accumulate_grad_batches: must be the same .* 2 at the top .* and 1 in fallbacks\.1;",
         ),
         (change("fallbacks", 0, "speed", to=1), r"fallbacks\.0\.speed: unknown key"),
         (change("candidates", 1, "patch_size", to=[0, 8, 8]), r"candidates\.1\.patch_size: must be positive"),
         (change("candidates", 0, "batch_size", to=0), r"candidates\.0\.batch_size: must be at least 1"),
+        (change("network", "strides", 3, to=[2, 0, 2]), r"network\.strides\.3: must be at least 1, got \[2, 0, 2\]"),
+        (change("network", "strides", 1, to=[2, -2, 2]), r"network\.strides\.1: must be at least 1"),
+        (change("network", "strides", 0, to=[2, 2, 2]), r"network\.strides\.0: must be \[1, 1, 1\]"),
+        (
+            change("network", "features_per_stage", 0, to=0),
+            r"network\.features_per_stage\.0: must be at least 1, got 0",
+        ),
+        (change("network", "features_per_stage", 2, to=-8), r"network\.features_per_stage\.2: must be at least 1"),
+        (change("network", "kernel_sizes", 0, to=[0, 3, 3]), r"network\.kernel_sizes\.0: must be odd and at least 1"),
+        (change("network", "kernel_sizes", 1, to=[3, 2, 3]), r"network\.kernel_sizes\.1: must be odd and at least 1"),
+        (change("network", "num_blocks_per_stage", 1, to=0), r"network\.num_blocks_per_stage\.1: must be at least 1"),
+        (change("network", "num_decoder_blocks", to=0), r"network\.num_decoder_blocks: must be at least 1, got 0"),
+        (change("network", "num_decoder_blocks", to=-1), r"network\.num_decoder_blocks: must be at least 1, got -1"),
+        (change("memory", "budget_bytes", to=-5), r"memory\.budget_bytes: must be at least 0, got -5"),
+        (change("memory", "overhead_bytes", to=-1), r"memory\.overhead_bytes: must be at least 0"),
+        (change("memory", "parts", to={"input": 6, "head": -1}), r"memory\.parts\.head: must be at least 0, got -1"),
+        (change("memory", "parts", to={"input": 1}), r"memory\.parts: must add up to peak_bytes \(5\), got 1"),
+        (change("fallbacks", 0, "required_bytes", to=-1), r"fallbacks\.0\.required_bytes: must be at least 0, got -1"),
+        (change("fallbacks", 1, "relative_time", to=float("inf")), r"fallbacks\.1\.relative_time: .* finite number"),
+        (change("candidates", 1, "relative_time", to=float("nan")), r"candidates\.1\.relative_time: .* finite number"),
+        (change("channels", 0, "std", to=0.0), r"channels\.0\.std: must be positive, got 0\.0"),
+        (change("channels", 0, "lower", to=1.0), r"channels\.0\.lower: 1\.0 is above upper \(0\.0\)"),
+        (change("target_spacing", to=[1.0, 0.0, 1.0]), r"target_spacing: must be positive"),
     ],
 )
 def test_a_plan_spoilt_by_hand_is_one_clear_error(
@@ -122,6 +149,31 @@ def test_a_plan_spoilt_by_hand_is_one_clear_error(
         read_artifact(path, Plan)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_an_edited_batch_is_told_once_with_the_keys_to_change(tmp_path: Path) -> None:
+    path = edited(tmp_path, change("batch_size", to=2))
+    with pytest.raises(InputError, match=r"change accumulate_grad_batches as well.* or delete fallbacks") as caught:
+        read_artifact(path, Plan)
+    assert str(caught.value).count("accumulate_grad_batches: must be the same") == 1
+    assert "is 4 at the top of the file and 2 in fallbacks.0, fallbacks.1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("norm", "num_groups", "is_refused"), [("instance", 1, True), ("group", 512, True), ("group", 32, False)]
+)
+def test_a_single_voxel_is_refused_only_where_a_norm_has_no_second_value(
+    norm: NormName, num_groups: int, is_refused: bool
+) -> None:
+    network = replace(NETWORK, norm=norm, num_groups=num_groups)
+    problems = Rung(patch_size=(8, 8, 8)).problems(network)
+    assert not Rung(patch_size=(8, 16, 8)).problems(network)
+    assert bool(problems) == is_refused
+    batch = torch.zeros(1, 1, 8, 8, 8)
+    with pytest.raises(ValueError, match="more than 1 value") if is_refused else nullcontext():
+        UNet(1, 2, network).train()(batch)
+    if is_refused:
+        assert f"patch_size: [8, 8, 8] leaves a single voxel in stage 4, where {norm} norm" in problems[0]
 
 
 def test_the_chosen_rung_is_found_among_the_candidates_and_nothing_is_predicted_of_it_after_an_edit() -> None:

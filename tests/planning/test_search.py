@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,6 +104,19 @@ def test_a_way_that_is_leaner_than_expected_wins_the_larger_patch() -> None:
     assert chosen.patch_size == patches[2][0][0].patch_size
 
 
+def test_the_last_way_of_any_family_wins_the_larger_patch_and_is_found_for_it() -> None:
+    patches = all_ways((64, 96, 48), (1.0, 1.0, 1.0), may_offload=False)
+    for number in range(len(patches[1])):
+        only = patches[1][number][-1]
+        budget = 10**9
+
+        def needs_one_family(rung: Rung, only: Rung = only, budget: int = budget) -> int:
+            fits = rung == only or prod(rung.patch_size) < prod(only.patch_size)
+            return budget if fits else 2 * budget
+
+        assert choose_rung(patches, needs_one_family, budget) == only
+
+
 def test_host_memory_is_left_alone_as_long_as_a_slower_way_fits() -> None:
     families = all_ways((64, 96, 48), (1.0, 1.0, 1.0))[0]
     least = min(need(way) for family in families if not family[0].offload_stages for way in family)
@@ -129,13 +143,19 @@ def test_a_large_volume_asks_for_few_meterings() -> None:
     assert len(asked) <= 16
 
 
-@given(effective=st.integers(1, 12), largest=st.integers(1, 40), budget=st.integers(CONSTANT_BYTES, 10**9))
+@given(
+    effective=st.one_of(st.just("auto"), st.integers(1, 12)),
+    largest=st.integers(1, 40),
+    budget=st.integers(CONSTANT_BYTES, 10**9),
+)
 @settings(deadline=None)
-def test_an_automatic_batch_fills_the_budget_and_accumulates_exactly(effective: int, largest: int, budget: int) -> None:
-    rung = Rung(patch_size=(32, 40, 24), accumulate_grad_batches=effective)
+def test_an_automatic_batch_fills_the_budget_and_keeps_a_given_effective_batch(
+    effective: Any, largest: int, budget: int
+) -> None:
+    rung = Rung(patch_size=(32, 40, 24), accumulate_grad_batches=2 if effective == "auto" else effective)
     chosen = choose_batch(rung, need, budget, effective_batch=effective, largest=largest)
     batch = chosen.batch_size
     assert batch == 1 or (batch <= largest and need(replace(rung, batch_size=batch)) <= budget)
-    assert batch >= effective or chosen.effective_batch == effective
-    larger = [b for b in range(batch + 1, largest + 1) if b >= effective or effective % b == 0]
+    assert chosen.effective_batch == (max(2, batch) if effective == "auto" else effective)
+    larger = [b for b in range(batch + 1, largest + 1) if effective == "auto" or effective % b == 0]
     assert not larger or need(replace(rung, batch_size=larger[0])) > budget
