@@ -11,8 +11,8 @@ from pipeline.planning.topology import make_topology, round_up_patch
 # An axis is not cut below this many voxels: patches without context do not train.
 SMALLEST_EDGE = 16
 # Each patch that a training may fall back to has about this share of the voxels of the one before, down to the least.
-FALLBACK_SHARE = 0.8
-LEAST_FALLBACK_SHARE = 0.25
+FALLBACK_SHARE = 0.75
+LEAST_FALLBACK_SHARE = 0.2
 
 
 def patch_candidates(median_shape: Shape3, spacing: Spacing) -> tuple[Shape3, ...]:

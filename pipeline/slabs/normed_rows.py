@@ -58,6 +58,8 @@ class GroupStatistics:
         self._count = 0
         self._mean: Tensor | None = None
         self._deviations: Tensor | None = None
+        # Weight and bias of a norm that has none, made for the first slab.
+        self._unit: tuple[Tensor, Tensor] | None = None
 
     def observe(self, rows: Tensor) -> None:
         """Take rows (B, C, n, J, K) into account."""
@@ -75,22 +77,27 @@ class GroupStatistics:
         if rows.device.type == "cuda":
             # There group norm rounds its statistics to the dtype of its input; batch norm keeps them in float32.
             return self._of_channels(rows)
-        one = torch.ones(rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
         samples, channels, *voxels = rows.shape
         rows = rows.contiguous()
         _, mean, rstd = torch.native_group_norm(
-            rows, one, torch.zeros_like(one), samples, channels, prod(voxels), self.num_groups, self.eps
+            rows, *self._unit_for(rows), samples, channels, prod(voxels), self.num_groups, self.eps
         )
         return mean, (rstd.pow(-2) - self.eps).clamp(min=0)
 
     def _of_channels(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         x = _flat(rows)
-        one = torch.ones(x.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
-        _, mean, rstd = torch.native_batch_norm(x, one, torch.zeros_like(one), None, None, True, 0.0, self.eps)
+        _, mean, rstd = torch.native_batch_norm(x, *self._unit_for(x), None, None, True, 0.0, self.eps)
         groups = (len(rows), self.num_groups, -1)
         mean, variance = mean.reshape(groups), (rstd.pow(-2) - self.eps).clamp(min=0).reshape(groups)
         of_group = mean.mean(2)
         return of_group, variance.mean(2) + (mean - of_group[:, :, None]).square().mean(2)
+
+    def _unit_for(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if self._unit is None:
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            one = torch.ones(rows.shape[1], dtype=wide, device=rows.device)
+            self._unit = one, torch.zeros_like(one)
+        return self._unit
 
     def mean_and_variance(self) -> tuple[Tensor, Tensor]:
         """Both as (B, G)."""
@@ -125,8 +132,10 @@ class NormedRows:
         self.handle = norm.weight.new_zeros(())
         mean, variance = statistics.mean_and_variance()
         self._mean, self._rstd = mean, torch.rsqrt(variance + norm.eps)
-        scale = self._by_channel(self._rstd) * norm.weight
-        self._activation = _ChannelwiseLine(scale, norm.bias - self._by_channel(self._mean) * scale)
+        # (B, C): read with every slab.
+        self._channel_mean, self._channel_rstd = self._by_channel(self._mean), self._by_channel(self._rstd)
+        scale = self._channel_rstd * norm.weight
+        self._activation = _ChannelwiseLine(scale, norm.bias - self._channel_mean * scale)
         # Sums over voxels of dz and dz * xhat, (B, C); slabs are added up in float64, which costs nothing.
         self._sum_dz = torch.zeros_like(scale, dtype=torch.float64)
         self._sum_dz_xhat = torch.zeros_like(self._sum_dz)
@@ -165,7 +174,7 @@ class NormedRows:
         height, stop = slab_rows(self.shape, self.dtype), start + gradient.shape[2]
         if is_repeat(gradient, start, stop, height=height, num_rows=self.shape[2]):
             if self.gradient is not None:
-                self.gradient.add(start, gradient)
+                self.gradient.add_without_values(start, gradient)
             return
         raw = self.raw.read(start, stop)
         activation = self._activated(raw)
@@ -181,7 +190,7 @@ class NormedRows:
             self.gradient.add(start, dz)
 
     def _add_to_sums(self, dz: Tensor, raw: Tensor) -> None:
-        mean, rstd = (self._by_channel(part).flatten() for part in (self._mean, self._rstd))
+        mean, rstd = self._channel_mean.flatten(), self._channel_rstd.flatten()
         _, by_xhat, by_one = torch.ops.aten.native_batch_norm_backward(
             _flat(dz), _flat(raw), torch.ones_like(mean), None, None, mean, rstd, True, 0.0, [False, True, True]
         )

@@ -119,6 +119,13 @@ class SlabStore:
             else:
                 self.write(slab * self.height + first, piece)
 
+    def add_without_values(self, start: int, rows: Tensor) -> None:
+        """As `add` for rows that hold no values: slabs that are there stay as they are."""
+        for slab, first, last in self._pieces(start, start + rows.shape[2]):
+            if slab not in self._slabs:
+                offset = slab * self.height - start
+                self.write(slab * self.height + first, rows[:, :, offset + first : offset + last])
+
     def free(self, start: int, stop: int) -> None:
         """Drop every slab that ends in rows start to stop."""
         for slab, _, last in self._pieces(start, stop):

@@ -62,7 +62,7 @@ def test_fallback_patches_shrink_by_a_fifth_down_to_a_quarter_and_suit_the_same_
 def test_a_whole_ct_has_several_fallback_patches_of_its_aspect() -> None:
     below = list(fallback_patches((512, 512, 256), (32, 32, 32)))
     shares = [prod(patch) / prod((512, 512, 256)) for patch in below]
-    assert len(below) >= 5
+    assert len(below) >= 4
     assert shares[0] > 0.7
     assert shares[-1] < 0.32
     assert all(1.5 <= patch[0] / patch[2] <= 2.5 for patch in below)
