@@ -15,11 +15,10 @@ Family = tuple[Execution, ...]
 DEEPEST_SINGLE_STAGE = 3
 DEEPEST_SINGLE_SLAB_STAGE = 2
 
-# Forward and backward pass of a stage in slabs against the same stage run plainly, from the highest resolution: from
-# whole steps of 1.07, 1.13 and 1.15 times the plain one with 1, 2 and 5 stages in slabs, measured on a CPU with
-# scripts/benchmarks/step.py (docs/benchmarks.md); unmeasured on a GPU. What host memory adds for a stage whose kept
-# tensors lie there hangs on the bus, and is assumed.
-SLAB_TIME_FACTORS = (1.15, 1.20, 1.10)
+# Forward and backward pass of a stage in slabs against the same stage run plainly, from the highest resolution: what
+# whole steps of 1.09, 1.12 and 1.14 times the plain one with 1, 2 and 5 stages in slabs come to by stage. Measured on a
+# CPU (docs/benchmarks.md, "Ways of running the stages"), as was host memory with 1.13, which is no measure for a bus.
+SLAB_TIME_FACTORS = (1.19, 1.08, 1.11)
 OFFLOAD_TIME_FACTOR = 1.25
 # Three times the operations of a forward pass make a step, and a recomputed stage runs forward once more.
 RECOMPUTE_TIME_FACTOR = 4 / 3
