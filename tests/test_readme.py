@@ -1,4 +1,4 @@
-"""The documents are true: what they tell to run runs as written, and the README's tree has a line for every file.
+"""The documents are true: what they tell to run runs as written, and the layout has a line for every file.
 
 `python tests/test_readme.py` prints the tree as it should stand there.
 """
@@ -79,8 +79,8 @@ def test_the_example_of_a_network_of_one_s_own_runs_as_written(tmp_path: Path) -
     run([sys.executable, "-c", text], tmp_path)
 
 
-def test_the_tree_of_the_readme_has_a_line_for_every_file() -> None:
-    assert tree() in README.read_text(), "print it with `python tests/test_readme.py`"
+def test_the_layout_has_a_line_for_every_file() -> None:
+    assert tree() in (ROOT / "docs" / "layout.md").read_text(), "print it with `python tests/test_readme.py`"
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 _ALLOCATING: ContextVar[bool] = ContextVar("allocating_on_host", default=False)
 
-# Torch rounds a pinned block up to a power of two, so several buffers share one where that leaves less over.
-LARGEST_SHARED_BLOCK = 2**30
+# Torch rounds a pinned block up to a power of two, so several buffers share one where that leaves less over. Blocks are
+# not larger than need be, because the last one is seldom full.
+LARGEST_SHARED_BLOCK = 2**32
 MOST_BUFFERS_PER_BLOCK = 16
+MOST_LEFT_OVER = 1 / 16
 
 
 class BufferPool:
@@ -53,9 +55,14 @@ class BufferPool:
 
 
 def buffers_per_block(num_bytes: int) -> int:
-    """How many buffers of a size are allocated at once: as many as leave least of a power of two over."""
+    """How many buffers of a size are allocated at once: the fewest that leave little of a power of two over."""
     most = max(1, min(MOST_BUFFERS_PER_BLOCK, LARGEST_SHARED_BLOCK // max(num_bytes, 1)))
-    return min(range(1, most + 1), key=lambda number: _power_of_two(number * num_bytes) / (number * num_bytes or 1))
+
+    def left_over(number: int) -> float:
+        return 1 - number * num_bytes / _power_of_two(number * num_bytes)
+
+    numbers = range(1, most + 1)
+    return next((number for number in numbers if left_over(number) <= MOST_LEFT_OVER), min(numbers, key=left_over))
 
 
 def pinned_bytes(num_buffers: int, num_bytes: int) -> int:

@@ -65,11 +65,11 @@ def _machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, marked where files of it are changed."""
+    """The commit, marked where code of it is changed."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
-    return f"{commit} with changes" if git("status", "--porcelain", "--", "pipeline", "scripts") else commit
+    return f"{commit} with changes" if git("status", "--porcelain", "--", "*.py") else commit

@@ -59,8 +59,8 @@ def test_pinned_memory_holds_the_buffers_and_seldom_much_more(num_bytes: int, nu
         assert taken <= 1.13 * num_buffers * num_bytes
 
 
-@pytest.mark.parametrize(("num_bytes", "number"), [(128 * MIB, 1), (176 * MIB, 5), (250 * MIB, 1), (96 * MIB, 5)])
-def test_as_many_buffers_share_a_block_as_fill_it_best(num_bytes: int, number: int) -> None:
+@pytest.mark.parametrize(("num_bytes", "number"), [(128 * MIB, 1), (176 * MIB, 11), (250 * MIB, 1), (96 * MIB, 5)])
+def test_so_many_buffers_share_a_block_that_little_of_it_is_left_over(num_bytes: int, number: int) -> None:
     assert buffers_per_block(num_bytes) == number
 
 
