@@ -2,7 +2,7 @@
 
 Seen with torch 2.13: with half-precision inputs and float32 weights the fake batch, group and layer norms return half
 statistics where the real ones return float32, and the fake backward of group norm returns a float32 gradient where
-the real one has the input's dtype. Softmaxes from bf16 to float32, as GPUs have them, are refused. Some of torch's
+the real one has the input's dtype; that of batch norm returns a gradient that was not asked for. Softmaxes from bf16 to float32, as GPUs have them, are refused. Some of torch's
 losses return a scalar whose storage is as large as the input. And a short `torch.arange(...).tolist()`, as in MONAI's
 losses, raises.
 """
@@ -43,6 +43,8 @@ class MeterFakeMode(FakeTensorMode):
         if func in _DTYPES:
             with self:
                 return _with_dtypes(result, _DTYPES[func](args))
+        if func is aten.native_batch_norm_backward.default:
+            return tuple(part if is_wanted else None for part, is_wanted in zip(result, args[9], strict=True))
         if func in _LOSSES and result.ndim == 0:
             with self:
                 return torch.empty(torch.broadcast_shapes(args[0].shape, args[1].shape), dtype=result.dtype).resize_(())

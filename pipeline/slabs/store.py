@@ -15,8 +15,9 @@ from torch import Tensor
 from pipeline.slabs.backward import ONE_PASS
 from pipeline.slabs.host import allocate_on_host
 
-# Temporaries of a slab come to about four times its bytes; more slabs than this save little and cost a call each.
-SLAB_BYTES = 32 * 1024**2
+# Temporaries of a slab come to about four times its bytes; more slabs than this save little and cost a call each. Above
+# 32 MiB the C library gives a block on a CPU back at once: with smaller slabs a process took up to a third more.
+SLAB_BYTES = 48 * 1024**2
 MAX_SLABS = 24
 SMALLEST_SLAB_ROWS = 4
 # Slabs end where strides of 2 do, so that rows of two resolutions correspond.
@@ -24,7 +25,7 @@ ROWS_MULTIPLE = 2
 
 
 def slab_rows(shape: torch.Size, dtype: torch.dtype) -> int:
-    """Rows of a slab of a tensor (B, C, I, J, K): some 32 MiB or a 24th, an even number, alike for all but the last."""
+    """Rows of a slab of a tensor (B, C, I, J, K): some 48 MiB or a 24th, an even number, alike for all but the last."""
     batch, channels, rows, *plane = shape
     plane_bytes = batch * channels * plane[0] * plane[1] * dtype.itemsize
     wanted = max(SMALLEST_SLAB_ROWS, SLAB_BYTES // plane_bytes)

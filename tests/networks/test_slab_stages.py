@@ -167,6 +167,7 @@ def test_each_rung_takes_less_than_the_one_before(small_plan, monkeypatch):
 def test_rows_and_gradients_are_freed_as_they_are_used_up(small_plan, monkeypatch):
     """In full-resolution tensors: 7.36, and 3.69 in host memory; without one or the other freeing 7.5 to 8.1, and 4."""
     monkeypatch.undo()
+    monkeypatch.setattr(store, "SLAB_BYTES", 2**25)
     shape = (128, 128, 96)
     plan = small_plan(features_per_stage=(32, 64, 80, 96), kernel_sizes=((3, 3, 3),) * 4, num_blocks_per_stage=(2,) * 4)
 
@@ -184,7 +185,14 @@ def _on_meta(plan, rung) -> UNet:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("rung", [{"slab_stages": 1}, {"slab_stages": 4, "offload_stages": 1, "fused_head": True}])
+@pytest.mark.parametrize(
+    "rung",
+    [
+        {"slab_stages": 1},
+        {"slab_stages": 2, "offload_stages": 1},
+        {"slab_stages": 4, "offload_stages": 1, "fused_head": True},
+    ],
+)
 def test_fake_tensors_count_byte_for_byte_as_real_ones(small_plan, precision, rung):
     network, shape = UNet(2, 3, small_plan(), **rung), (40, 12, 24)
     metered = meter_step(network, make_loss(), patch_size=shape, in_channels=2, precision=precision, device_type="cpu")

@@ -75,6 +75,14 @@ def test_a_recomputed_step_above_one_gibibyte_takes_the_metered_bytes_of_its_pro
     compare_with_process(precision, size, recompute_stages=2)
 
 
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_in_slabs_above_one_gibibyte_takes_the_metered_bytes_of_its_process(precision: Any) -> None:
+    size = (160, 144, 128) if precision == "32-true" else (192, 192, 176)
+    compare_with_process(precision, size, slab_stages=2)
+
+
 def compare_with_process(precision: Any, size: Shape3, **options: int) -> None:
     """Sizes should be such that the process takes a little over 1 GiB."""
     loss = DeepSupervisionLoss(DiceCELoss())
