@@ -2,9 +2,9 @@
 
 Seen with torch 2.13: with half-precision inputs and float32 weights the fake batch, group and layer norms return half
 statistics where the real ones return float32, and the fake backward of group norm returns a float32 gradient where
-the real one has the input's dtype; that of batch norm returns a gradient that was not asked for. Softmaxes from bf16 to float32, as GPUs have them, are refused. Some of torch's
-losses return a scalar whose storage is as large as the input. And a short `torch.arange(...).tolist()`, as in MONAI's
-losses, raises.
+the real one has the input's dtype; that of batch norm returns a gradient that was not asked for. Softmaxes from bf16 to
+float32, as GPUs have them, are refused. Some of torch's losses return a scalar whose storage is as large as the input.
+And a short `torch.arange(...).tolist()`, as in MONAI's losses, raises.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_a_recomputed_step_above_one_gibibyte_takes_the_metered_bytes_of_its_pro
 @needs_proc
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_in_slabs_above_one_gibibyte_takes_the_metered_bytes_of_its_process(precision: Any) -> None:
-    size = (160, 144, 128) if precision == "32-true" else (192, 192, 176)
+    size = (160, 160, 128) if precision == "32-true" else (192, 192, 176)
     compare_with_process(precision, size, slab_stages=2)
 
 
