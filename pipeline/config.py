@@ -82,7 +82,7 @@ class PlanOptions(Checked):
     """Intensity normalisation; auto decides per channel from its name."""
     precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
     """Training precision; auto takes bf16 where the device has it."""
-    max_relative_time: float = 1.6
+    max_relative_time: float = 1.75
     """Most that a voxel may take, against the plain step, for a larger field of view; 1 allows the plain step only."""
     offload: Literal["auto", "off"] = "auto"
     """Whether kept tensors may lie in pinned host memory; auto only where nothing else fits the same patch."""

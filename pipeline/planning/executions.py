@@ -16,9 +16,10 @@ DEEPEST_SINGLE_STAGE = 3
 DEEPEST_SINGLE_SLAB_STAGE = 2
 
 # Forward and backward pass of a stage in slabs against the same stage run plainly, from the highest resolution: what
-# whole steps of 1.09, 1.12 and 1.14 times the plain one with 1, 2 and 5 stages in slabs come to by stage. Measured on a
-# CPU (docs/benchmarks.md, "Ways of running the stages"), as was host memory with 1.13, which is no measure for a bus.
-SLAB_TIME_FACTORS = (1.19, 1.08, 1.11)
+# whole steps of 192 x 192 x 192 in ten slabs come to by stage, 1.31 times the plain one with the first stage in slabs
+# and the others recomputed and 1.29 with five in slabs. Measured on a CPU (docs/benchmarks.md, "Ways of running the
+# stages"); unmeasured on a GPU. What host memory adds hangs on the bus, and is assumed.
+SLAB_TIME_FACTORS = (1.34, 1.24, 1.24)
 OFFLOAD_TIME_FACTOR = 1.25
 # Three times the operations of a forward pass make a step, and a recomputed stage runs forward once more.
 RECOMPUTE_TIME_FACTOR = 4 / 3
