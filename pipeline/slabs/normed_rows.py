@@ -131,9 +131,9 @@ class NormedRows:
         self.raw, self.shape, self.dtype, self.norm, self.gradient = raw, shape, dtype, norm, gradient
         self.handle = norm.weight.new_zeros(())
         mean, variance = statistics.mean_and_variance()
-        self._mean, self._rstd = mean, torch.rsqrt(variance + norm.eps)
+        self._rstd = torch.rsqrt(variance + norm.eps)
         # (B, C): read with every slab.
-        self._channel_mean, self._channel_rstd = self._by_channel(self._mean), self._by_channel(self._rstd)
+        self._channel_mean, self._channel_rstd = self._by_channel(mean), self._by_channel(self._rstd)
         scale = self._channel_rstd * norm.weight
         self._activation = _ChannelwiseLine(scale, norm.bias - self._channel_mean * scale)
         # Sums over voxels of dz and dz * xhat, (B, C); slabs are added up in float64, which costs nothing.
@@ -174,7 +174,7 @@ class NormedRows:
         height, stop = slab_rows(self.shape, self.dtype), start + gradient.shape[2]
         if is_repeat(gradient, start, stop, height=height, num_rows=self.shape[2]):
             if self.gradient is not None:
-                self.gradient.add_without_values(start, gradient)
+                self.gradient.add(start, gradient, only_missing=True)
             return
         raw = self.raw.read(start, stop)
         activation = self._activated(raw)
@@ -224,14 +224,14 @@ class NormedRows:
 
     def _coefficients(self) -> _RawGradient:
         count = prod(self.shape[1:]) // self.norm.num_groups
-        mean, rstd, weight = self._mean.double(), self._rstd.double(), self.norm.weight.double()
-        groups = (len(mean), self.norm.num_groups, -1)
+        rstd, weight = self._rstd.double(), self.norm.weight.double()
+        groups = (len(rstd), self.norm.num_groups, -1)
         mean_dz = (weight * self._sum_dz).reshape(groups).sum(2) / count
         mean_dz_xhat = (weight * self._sum_dz_xhat).reshape(groups).sum(2) / count
-        by_dz, by_raw = weight * self._by_channel(rstd), self._by_channel(-rstd.square() * mean_dz_xhat)
+        by_dz, by_raw = weight * self._channel_rstd.double(), self._by_channel(-rstd.square() * mean_dz_xhat)
         # Both lines have mean zero, so that rounding them to half precision shifts no sum over voxels.
-        from_dz, from_raw = self._by_channel(-rstd * mean_dz), -by_raw * self._by_channel(mean)
-        dtype = self._mean.dtype
+        from_dz, from_raw = self._by_channel(-rstd * mean_dz), -by_raw * self._channel_mean.double()
+        dtype = self._rstd.dtype
         of_dz = _ChannelwiseLine(by_dz.to(dtype), from_dz.to(dtype))
         return _RawGradient(of_dz, _ChannelwiseLine(by_raw.to(dtype), from_raw.to(dtype)))
 

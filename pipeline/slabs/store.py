@@ -107,25 +107,25 @@ class SlabStore:
                 self._slabs[slab] = self._zeros(slab)
                 self._put(slab, first, last, piece)
 
-    def add(self, start: int, rows: Tensor) -> None:
-        """Add rows from `start` on to what is there; the tensor itself is kept where it is a slab."""
+    def add(self, start: int, rows: Tensor, *, only_missing: bool = False) -> None:
+        """Add rows from `start` on to what is there; the tensor itself is kept where it is a slab.
+
+        Args:
+            start: First row.
+            rows: (B, C, n, J, K).
+            only_missing: Leave slabs that are there as they are, where rows hold no values.
+        """
         for slab, first, last in self._pieces(start, start + rows.shape[2]):
+            if only_missing and slab in self._slabs:
+                continue
             offset = slab * self.height - start
             piece = rows[:, :, offset + first : offset + last]
-            if slab in self._slabs:
-                if self.on_host:
-                    self._put(slab, first, last, self._piece(slab, first, last).add_(piece))
-                else:
-                    self._slabs[slab][:, :, first:last] += piece
-            else:
-                self.write(slab * self.height + first, piece)
-
-    def add_without_values(self, start: int, rows: Tensor) -> None:
-        """As `add` for rows that hold no values: slabs that are there stay as they are."""
-        for slab, first, last in self._pieces(start, start + rows.shape[2]):
             if slab not in self._slabs:
-                offset = slab * self.height - start
-                self.write(slab * self.height + first, rows[:, :, offset + first : offset + last])
+                self.write(slab * self.height + first, piece)
+            elif self.on_host:
+                self._put(slab, first, last, self._piece(slab, first, last).add_(piece))
+            else:
+                self._slabs[slab][:, :, first:last] += piece
 
     def free(self, start: int, stop: int) -> None:
         """Drop every slab that ends in rows start to stop."""

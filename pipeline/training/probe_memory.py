@@ -60,12 +60,11 @@ class CudaMemory:
     def __init__(self, budget_bytes: int | None) -> None:
         torch.zeros(1, device="cuda")
         free, total = torch.cuda.mem_get_info()
-        reserved = torch.cuda.memory_reserved()
-        used = total - free - reserved
-        self._of_others = used - context_bytes()
+        reserved, context = torch.cuda.memory_reserved(), context_bytes()
+        self._of_others = total - free - reserved - context
         # Kernels are loaded into the context as they are first called, so it still grows.
         budget = total if budget_bytes is None else min(budget_bytes, total)
-        allowed = max(0, budget - max(CONTEXT_BYTES, used - self._of_others))
+        allowed = max(0, budget - max(CONTEXT_BYTES, context))
         has_room = free + reserved >= allowed
         self.missing = "" if has_room else f"other processes hold {self._of_others / GIB:.1f} GiB of the GPU"
         torch.cuda.set_per_process_memory_fraction(allowed / total)

@@ -19,6 +19,12 @@ from pipeline.planning.storages import StorageCounter
 from pipeline.slabs import store
 
 SHAPE = (4, 12, 24)
+# A network whose tensors outweigh everything else.
+WIDE = {
+    "features_per_stage": (32, 64, 80, 96),
+    "kernel_sizes": ((3, 3, 3),) * 4,
+    "num_blocks_per_stage": (2,) * 4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +154,7 @@ def peak_bytes(network: UNet, shape: tuple[int, ...]) -> int:
 def test_each_rung_takes_less_than_the_one_before(small_plan, monkeypatch):
     monkeypatch.undo()
     shape = (128, 128, 96)
-    plan = small_plan(features_per_stage=(32, 64, 80, 96), kernel_sizes=((3, 3, 3),) * 4, num_blocks_per_stage=(2,) * 4)
+    plan = small_plan(**WIDE)
     rungs = [
         {},
         {"fused_head": True},
@@ -169,7 +175,7 @@ def test_rows_and_gradients_are_freed_as_they_are_used_up(small_plan, monkeypatc
     monkeypatch.undo()
     monkeypatch.setattr(store, "SLAB_BYTES", 2**25)
     shape = (128, 128, 96)
-    plan = small_plan(features_per_stage=(32, 64, 80, 96), kernel_sizes=((3, 3, 3),) * 4, num_blocks_per_stage=(2,) * 4)
+    plan = small_plan(**WIDE)
 
     def metered(**rung):
         return meter_step(_on_meta(plan, {"fused_head": True, **rung}), make_loss(), patch_size=shape, in_channels=1)
@@ -208,7 +214,7 @@ def test_an_evaluation_window_takes_no_more_than_the_training_step(small_plan, m
     monkeypatch.undo()
     shape = (128, 128, 96)
     rung = {"fused_head": True, "slab_stages": 1, "recompute_stages": 4}
-    plan = small_plan(features_per_stage=(32, 64, 80, 96), kernel_sizes=((3, 3, 3),) * 4, num_blocks_per_stage=(2,) * 4)
+    plan = small_plan(**WIDE)
     step = meter_step(_on_meta(plan, rung), make_loss(), patch_size=shape, in_channels=1).peak_bytes
     with FakeTensorMode(allow_non_fake_inputs=True), StorageCounter() as counter, torch.no_grad():
         network = UNet(1, 118, plan, **rung).eval()

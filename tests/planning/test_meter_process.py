@@ -70,17 +70,18 @@ def test_a_real_step_above_one_gibibyte_takes_the_metered_bytes_of_its_process(p
 @pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_recomputed_step_above_one_gibibyte_takes_the_metered_bytes_of_its_process(precision: Any) -> None:
-    size = (144, 128, 112) if precision == "32-true" else (160, 160, 128)
-    compare_with_process(precision, size, recompute_stages=2)
-
-
-@pytest.mark.slow
-@needs_proc
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_step_in_slabs_above_one_gibibyte_takes_the_metered_bytes_of_its_process(precision: Any) -> None:
-    size = (160, 160, 128) if precision == "32-true" else (192, 192, 176)
-    compare_with_process(precision, size, slab_stages=2)
+@pytest.mark.parametrize(
+    ("options", "float32_size", "half_size"),
+    [
+        ({"recompute_stages": 2}, (144, 128, 112), (160, 160, 128)),
+        ({"slab_stages": 2}, (160, 160, 128), (192, 192, 176)),
+    ],
+    ids=["recomputed", "in slabs"],
+)
+def test_a_leaner_step_above_one_gibibyte_takes_the_metered_bytes_of_its_process(
+    precision: Any, options: dict[str, int], float32_size: Shape3, half_size: Shape3
+) -> None:
+    compare_with_process(precision, float32_size if precision == "32-true" else half_size, **options)
 
 
 def compare_with_process(precision: Any, size: Shape3, **options: int) -> None:
