@@ -37,6 +37,23 @@ class PixelFormat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PixelData:
+    """Where the pixels of a file are.
+
+    Attributes:
+        transfer_syntax: UID; how they are encoded.
+        offset: Of the first byte of the element's value in the file; None where the file has to be inflated first.
+        length: Bytes of the value; None for encapsulated (compressed) frames.
+        num_frames: Frames in the file.
+    """
+
+    transfer_syntax: str
+    offset: int | None
+    length: int | None
+    num_frames: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tile:
     """A slice that is part of a stored frame (Siemens mosaic): its first row and column, and its size."""
 
@@ -61,7 +78,9 @@ class Frame:
         row_spacing, column_spacing: Distance between rows (along j), and between columns (along i), in mm.
         slope, intercept: Stored value to intensity.
         phase: What tells frames at one position apart, by DICOM keyword, in the order it is looked at.
+        thickness: Extent of the slice along the normal in mm, for a slice that has no neighbour; 0 where unknown.
         tile: Part of the stored frame, None for all of it.
+        data: Where the file's pixels are; None reads the file anew.
     """
 
     path: Path
@@ -76,7 +95,9 @@ class Frame:
     slope: float = 1.0
     intercept: float = 0.0
     phase: tuple[tuple[str, str], ...] = ()
+    thickness: float = 0.0
     tile: Tile | None = None
+    data: PixelData | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

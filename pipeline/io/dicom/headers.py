@@ -1,0 +1,210 @@
+"""Headers of DICOM files: what they are, where their frames lie, where their pixels begin; no pixel is read."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.errors import InputError
+from pipeline.io.dicom.elements import items, quiet_pydicom, text, whole_number, words
+from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat
+from pipeline.io.dicom.phases import PHASE_KEYWORDS
+from pipeline.io.dicom.pixel_location import PixelDataMissingError, locate_pixel_data, missing_bytes
+from pipeline.io.dicom.placement import CSA_CREATOR_TAG, CSA_TAG, read_frames, read_pixel_format
+from pipeline.io.dicom.privacy import IDENTITY_KEYWORDS, identity_of
+
+PREAMBLE_BYTES = 128
+DEFLATED = "1.2.840.10008.1.2.1.99"
+# What a damaged file makes pydicom, or what it calls, raise.
+PARSER_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    NotImplementedError,
+    RecursionError,
+    MemoryError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
+_KEYWORDS = (
+    "SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality SeriesDescription StudyInstanceUID "
+    "SeriesInstanceUID SeriesNumber InstanceNumber FrameOfReferenceUID NumberOfFrames Rows Columns "
+    "BitsAllocated BitsStored HighBit PixelRepresentation SamplesPerPixel PhotometricInterpretation "
+    "ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices RescaleSlope "
+    "RescaleIntercept ModalityLUTSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence "
+    "ReferencedSeriesSequence ReferencedFrameOfReferenceSequence StructureSetROISequence SegmentSequence "
+    "BurnedInAnnotation"
+).split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What one DICOM file says of itself.
+
+    Attributes:
+        path: The file.
+        sop_class, instance_uid, series_uid, study_uid, frame_of_reference: UIDs as in the file; "" where it has none.
+        patient_id: Groups the studies of a patient; never shown.
+        modality, series_number, description: For people; the description may quote anything, see `identity`.
+        image_type: Values of ImageType in upper case.
+        transfer_syntax: UID.
+        pixels: None where the file is no image.
+        frames: In the file's order; empty when there is a problem.
+        referenced_series: Series that structures or segments were drawn on.
+        structure_names: Names of structures or segments.
+        problem: Why the frames cannot be used, "" when they can.
+        identity: Texts that tell who the patient is; never shown.
+    """
+
+    path: Path
+    sop_class: str
+    instance_uid: str
+    series_uid: str
+    study_uid: str
+    frame_of_reference: str
+    modality: str
+    series_number: str
+    description: str
+    image_type: tuple[str, ...]
+    transfer_syntax: str
+    patient_id: str = field(default="", repr=False)
+    pixels: PixelFormat | None = None
+    frames: tuple[Frame, ...] = ()
+    referenced_series: tuple[str, ...] = ()
+    structure_names: tuple[str, ...] = ()
+    problem: str = ""
+    identity: frozenset[str] = field(default=frozenset(), repr=False)
+
+
+def is_dicom_file(path: Path) -> bool:
+    """Whether a file begins like DICOM: with its mark after the preamble, or with an element of the first groups.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(PREAMBLE_BYTES + 4)
+    if start[PREAMBLE_BYTES:] == b"DICM":
+        return True
+    # Old files have no preamble; they begin with a low element of group 2 or 8, in either byte order.
+    return start[:4] in (b"\x02\0\0\0", b"\x02\0\1\0", b"\x08\0\0\0", b"\x08\0\5\0", b"\x08\0\x08\0", b"\0\x08\0\x05")
+
+
+def read_header(path: Path) -> Header:
+    """Read all that matters before the pixels.
+
+    Raises:
+        InputError: The file cannot be read as DICOM at all. What is only wrong with its frames is in `problem`.
+    """
+    from pydicom.errors import InvalidDicomError
+
+    with quiet_pydicom():
+        try:
+            with path.open("rb") as stream:
+                return _read(path, stream)
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror})", where=path.name) from error
+        except (InvalidDicomError, *PARSER_ERRORS) as error:
+            raise InputError("is damaged, or no DICOM file", where=path.name, fix="Replace the file") from error
+
+
+def _read(path: Path, stream: BinaryIO) -> Header:
+    from pydicom import dcmread
+
+    tags = [*_KEYWORDS, *IDENTITY_KEYWORDS, *PHASE_KEYWORDS, CSA_CREATOR_TAG, CSA_TAG]
+    dataset = dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
+    header = _identified(path, dataset)
+    if not header.sop_class:
+        raise ValueError("no SOPClassUID")
+    if not words(dataset, "Rows"):
+        return header
+    try:
+        pixels = read_pixel_format(dataset)
+        data = _pixel_data(path, stream, dataset, header.transfer_syntax)
+        data = replace(data, num_frames=whole_number(dataset, "NumberOfFrames", 1))
+        if missing_bytes(pixels, data):
+            raise PixelDataMissingError("is truncated (it holds fewer pixels than its size needs)")
+        if header.structure_names:
+            return header
+        frames = read_frames(dataset, path, data, pixels)
+    except (InputError, PixelDataMissingError) as error:
+        problem = error.what if isinstance(error, InputError) else str(error)
+        return replace(header, problem=problem)
+    return replace(header, pixels=pixels, frames=frames)
+
+
+def _identified(path: Path, dataset: Any) -> Header:
+    return Header(
+        path=path,
+        # De-identification blanks UIDs at times, and forgets those of the file's own head.
+        sop_class=text(dataset, "SOPClassUID") or text(dataset.file_meta, "MediaStorageSOPClassUID"),
+        instance_uid=text(dataset, "SOPInstanceUID") or text(dataset.file_meta, "MediaStorageSOPInstanceUID"),
+        series_uid=text(dataset, "SeriesInstanceUID"),
+        study_uid=text(dataset, "StudyInstanceUID"),
+        frame_of_reference=text(dataset, "FrameOfReferenceUID"),
+        patient_id=text(dataset, "PatientID"),
+        modality=text(dataset, "Modality").upper(),
+        series_number=text(dataset, "SeriesNumber"),
+        description=text(dataset, "SeriesDescription"),
+        image_type=tuple(word.upper() for word in words(dataset, "ImageType")),
+        transfer_syntax=text(dataset.file_meta, "TransferSyntaxUID"),
+        referenced_series=_referenced_series(dataset),
+        structure_names=_structure_names(dataset),
+        identity=identity_of(dataset),
+    )
+
+
+def _structure_names(dataset: Any) -> tuple[str, ...]:
+    rois = [text(item, "ROIName") for item in items(dataset, "StructureSetROISequence")]
+    return (*rois, *(text(item, "SegmentLabel") for item in items(dataset, "SegmentSequence")))
+
+
+def _referenced_series(dataset: Any) -> tuple[str, ...]:
+    """Series that a segmentation or a structure set refers to."""
+    found = [text(item, "SeriesInstanceUID") for item in items(dataset, "ReferencedSeriesSequence")]
+    for frame in items(dataset, "ReferencedFrameOfReferenceSequence"):
+        for study in items(frame, "RTReferencedStudySequence"):
+            found += [text(item, "SeriesInstanceUID") for item in items(study, "RTReferencedSeriesSequence")]
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
+def _pixel_data(path: Path, stream: BinaryIO, dataset: Any, syntax: str) -> PixelData:
+    """Where the pixels are.
+
+    Raises:
+        PixelDataMissingError: There are none, or not all.
+    """
+    if not syntax:
+        # A file without a meta header says by its bytes alone how it is encoded.
+        syntax = _syntax_by_encoding(*dataset.original_encoding)
+    if syntax == DEFLATED:
+        return _deflated_pixel_data(path)
+    is_implicit, is_little = dataset.original_encoding
+    return locate_pixel_data(stream, syntax, is_implicit=bool(is_implicit), is_little=bool(is_little))
+
+
+def _syntax_by_encoding(is_implicit: bool, is_little: bool) -> str:
+    if is_implicit:
+        return "1.2.840.10008.1.2"
+    return "1.2.840.10008.1.2.1" if is_little else "1.2.840.10008.1.2.2"
+
+
+def _deflated_pixel_data(path: Path) -> PixelData:
+    """Inflates the file, for which there is no way around reading it whole."""
+    from pydicom import dcmread
+
+    with BytesIO(path.read_bytes()) as stream:
+        dataset = dcmread(stream, force=True)
+    pixels = dataset.get("PixelData")
+    if not pixels:
+        raise PixelDataMissingError("has no pixel data")
+    return PixelData(transfer_syntax=DEFLATED, offset=None, length=len(pixels))

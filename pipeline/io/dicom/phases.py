@@ -1,0 +1,154 @@
+"""Frames that lie at the same places: time points, echoes, diffusion weights; told apart by what their headers say."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, combinations
+from typing import Any, NamedTuple
+
+from pipeline.io.dicom.elements import words
+from pipeline.io.dicom.frames import Frame
+
+# Functional group -> keywords, in the order they are tried: what is set on purpose before what merely counts.
+_PHASE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("TemporalPositionSequence", ("TemporalPositionIdentifier", "TemporalPositionTimeOffset")),
+    ("FrameContentSequence", ("TemporalPositionIndex",)),
+    ("MREchoSequence", ("EffectiveEchoTime",)),
+    ("", ("EchoTime", "EchoNumbers")),
+    ("MRDiffusionSequence", ("DiffusionBValue", "DiffusionDirectionality")),
+    ("DiffusionGradientDirectionSequence", ("DiffusionGradientOrientation",)),
+    ("MRModifierSequence", ("InversionTimes",)),
+    ("", ("InversionTime", "TriggerTime", "NominalPercentageOfCardiacPhase")),
+    ("CardiacSynchronizationSequence", ("NominalPercentageOfCardiacPhase", "NominalCardiacTriggerDelayTime")),
+    ("MRImageFrameTypeSequence", ("ComplexImageComponent",)),
+    ("", ("FlipAngle", "FrameReferenceTime")),
+    ("FrameContentSequence", ("FrameAcquisitionNumber",)),
+    ("", ("AcquisitionNumber",)),
+)
+PHASE_KEYWORDS = tuple(dict.fromkeys(keyword for _, keywords in _PHASE_GROUPS for keyword in keywords))
+# Magnitude, phase, real and imaginary part of one acquisition in the third value of ImageType.
+_COMPLEX_PARTS = frozenset({"M", "P", "R", "I", "MAGNITUDE", "PHASE", "REAL", "IMAGINARY"})
+MOST_KEYS = 3
+
+
+class Division(NamedTuple):
+    """Frames by phase, and by place within one; `problem` says why there is none."""
+
+    phases: tuple[tuple[int, ...], ...] = ()
+    names: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def phase_of(holder: Callable[[str, str], Any], image_type: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Everything in a frame's header that may tell it from others at its place.
+
+    Args:
+        holder: Gives the dataset that holds a keyword of a functional group.
+        image_type: Values of ImageType.
+    """
+    found: dict[str, str] = {}
+    for group, keywords in _PHASE_GROUPS:
+        for keyword in keywords:
+            value = "/".join(words(holder(group, keyword), keyword))
+            if value:
+                found.setdefault(keyword, value)
+    part = next((word.upper() for word in image_type[2:] if word.upper() in _COMPLEX_PARTS), "")
+    return (*found.items(), *((("ImageType", part),) if part else ()))
+
+
+def divide(frames: Sequence[Frame], places: Sequence[int]) -> Division:
+    """Divide frames into phases that each hold every place once.
+
+    Args:
+        frames: All frames of a series.
+        places: For each frame, the number of its place along the normal, from 0.
+
+    Returns:
+        Indices into `frames`, sorted by place; or the problem, when no element of the headers tells them apart or a
+        phase is incomplete.
+    """
+    num_places = max(places) + 1
+    if len(frames) == num_places:
+        return Division((_by_place(range(len(frames)), places),), ("",))
+    if num_places == 1:
+        return Division(problem=f"all {len(frames)} slices lie at one place, which is no volume")
+    best = ""
+    for keys in _candidate_keys(frames):
+        groups = _groups(frames, keys)
+        if any(count > 1 for indices in groups.values() for count in Counter(places[i] for i in indices).values()):
+            continue
+        incomplete = {values: indices for values, indices in groups.items() if len(indices) < num_places}
+        if not incomplete:
+            order = sorted(groups, key=_sort_key)
+            phases = tuple(_by_place(groups[values], places) for values in order)
+            return Division(phases, tuple(_name(keys, values) for values in order))
+        best = best or _describe_incomplete(keys, groups, incomplete, num_places)
+    return Division(problem=best or _describe_doubles(frames, places))
+
+
+def _candidate_keys(frames: Sequence[Frame]) -> Iterator[tuple[str, ...]]:
+    """Keywords that take several values over the series: each alone, then together."""
+    values: dict[str, set[str]] = defaultdict(set)
+    for frame in frames:
+        for keyword, value in frame.phase:
+            values[keyword].add(value)
+    keys = [keyword for keyword in (*PHASE_KEYWORDS, "ImageType") if len(values[keyword]) > 1]
+    partial = [key for key in (*PHASE_KEYWORDS, "ImageType") if key not in keys and _is_partial(frames, key)]
+    usable = [*keys, *partial]
+    yield from chain.from_iterable(combinations(usable, count) for count in range(1, MOST_KEYS + 1))
+
+
+def _is_partial(frames: Sequence[Frame], keyword: str) -> bool:
+    return 0 < sum(keyword in dict(frame.phase) for frame in frames) < len(frames)
+
+
+def _groups(frames: Sequence[Frame], keys: tuple[str, ...]) -> dict[tuple[str, ...], list[int]]:
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for index, frame in enumerate(frames):
+        own = dict(frame.phase)
+        groups[tuple(own.get(key, "") for key in keys)].append(index)
+    return groups
+
+
+def _by_place(indices: Sequence[int], places: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(indices, key=lambda index: places[index]))
+
+
+def _sort_key(values: tuple[str, ...]) -> list[tuple[float, str]]:
+    """Numbers by size, anything else by its letters."""
+    keyed = []
+    for value in values:
+        try:
+            keyed.append((float(value), ""))
+        except ValueError:
+            keyed.append((float("-inf") if not value else 0.0, value))
+    return keyed
+
+
+def _name(keys: tuple[str, ...], values: tuple[str, ...]) -> str:
+    return ", ".join(f"{key} {value or 'none'}" for key, value in zip(keys, values, strict=True))
+
+
+def _describe_incomplete(
+    keys: tuple[str, ...],
+    groups: dict[tuple[str, ...], list[int]],
+    incomplete: dict[tuple[str, ...], list[int]],
+    num_places: int,
+) -> str:
+    worst = min(incomplete, key=lambda values: (len(incomplete[values]), _sort_key(values)))
+    return (
+        f"{len(groups)} phases by {' and '.join(keys)} lie at the same places, but {len(incomplete)} of them are "
+        f"incomplete ({_name(keys, worst)} has {len(incomplete[worst])} of {num_places} slices)"
+    )
+
+
+def _describe_doubles(frames: Sequence[Frame], places: Sequence[int]) -> str:
+    counts = Counter(places)
+    doubled = sorted(place for place, count in counts.items() if count > 1)
+    numbers = [f.instance_number for f, place in zip(frames, places, strict=True) if place == doubled[0]]
+    shown = ", ".join("?" if number is None else str(number) for number in numbers[:5])
+    return (
+        f"{len(doubled)} of {len(counts)} places hold more than one slice and nothing tells them apart "
+        f"(first at place {doubled[0]}: InstanceNumber {shown})"
+    )

@@ -1,0 +1,81 @@
+"""Where the pixels of a DICOM file begin, and whether all of them are there, without reading them."""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import BinaryIO
+
+from pipeline.io.dicom.frames import PixelData, PixelFormat
+
+_LONG_VRS = (b"OB", b"OW", b"UN", b"OF", b"OD", b"OL", b"OV")
+_UNDEFINED = 0xFFFFFFFF
+_PIXEL_DATA = (0x7FE0, 0x0010)
+_ITEM, _SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
+
+
+class PixelDataMissingError(Exception):
+    """There is no pixel data, or not all of it; the message says which."""
+
+
+def locate_pixel_data(stream: BinaryIO, syntax: str, *, is_implicit: bool, is_little: bool) -> PixelData:
+    """Read the head of the element that `stream` stands before.
+
+    Args:
+        stream: Where pydicom stopped before the pixels.
+        syntax: Transfer syntax UID.
+        is_implicit, is_little: How elements are encoded.
+
+    Raises:
+        PixelDataMissingError: No such element follows, or the file ends within it.
+    """
+    order = "<" if is_little else ">"
+    head = stream.read(8)
+    if len(head) < 8 or struct.unpack(f"{order}HH", head[:4]) != _PIXEL_DATA:
+        raise PixelDataMissingError("has no pixel data")
+    if is_implicit:
+        length = struct.unpack(f"{order}L", head[4:])[0]
+    elif head[4:6] in _LONG_VRS:
+        length = struct.unpack(f"{order}L", _exactly(stream, 4))[0]
+    else:
+        raise PixelDataMissingError("has damaged pixel data")
+    offset = stream.tell()
+    if length == _UNDEFINED:
+        _walk_fragments(stream)
+        return PixelData(transfer_syntax=syntax, offset=offset, length=None)
+    if offset + length > _size(stream):
+        raise PixelDataMissingError("is truncated (the file ends within its pixel data)")
+    return PixelData(transfer_syntax=syntax, offset=offset, length=length)
+
+
+def missing_bytes(pixels: PixelFormat, data: PixelData) -> int:
+    """How many bytes of uncompressed pixels are missing; 0 for compressed ones, whose length says nothing."""
+    if data.length is None:
+        return 0
+    num_bits = pixels.rows * pixels.columns * pixels.samples * data.num_frames * pixels.bits_allocated
+    return max(0, (num_bits + 7) // 8 - data.length)
+
+
+def _walk_fragments(stream: BinaryIO) -> None:
+    """Go from fragment to fragment to the end of the sequence; they are little endian in every compressed syntax."""
+    size = _size(stream)
+    while True:
+        group, element, length = struct.unpack("<HHL", _exactly(stream, 8))
+        if (group, element) == _SEQUENCE_END:
+            return
+        if (group, element) != _ITEM or length == _UNDEFINED:
+            raise PixelDataMissingError("has damaged compressed pixel data")
+        if stream.tell() + length > size:
+            raise PixelDataMissingError("is truncated (the file ends within its pixel data)")
+        stream.seek(length, os.SEEK_CUR)
+
+
+def _exactly(stream: BinaryIO, count: int) -> bytes:
+    found = stream.read(count)
+    if len(found) < count:
+        raise PixelDataMissingError("is truncated (the file ends within its pixel data)")
+    return found
+
+
+def _size(stream: BinaryIO) -> int:
+    return os.fstat(stream.fileno()).st_size

@@ -1,0 +1,159 @@
+"""Pixels of frames: pydicom and its plugins decode them; here they are scaled and put in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+from pipeline.io.dicom.elements import quiet_pydicom
+from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat, Stack
+from pipeline.io.dicom.headers import PARSER_ERRORS
+
+# Neighbouring slices share cache lines of the volume, so that a thread takes a run of them.
+SLICES_PER_TASK = 16
+# float32 holds every whole number up to here, so that whole slopes and intercepts need no float64.
+LARGEST_EXACT = 2**24
+
+
+class FrameReader:
+    """Reads frames, one after the other, and keeps the file of the last one open.
+
+    Args:
+        pixels: Format of all frames.
+    """
+
+    def __init__(self, pixels: PixelFormat) -> None:
+        self._pixels = pixels
+        self._open: tuple[Path, BinaryIO] | None = None
+        self._inflated: tuple[Path, Any] | None = None
+        self._sheet: tuple[Path, int, NDArray[Any]] | None = None
+
+    def close(self) -> None:
+        """Close the open file."""
+        if self._open:
+            self._open[1].close()
+        self._open = None
+
+    def stored(self, frame: Frame) -> NDArray[Any]:
+        """Stored values (rows, columns) of a frame.
+
+        Raises:
+            InputError: The frame cannot be decoded, or is of another size.
+        """
+        try:
+            sheet = self._decoded(frame)
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror})", where=frame.path.name) from error
+        except PARSER_ERRORS as error:
+            # What decoders say may quote the file; the reason that a person can act on is that it is broken.
+            fix = "Replace the file"
+            raise InputError(f"frame {frame.index} cannot be decoded", where=frame.path.name, fix=fix) from error
+        if sheet.shape != (self._pixels.rows, self._pixels.columns):
+            raise InputError(f"frame {frame.index} has another size than the header says", where=frame.path.name)
+        tile = frame.tile
+        if tile is None:
+            return sheet
+        return sheet[tile.row : tile.row + tile.rows, tile.column : tile.column + tile.columns]
+
+    def _decoded(self, frame: Frame) -> NDArray[Any]:
+        if frame.tile is None:
+            return self._decode(frame)
+        if self._sheet is None or self._sheet[:2] != (frame.path, frame.index):
+            self._sheet = (frame.path, frame.index, self._decode(frame))
+        return self._sheet[2]
+
+    def _decode(self, frame: Frame) -> NDArray[Any]:
+        from pydicom.pixels import get_decoder
+        from pydicom.uid import UID
+
+        if frame.data is None or frame.data.offset is None:
+            return self._decode_whole_file(frame)
+        decoder = get_decoder(UID(frame.data.transfer_syntax))
+        source = self._stream(frame.path)
+        source.seek(frame.data.offset)
+        array, _ = decoder.as_array(source, index=frame.index, raw=True, **self._options(frame.data))
+        return array
+
+    def _decode_whole_file(self, frame: Frame) -> NDArray[Any]:
+        from pydicom import dcmread
+        from pydicom.pixels import pixel_array
+
+        if self._inflated is None or self._inflated[0] != frame.path:
+            self._inflated = (frame.path, dcmread(frame.path, force=True))
+        return pixel_array(self._inflated[1], index=frame.index, raw=True)
+
+    def _stream(self, path: Path) -> BinaryIO:
+        if self._open is None or self._open[0] != path:
+            self.close()
+            self._open = (path, path.open("rb"))
+        return self._open[1]
+
+    def _options(self, data: PixelData) -> dict[str, Any]:
+        pixels = self._pixels
+        return {
+            "rows": pixels.rows,
+            "columns": pixels.columns,
+            "samples_per_pixel": 1,
+            "photometric_interpretation": pixels.photometric or "MONOCHROME2",
+            "bits_allocated": pixels.bits_allocated,
+            "bits_stored": pixels.bits_stored,
+            "pixel_representation": int(pixels.is_signed),
+            "pixel_keyword": "PixelData",
+            "pixel_vr": "OW" if pixels.bits_allocated > 8 else "OB",
+            "number_of_frames": data.num_frames,
+        }
+
+
+def read_stack(stack: Stack, array: NDArray[np.float32], *, num_threads: int) -> None:
+    """Fill `array` with the intensities of a stack: stored value x slope + intercept, each slice with its own.
+
+    Args:
+        stack: Frames in order.
+        array: (phases, columns, rows, slices), in any layout; every voxel is written.
+        num_threads: Reading, scaling and most decoders release the interpreter's lock.
+
+    Raises:
+        InputError: A frame cannot be decoded.
+    """
+    num_slices = stack.grid.shape[2]
+    runs = [
+        (phase, range(start, min(start + SLICES_PER_TASK, num_slices)))
+        for phase in range(len(stack.frames))
+        for start in range(0, num_slices, SLICES_PER_TASK)
+    ]
+    with quiet_pydicom(), ThreadPoolExecutor(num_threads) as threads:
+        for _ in threads.map(lambda run: _read_run(stack, array, *run), runs):
+            pass
+
+
+def _read_run(stack: Stack, array: NDArray[np.float32], phase: int, slices: range) -> None:
+    reader = FrameReader(stack.pixels)
+    try:
+        for k in slices:
+            frame = stack.frames[phase][k]
+            array[phase, :, :, k] = scaled(reader.stored(frame), frame).T
+    finally:
+        reader.close()
+
+
+def scaled(stored: NDArray[Any], frame: Frame) -> NDArray[Any]:
+    """Intensities of stored values, in the precision that rounds only once, to float32."""
+    if (frame.slope, frame.intercept) == (1.0, 0.0):
+        return stored
+    if (
+        frame.slope == 1.0
+        and frame.intercept.is_integer()
+        and stored.dtype.itemsize <= 2
+        and abs(frame.intercept) < LARGEST_EXACT - 2**16
+    ):
+        values = stored.astype(np.float32)
+        values += np.float32(frame.intercept)
+        return values
+    return stored * np.float64(frame.slope) + frame.intercept

@@ -1,0 +1,128 @@
+"""A DICOM series as a volume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.allocation import allotted_cpus
+from pipeline.errors import InputError
+from pipeline.geometry import Affine, AxisOrder, Grid
+from pipeline.io.dicom.frames import Stack
+from pipeline.io.dicom.headers import is_dicom_file, read_header
+from pipeline.io.dicom.pixels import read_stack
+from pipeline.io.dicom.series import MOST_NAMED, Series, examine_series, group_by_series, name_of
+from pipeline.io.resample import resample_volume
+from pipeline.io.volume import SourceGrid, Volume
+
+LOOK = "Look at it with `voxfit inspect`"
+
+
+def read_series(paths: Sequence[Path], *, allow_tilt: bool = False, num_threads: int | None = None) -> Volume:
+    """Read the files of one series as a volume.
+
+    Slices are ordered by their positions, and each is scaled with its own slope and intercept. Time points, echoes and
+    the like become channels. The in-file order of the result's source is (columns, rows, slices), and its `header` is
+    the `Stack`.
+
+    Args:
+        paths: All files of the series, in any order.
+        allow_tilt: Resample slices that are shifted evenly against each other (gantry tilt) onto a rectangular grid
+            that covers them, linearly; what the slices do not cover takes the lowest value of the volume. Without it
+            such a series is refused.
+        num_threads: That decode; None takes the allotted CPUs.
+
+    Returns:
+        (C, I, J, K) float32 in RAS order, C-contiguous. Of a tilted series the grid is not the source's.
+
+    Raises:
+        InputError: The files are not one whole series of slices; the message names the series and what is wrong.
+    """
+    stack = read_stack_of(paths, allow_tilt=allow_tilt)
+    source = source_of(stack)
+    ras = source.order.grid_to_ras(source.grid)
+    array = np.empty((len(stack.frames), *ras.shape), np.float32)
+    try:
+        threads = allotted_cpus() if num_threads is None else num_threads
+        read_stack(stack, source.order.from_ras(array), num_threads=threads)
+    except InputError as error:
+        raise InputError(f"{error.where}: {error.what}", where=stack.name, fix=error.fix) from error
+    volume = Volume(array, ras, source)
+    return _upright(volume) if is_sheared(ras.affine) else volume
+
+
+def read_stack_of(paths: Sequence[Path], *, allow_tilt: bool = False) -> Stack:
+    """The frames of a series in order, from the headers of its files alone.
+
+    Raises:
+        InputError: As `read_series`.
+    """
+    headers = [read_header(path) for path in paths]
+    if not headers:
+        raise InputError("no files of a series are given")
+    several = group_by_series(headers)
+    if len(several) > 1:
+        names = ", ".join(name_of(group) for group in several[:MOST_NAMED])
+        raise InputError(f"the files belong to {len(several)} series ({names})", fix=LOOK)
+    series = examine_series(headers, allow_tilt=allow_tilt)
+    if series.stack is None:
+        raise InputError(refusal_of(series), where=series.name, fix=LOOK)
+    return series.stack
+
+
+def refusal_of(series: Series) -> str:
+    """Why a series is not read, in one line."""
+    return "; ".join(series.problems) or f"is no volume: {series.left_out}"
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """The DICOM files that lie in a folder itself, sorted; hidden files and a DICOMDIR are none."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and is_candidate(path))
+    return [path for path in files if path.suffix.lower() == ".dcm" or is_dicom_file(path)]
+
+
+def is_candidate(path: Path) -> bool:
+    """Whether a name may be that of a DICOM object."""
+    return not path.name.startswith(".") and path.name.upper() != "DICOMDIR"
+
+
+def source_of(stack: Stack) -> SourceGrid:
+    """How a stack lies in its files; `path` is the first file of the lowest slice."""
+    return SourceGrid(stack.frames[0][0].path, stack.grid, AxisOrder.of(stack.grid.affine), stack)
+
+
+def is_sheared(affine: Affine) -> bool:
+    """Whether the axes of a grid stand at other than right angles."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    # The least lean that is not taken as rounding, see `pipeline.io.dicom.stacks`.
+    return bool(np.abs(axes.T @ axes - np.eye(3)).max() > np.sin(np.radians(0.25)))
+
+
+def _upright(volume: Volume) -> Volume:
+    """A sheared volume on a rectangular grid of the same in-plane axes that holds all of it."""
+    grid = _upright_grid(volume)
+    lowest = volume.array.min(axis=(1, 2, 3), keepdims=True)
+    volume.array[...] -= lowest
+    upright = resample_volume(volume, grid)
+    return Volume(upright.array + lowest, grid, volume.source)
+
+
+def _upright_grid(volume: Volume) -> Grid:
+    """Axes of the slices and their normal, spacing as it is along them, and the box of the sheared grid."""
+    if volume.source is None:
+        raise ValueError("a volume read from files has a source")
+    through = volume.source.order.source_axis.index(2)
+    affine = volume.grid.affine.copy()
+    first, second = (affine[:3, axis] for axis in range(3) if axis != through)
+    normal = np.cross(first, second) / np.linalg.norm(np.cross(first, second))
+    normal *= np.sign(normal @ affine[:3, through])
+    affine[:3, through] = normal * (normal @ affine[:3, through])
+    corners = np.array(np.meshgrid(*[[0, n - 1] for n in volume.grid.shape], indexing="ij")).reshape(3, -1)
+    world = volume.grid.affine[:3, :3] @ corners + volume.grid.affine[:3, 3:]
+    inside = np.linalg.inv(affine[:3, :3]) @ (world - affine[:3, 3:])
+    low, high = np.floor(inside.min(axis=1) + 1e-6), np.ceil(inside.max(axis=1) - 1e-6)
+    affine[:3, 3] += affine[:3, :3] @ low
+    shape = (high - low + 1).astype(int)
+    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
