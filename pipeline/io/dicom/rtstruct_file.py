@@ -1,0 +1,217 @@
+"""The file of an RT structure set: who is in it, what it was drawn on, and the contours' data, undecoded.
+
+pydicom parses the file; its messages and warnings quote values, which may be the patient's, so none of them gets out.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+
+RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
+CONTOUR_DATA = 0x30060050
+ROI_CONTOURS = 0x30060039
+UNDEFINED_LENGTH = 0xFFFFFFFF
+_EXPORT_AGAIN = "Export the structure set again"
+
+
+@dataclass(frozen=True)
+class StructureSet:
+    """What an RT structure set tells before its contours are read.
+
+    Attributes:
+        names: Of the structures, in the order of the file; a name may occur twice.
+        referenced_series: SeriesInstanceUIDs of the images it was drawn on; empty where the file does not tell.
+        frame_of_reference: UID of the space of the contours, the same for all structures; "" where not told.
+    """
+
+    names: tuple[str, ...]
+    referenced_series: tuple[str, ...]
+    frame_of_reference: str
+
+
+@dataclass(frozen=True)
+class Roi:
+    """A structure as in the file.
+
+    Attributes:
+        name, number: As the file tells them.
+        place: File and structure, for messages.
+        contours: Geometric type and undecoded data of each contour: numbers x, y, z in LPS+ mm, backslashes between.
+    """
+
+    name: str
+    number: int
+    place: str
+    contours: tuple[tuple[str, bytes], ...]
+
+
+def read_structure_set(path: Path) -> StructureSet:
+    """Read names and references; contours are not read.
+
+    Raises:
+        InputError: No file, not DICOM, not an RT structure set, structures without a name or a number of their own, or
+            structures in several frames of reference.
+    """
+    with _pydicom_errors_named(path):
+        dataset = _read(path, stop_when=lambda tag, _vr, _length: tag >= ROI_CONTOURS)
+        names = _names(dataset, path)
+        return StructureSet(tuple(names.values()), _referenced_series(dataset), _frame_of_reference(dataset, path))
+
+
+def read_rois(path: Path, wanted: Callable[[str], bool]) -> list[Roi]:
+    """Read the wanted structures that have an entry for contours, in the order of the file's names.
+
+    Raises:
+        InputError: As `read_structure_set`, or the file is truncated, contours belong to no structure or a structure's
+            contours are there twice, or a contour has no type.
+    """
+    with _pydicom_errors_named(path):
+        dataset = _read(path)
+        _frame_of_reference(dataset, path)
+        names = _names(dataset, path)
+        contours = _contours_by_number(dataset, names, path)
+        chosen = [number for number, name in names.items() if wanted(name)]
+        return [_roi(number, names[number], contours.get(number), path) for number in chosen]
+
+
+@contextmanager
+def _pydicom_errors_named(path: Path) -> Iterator[None]:
+    """Silence pydicom, and turn whatever it raises on malformed data into one line without its text."""
+    from pydicom.config import disable_value_validation
+
+    log = logging.getLogger("pydicom")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings(), disable_value_validation():
+            warnings.simplefilter("ignore")
+            yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=path.name, fix="Check the file") from None
+    except Exception:
+        # Of malformed files pydicom raises nearly anything, and the text may quote the patient's data.
+        raise InputError("is malformed", where=path.name, fix=_EXPORT_AGAIN) from None
+    finally:
+        log.disabled = was_disabled
+
+
+def _read(path: Path, stop_when: Callable[[Any, str | None, int], bool] | None = None) -> Any:
+    """The dataset, checked to be an RT structure set and, where it is read to its end, to be whole."""
+    from pydicom.errors import InvalidDicomError
+    from pydicom.filereader import read_partial
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(what, where=path.name, fix="Give the file of an RT structure set")
+    try:
+        with path.open("rb") as stream:
+            dataset = read_partial(stream, stop_when)
+    except InvalidDicomError:
+        raise InputError("is not DICOM", where=path.name, fix="Give the file of an RT structure set") from None
+    if not len(dataset) or any(_is_cut(dataset.get_item(tag)) for tag in dataset.keys()):  # noqa: SIM118
+        raise InputError("is truncated", where=path.name, fix="Copy or export it again")
+    if str(dataset.get("SOPClassUID", "")) != RT_STRUCTURE_SET:
+        raise InputError("is DICOM, but no RT structure set", where=path.name, fix="Give the file with the structures")
+    return dataset
+
+
+def _is_cut(element: Any) -> bool:
+    """Whether the file ended within the element. Elements of undefined length are parsed at once, and found out so."""
+    length = getattr(element, "length", UNDEFINED_LENGTH)
+    return length not in (0, UNDEFINED_LENGTH) and len(element.value or b"") < length
+
+
+def _names(dataset: Any, path: Path) -> dict[int, str]:
+    """Name by number of all structures."""
+    names: dict[int, str] = {}
+    for item in _sequence(dataset, "StructureSetROISequence", path):
+        number, name = int(item.ROINumber), _text(item.get("ROIName"))
+        if not name:
+            raise InputError(f"structure number {number} has no name", where=path.name, fix="Name it, and export again")
+        if number in names:
+            text = f"{names[number]!r} and {name!r} are both structure number {number}"
+            raise InputError(text, where=path.name, fix=_EXPORT_AGAIN)
+        names[number] = name
+    return names
+
+
+def _text(value: Any) -> str:
+    """A backslash, which splits values, is part of the name."""
+    from pydicom.multival import MultiValue
+
+    return ("\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value or "")).strip()
+
+
+def _sequence(dataset: Any, keyword: str, path: Path) -> Sequence[Any]:
+    items: Sequence[Any] | None = dataset.get(keyword)
+    if not items:
+        raise InputError(f"holds no {keyword}, so no structures", where=path.name, fix=_EXPORT_AGAIN)
+    return items
+
+
+def _referenced_series(dataset: Any) -> tuple[str, ...]:
+    uids = [
+        str(series.SeriesInstanceUID)
+        for frame in dataset.get("ReferencedFrameOfReferenceSequence") or ()
+        for study in frame.get("RTReferencedStudySequence") or ()
+        for series in study.get("RTReferencedSeriesSequence") or ()
+    ]
+    return tuple(dict.fromkeys(uids))
+
+
+def _frame_of_reference(dataset: Any, path: Path) -> str:
+    """That of the structures; where they do not tell, that of the file."""
+    own = [
+        str(item.get("ReferencedFrameOfReferenceUID") or "") for item in dataset.get("StructureSetROISequence") or ()
+    ]
+    frames = [
+        str(item.get("FrameOfReferenceUID") or "") for item in dataset.get("ReferencedFrameOfReferenceSequence") or ()
+    ]
+    uids = list(dict.fromkeys(uid for uid in own if uid)) or [uid for uid in frames if uid][:1]
+    if len(uids) > 1:
+        text = f"its structures lie in {len(uids)} frames of reference"
+        raise InputError(text, where=path.name, fix="Export one structure set per image series")
+    return uids[0] if uids else str(dataset.get("FrameOfReferenceUID") or "")
+
+
+def _contours_by_number(dataset: Any, names: dict[int, str], path: Path) -> dict[int, Any]:
+    """The item with the contours of each structure, by its number."""
+    items: dict[int, Any] = {}
+    for item in _sequence(dataset, "ROIContourSequence", path):
+        number = int(item.ReferencedROINumber)
+        if number not in names:
+            text = f"contours of structure number {number}, which has no name"
+            raise InputError(text, where=path.name, fix=_EXPORT_AGAIN)
+        if number in items:
+            raise InputError(f"two sets of contours of {names[number]!r}", where=path.name, fix=_EXPORT_AGAIN)
+        items[number] = item
+    return items
+
+
+def _roi(number: int, name: str, item: Any, path: Path) -> Roi:
+    place = f"{path.name}, structure {name!r}"
+    contours = []
+    for contour in (item.get("ContourSequence") or ()) if item is not None else ():
+        kind = _text(contour.get("ContourGeometricType"))
+        if not kind:
+            raise InputError("a contour without a geometric type", where=place, fix=_EXPORT_AGAIN)
+        contours.append((kind, _data(contour)))
+    return Roi(name, number, place, tuple(contours))
+
+
+def _data(contour: Any) -> bytes:
+    """Undecoded: to make an object of each number, as pydicom would, takes most of the time of a large file."""
+    element = contour.get_item(CONTOUR_DATA)
+    value = element.value if element is not None else b""
+    if isinstance(value, bytes | None):
+        return value or b""
+    return "\\".join(str(number) for number in value).encode()
