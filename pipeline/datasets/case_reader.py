@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.datasets.case import Case
 from pipeline.errors import InputError
 from pipeline.geometry import Grid, format_shape, format_spacing
-from pipeline.io.nifti import read_label, read_source, read_volume
+from pipeline.io.image_file import read_label, read_layout, read_volume
 from pipeline.io.resample import resample_volume
 from pipeline.io.volume import Volume
 from pipeline.log import get_logger
@@ -48,8 +48,7 @@ def read_case_label(case: Case) -> Volume:
         raise InputError("has no label", where=case.case_id)
     label = read_label(case.label)
     if case.images:
-        source = read_source(case.images[0])
-        mismatch = grid_mismatch(source.order.grid_to_ras(source.grid), label.grid)
+        mismatch = grid_mismatch(read_layout(case.images[0]).grid, label.grid)
         if mismatch:
             raise InputError(mismatch, where=case.case_id, fix="Resample the label onto its image")
     return label

@@ -12,7 +12,7 @@ from pipeline.artifacts import read_artifact
 from pipeline.datasets.label_values import count_values
 from pipeline.datasets.workers import sensible_workers
 from pipeline.errors import InputError
-from pipeline.io.nifti import read_label
+from pipeline.io.image_file import read_label
 from pipeline.log import get_logger
 from pipeline.parallel import map_unordered
 

@@ -12,6 +12,7 @@ from pipeline.datasets.case import Case, Dataset
 from pipeline.datasets.case_checks import Problem
 from pipeline.datasets.examination import Examined, examine_cases
 from pipeline.datasets.listing import name_some, stem_of
+from pipeline.io.image_file import source_files
 
 __all__ = ["Problem", "find_problems"]
 
@@ -55,7 +56,8 @@ def _duplicates(what: str, hashes: Mapping[str, str], case_by_id: Mapping[str, C
 
 
 def _files(case: Case, what: str) -> tuple[Path, ...]:
-    return case.images if what == "image" else (case.label,) if case.label else ()
+    paths = case.images if what == "image" else (case.label,) if case.label else ()
+    return tuple(file for path in paths for file in source_files(path))
 
 
 def _files_are_equal(groups: Sequence[tuple[Path, ...]]) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pipeline.datasets.case import Case
 from pipeline.errors import InputError
-from pipeline.io.nifti import is_nifti_name, read_source, strip_nifti_suffix
+from pipeline.io.image_file import is_image_path, read_layout, strip_suffix
+from pipeline.io.nifti import is_nifti_name
 
 MAX_ID_LENGTH = 128
 MOST_NAMED = 10
@@ -37,15 +38,16 @@ def _plain(path: Path) -> str:
 
 
 def stem_of(path: Path) -> str:
-    """The file's name without its NIfTI suffix."""
-    return strip_nifti_suffix(path.name)
+    """The file's name without the suffix of its format."""
+    return strip_suffix(path.name)
 
 
-def check_nifti_names(names: Iterable[str], where: Path) -> None:
-    """Raise `InputError` when a listed file is of a kind that is not read."""
-    foreign = [name for name in names if not is_nifti_name(Path(name).name)]
+def check_names(names: Iterable[str], where: Path) -> None:
+    """Raise `InputError` when a file listed in `where` is of a kind that is not read."""
+    foreign = [name for name in names if not is_image_path(where.parent / name)]
     if foreign:
-        raise InputError(f"{name_some(foreign)} is no NIfTI file", where=where, fix="Convert it to .nii.gz")
+        fix = "Convert it to .nii.gz, or give the folder of a DICOM series"
+        raise InputError(f"{name_some(foreign)} is no NIfTI file", where=where, fix=fix)
 
 
 def split_channel(stem: str) -> tuple[str, int] | None:
@@ -109,10 +111,9 @@ def counted_channels(cases: Sequence[Case]) -> tuple[str, ...]:
         if len(case.images) > 1:
             return _numbered(len(case.images))
         try:
-            shape = read_source(case.images[0]).header.get_data_shape()
+            return _numbered(read_layout(case.images[0]).num_channels)
         except (InputError, OSError, EOFError, IndexError):
             continue
-        return _numbered(max(1, *shape[3:]) if len(shape) > 3 else 1)
     return _numbered(1)
 
 

@@ -17,7 +17,7 @@ from pipeline.datasets.case import Case, Dataset
 from pipeline.datasets.class_names import Classes, declared_classes, discovered_classes
 from pipeline.datasets.listing import (
     check_cases,
-    check_nifti_names,
+    check_names,
     counted_channels,
     declared_channels,
     split_channel,
@@ -130,7 +130,7 @@ def _long_id(item: _Item) -> str:
 
 def _image_files(item: _Item, path: Path) -> tuple[Path, ...]:
     names = [item.image] if isinstance(item.image, str) else item.image
-    check_nifti_names([*names, *([item.label] if item.label else [])], path)
+    check_names([*names, *([item.label] if item.label else [])], path)
     files = [path.parent / name for name in names]
     return tuple(files if len(files) != 1 or files[0].exists() else _numbered_files(files[0]) or files)
 

@@ -15,7 +15,7 @@ from pipeline.datasets.case import Case, Dataset
 from pipeline.datasets.class_names import declared_classes
 from pipeline.datasets.listing import (
     check_cases,
-    check_nifti_names,
+    check_names,
     declared_channels,
     nifti_files,
     split_channel,
@@ -57,7 +57,7 @@ def read_nnunet_raw(path: Path) -> Dataset:
         InputError: The file does not fit the format, declares overlapping regions, or there is no training case.
     """
     content = read_artifact(path, _NnunetFile)
-    check_nifti_names([f"file_ending {content.file_ending}"], path)
+    check_names([f"file_ending {content.file_ending}"], path)
     declared = content.channel_names or content.modality
     if not declared:
         raise InputError("channel_names: missing", where=path, fix='Add "channel_names": {"0": "CT"} or the like')

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.datasets.case import Case, Dataset
 from pipeline.datasets.class_names import classes_beside
-from pipeline.datasets.listing import check_cases, check_nifti_names, counted_channels, name_some
+from pipeline.datasets.listing import check_cases, check_names, counted_channels, name_some
 from pipeline.errors import InputError
 
 Row = dict[str, str]
@@ -133,5 +133,5 @@ def _cases(rows: Sequence[Row], image_columns: Sequence[str], path: Path, words:
 def _image_files(row: Row, columns: Sequence[str], path: Path) -> tuple[Path, ...]:
     """One file per channel; a cell left empty beside others leaves the case a channel short, which integrity names."""
     names = [row[column] for column in columns if row[column]]
-    check_nifti_names([*names, *([row["label"]] if row.get("label") else [])], path)
+    check_names([*names, *([row["label"]] if row.get("label") else [])], path)
     return tuple(path.parent / name for name in names)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
-
-import numpy as np
 
 from pipeline.allocation import allotted_memory_bytes
 from pipeline.errors import InputError
-from pipeline.io.nifti import read_source
+from pipeline.io.image_file import read_layout, size_on_disk
 
 # So little is read in one process before others have imported what they need.
 FEW_BYTES = 64 * 2**20
@@ -24,12 +23,12 @@ def sensible_workers(files: Iterable[Path], num_workers: int) -> int:
         files: What is to be read; files that are missing do not count.
         num_workers: The user's or the machine's limit.
     """
-    sizes = {path: path.stat().st_size for path in files if path.is_file()}
+    sizes = {path: size_on_disk(path) for path in files}
     if num_workers <= 1 or sum(sizes.values()) < FEW_BYTES:
         return 1
     try:
-        shape = read_source(max(sizes, key=lambda path: sizes[path])).header.get_data_shape()
+        layout = read_layout(max(sizes, key=lambda path: sizes[path]))
     except InputError:
         return num_workers
-    needed = BYTES_PER_VOXEL * int(np.prod(shape, dtype=np.int64))
+    needed = BYTES_PER_VOXEL * prod(layout.grid.shape) * layout.num_channels
     return max(1, min(num_workers, int(0.8 * allotted_memory_bytes()) // needed))

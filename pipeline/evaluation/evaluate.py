@@ -17,7 +17,7 @@ from pipeline.evaluation.metrics import ClassScores, score_class
 from pipeline.evaluation.pairs import Pair, find_references, list_volumes, pair_cases
 from pipeline.evaluation.summary import CaseScores, Metrics, make_metrics
 from pipeline.geometry import format_shape
-from pipeline.io.nifti import read_label
+from pipeline.io.image_file import read_label
 from pipeline.io.volume import Volume
 from pipeline.log import track
 from pipeline.parallel import Outcome, map_unordered

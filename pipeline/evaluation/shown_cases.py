@@ -12,7 +12,7 @@ from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import VoxfitError
 from pipeline.evaluation.slices import ReportCase
 from pipeline.evaluation.summary import CaseScores, Metrics
-from pipeline.io.nifti import read_label
+from pipeline.io.image_file import read_label
 from pipeline.io.resample import resample_volume
 from pipeline.log import get_logger
 

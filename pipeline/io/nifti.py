@@ -13,7 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.analyze import AnalyzeImage
+from nibabel.analyze import AnalyzeHeader, AnalyzeImage
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.nifti2 import Nifti2Header, Nifti2Image
@@ -125,7 +125,7 @@ def write_label(path: Path, array: NDArray[Any], source: SourceGrid) -> None:
     if array.dtype.kind not in "iub":
         raise ValueError(f"class values must be integers, not {array.dtype}")
     lowest, highest = (int(array.min()), int(array.max())) if array.size else (0, 0)
-    own = source.header.get_data_dtype() if source.header is not None else None
+    own = _dtype_of(source.header)
     dtype = own if own is not None and _holds(own, lowest, highest) else smallest_integer(lowest, highest)
     _write(path, source.order.from_ras(array), source, dtype)
 
@@ -141,7 +141,7 @@ def write_volume(path: Path, volume: Volume, *, dtype: DTypeLike | None = None) 
     Raises:
         InputError: The file cannot be written.
     """
-    source = volume.source or SourceGrid(path, volume.grid, AxisOrder((0, 1, 2), (False, False, False)))
+    source = volume.source or SourceGrid.in_ras_order(path, volume.grid)
     if not source.order.grid_to_ras(source.grid).is_close(volume.grid):
         raise ValueError("the volume is no longer on its source's grid; drop the source before writing")
     channels = source.order.from_ras(volume.array)
@@ -161,6 +161,11 @@ def _holds(dtype: np.dtype[Any], lowest: int, highest: int) -> bool:
     if dtype.kind in "iu":
         return bool(np.iinfo(dtype).min <= lowest and highest <= np.iinfo(dtype).max)
     return dtype.kind == "f" and max(-lowest, highest) <= 2 ** (np.finfo(dtype).nmant + 1)
+
+
+def _dtype_of(header: Any) -> np.dtype[Any] | None:
+    """Voxel type of the file that a NIfTI or Analyze header belongs to; None for headers of other formats."""
+    return header.get_data_dtype() if isinstance(header, AnalyzeHeader) else None  # type: ignore[no-untyped-call]
 
 
 def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -201,7 +206,8 @@ def _open(path: Path) -> tuple[Any, SourceGrid]:
         order = AxisOrder.of(image.affine)
     except InputError as error:
         raise InputError(error.what, where=path, fix=error.fix) from error
-    return image, SourceGrid(path, Grid(shape, np.asarray(image.affine, float)), order, image.header)
+    num_channels = int(np.prod(image.shape[3:]))
+    return image, SourceGrid(path, Grid(shape, np.asarray(image.affine, float)), order, image.header, num_channels)
 
 
 def _load(path: Path) -> Any:
@@ -234,7 +240,7 @@ def _spatial_shape(path: Path, shape: tuple[int, ...]) -> Shape3:
 
 def _check_single_channel(source: SourceGrid) -> None:
     shape = source.header.get_data_shape()
-    if int(np.prod(shape[3:])) != 1:
+    if source.num_channels != 1:
         text = f"is {len(shape)}D ({format_shape(shape)}), a label is 3D"
         raise InputError(text, where=source.path, fix="Give a 3D file with one class value per voxel")
 

@@ -20,13 +20,21 @@ class SourceGrid:
         path: The file, for messages.
         grid: Shape and affine in the file's own axis order.
         order: How the file's axes lie against RAS order.
-        header: The reader's own header object (nibabel's for NIfTI); None for volumes made in memory.
+        header: The reader's own header object (nibabel's for NIfTI, a `Stack` for DICOM); None for volumes made in
+            memory.
+        num_channels: Channels of the file.
     """
 
     path: Path
     grid: Grid
     order: AxisOrder
     header: Any = field(default=None, repr=False)
+    num_channels: int = 1
+
+    @classmethod
+    def in_ras_order(cls, path: Path, grid: Grid) -> SourceGrid:
+        """A source whose own axes are in RAS order, for volumes that have left the grid of their file."""
+        return cls(path, grid, AxisOrder((0, 1, 2), (False, False, False)))
 
 
 @dataclass(frozen=True, eq=False)

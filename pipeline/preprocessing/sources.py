@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.artifacts import content_hash, file_hash
 from pipeline.datasets.dataset import Case
 from pipeline.errors import InputError
+from pipeline.io.image_file import source_files
 from pipeline.store import CaseSource, CaseStore, SourceFile, StoreInfo
 
 
@@ -31,13 +32,14 @@ def is_unchanged(case: Case, store: CaseStore) -> bool:
         return False
     try:
         found = [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path in _paths(case))]
-    except OSError:
+    except (OSError, InputError):
         return False
     return found == [(file.size, file.mtime_ns) for file in record.files]
 
 
 def _paths(case: Case) -> list[Path]:
-    return [*case.images, *([case.label] if case.label else [])]
+    """Everything that a case's voxels come from, the slices of a DICOM series among it."""
+    return [file for path in (*case.images, *([case.label] if case.label else [])) for file in source_files(path)]
 
 
 def _read_state(path: Path) -> SourceFile:

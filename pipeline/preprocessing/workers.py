@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.allocation import resolve_num_workers
 from pipeline.datasets.dataset import Case
 from pipeline.errors import InputError
-from pipeline.io.nifti import read_source
+from pipeline.io.image_file import read_layout, size_on_disk
 from pipeline.plan import Plan
 
 # One process takes a few seconds for so much, about what the others need to start.
@@ -25,7 +25,7 @@ BYTES_PER_RESAMPLED_VOXEL = 24
 
 def fitting_num_workers(cases: Sequence[Case], plan: Plan, option: int | str) -> int:
     """The worker count: the option itself, or for "auto" what CPUs, memory and the amount of work allow."""
-    sizes = {path: path.stat().st_size for case in cases for path in case.images if path.is_file()}
+    sizes = {path: size_on_disk(path) for case in cases for path in case.images}
     if not isinstance(option, int) and sum(sizes.values()) < FEW_BYTES:
         return 1
     return resolve_num_workers(option, bytes_per_worker=estimate_case_bytes(cases, plan))
@@ -33,18 +33,17 @@ def fitting_num_workers(cases: Sequence[Case], plan: Plan, option: int | str) ->
 
 def estimate_case_bytes(cases: Sequence[Case], plan: Plan) -> int:
     """Memory that one process takes for the largest case, from the headers of the eight largest files."""
-    images = [path for case in cases for path in case.images if path.is_file()]
-    largest = nlargest(NUM_LARGEST, images, key=lambda path: path.stat().st_size)
+    images = [path for case in cases for path in case.images]
+    largest = nlargest(NUM_LARGEST, images, key=size_on_disk)
     return PROCESS_BYTES + max((_estimate_bytes(path, plan) for path in largest), default=0)
 
 
 def _estimate_bytes(path: Path, plan: Plan) -> int:
     try:
-        source = read_source(path)
+        grid = read_layout(path).grid
     except InputError:
         # The case fails with this error when its turn comes.
         return 0
-    grid = source.order.grid_to_ras(source.grid)
     native = prod(grid.shape)
     growth = prod(now / target for now, target in zip(grid.spacing, plan.target_spacing, strict=True))
     resampled = int(native * max(1.0, growth)) if growth != 1.0 else 0

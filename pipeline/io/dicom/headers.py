@@ -35,15 +35,15 @@ PARSER_ERRORS = (
     struct.error,
     zlib.error,
 )
-_KEYWORDS = (
-    "SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality SeriesDescription StudyInstanceUID "
-    "SeriesInstanceUID SeriesNumber InstanceNumber FrameOfReferenceUID NumberOfFrames Rows Columns "
-    "BitsAllocated BitsStored HighBit PixelRepresentation SamplesPerPixel PhotometricInterpretation "
-    "ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices RescaleSlope "
-    "RescaleIntercept ModalityLUTSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence "
-    "ReferencedSeriesSequence ReferencedFrameOfReferenceSequence StructureSetROISequence SegmentSequence "
-    "BurnedInAnnotation"
-).split()
+_TEXT = """
+SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality SeriesDescription StudyInstanceUID SeriesInstanceUID
+SeriesNumber InstanceNumber FrameOfReferenceUID NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit
+PixelRepresentation SamplesPerPixel PhotometricInterpretation ImagePositionPatient ImageOrientationPatient PixelSpacing
+SliceThickness SpacingBetweenSlices RescaleSlope RescaleIntercept ModalityLUTSequence SharedFunctionalGroupsSequence
+PerFrameFunctionalGroupsSequence ReferencedSeriesSequence ReferencedFrameOfReferenceSequence StructureSetROISequence
+SegmentSequence BurnedInAnnotation
+"""
+_KEYWORDS = tuple(_TEXT.split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def read_header(path: Path) -> Header:
 def _read(path: Path, stream: BinaryIO) -> Header:
     from pydicom import dcmread
 
-    tags = [*_KEYWORDS, *IDENTITY_KEYWORDS, *PHASE_KEYWORDS, CSA_CREATOR_TAG, CSA_TAG]
+    tags: Any = [*_KEYWORDS, *IDENTITY_KEYWORDS, *PHASE_KEYWORDS, CSA_CREATOR_TAG, CSA_TAG]
     dataset = dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
     header = _identified(path, dataset)
     if not header.sop_class:

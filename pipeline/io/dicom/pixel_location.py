@@ -24,7 +24,8 @@ def locate_pixel_data(stream: BinaryIO, syntax: str, *, is_implicit: bool, is_li
     Args:
         stream: Where pydicom stopped before the pixels.
         syntax: Transfer syntax UID.
-        is_implicit, is_little: How elements are encoded.
+        is_implicit: Elements carry no VR.
+        is_little: Little endian.
 
     Raises:
         PixelDataMissingError: No such element follows, or the file ends within it.

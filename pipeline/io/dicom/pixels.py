@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,7 +68,7 @@ class FrameReader:
         return self._sheet[2]
 
     def _decode(self, frame: Frame) -> NDArray[Any]:
-        from pydicom.pixels import get_decoder
+        from pydicom.pixels.decoders.base import get_decoder
         from pydicom.uid import UID
 
         if frame.data is None or frame.data.offset is None:
@@ -78,16 +76,17 @@ class FrameReader:
         decoder = get_decoder(UID(frame.data.transfer_syntax))
         source = self._stream(frame.path)
         source.seek(frame.data.offset)
-        array, _ = decoder.as_array(source, index=frame.index, raw=True, **self._options(frame.data))
+        array: NDArray[Any] = decoder.as_array(source, index=frame.index, raw=True, **self._options(frame.data))[0]
         return array
 
     def _decode_whole_file(self, frame: Frame) -> NDArray[Any]:
         from pydicom import dcmread
-        from pydicom.pixels import pixel_array
+        from pydicom.pixels.utils import pixel_array
 
         if self._inflated is None or self._inflated[0] != frame.path:
             self._inflated = (frame.path, dcmread(frame.path, force=True))
-        return pixel_array(self._inflated[1], index=frame.index, raw=True)
+        array: NDArray[Any] = pixel_array(self._inflated[1], index=frame.index, raw=True)
+        return array
 
     def _stream(self, path: Path) -> BinaryIO:
         if self._open is None or self._open[0] != path:
@@ -147,13 +146,8 @@ def scaled(stored: NDArray[Any], frame: Frame) -> NDArray[Any]:
     """Intensities of stored values, in the precision that rounds only once, to float32."""
     if (frame.slope, frame.intercept) == (1.0, 0.0):
         return stored
-    if (
-        frame.slope == 1.0
-        and frame.intercept.is_integer()
-        and stored.dtype.itemsize <= 2
-        and abs(frame.intercept) < LARGEST_EXACT - 2**16
-    ):
-        values = stored.astype(np.float32)
-        values += np.float32(frame.intercept)
-        return values
-    return stored * np.float64(frame.slope) + frame.intercept
+    is_whole = frame.slope == 1.0 and frame.intercept.is_integer()
+    if is_whole and stored.dtype.itemsize <= 2 and abs(frame.intercept) < LARGEST_EXACT - 2**16:
+        return stored.astype(np.float32) + np.float32(frame.intercept)
+    values: NDArray[Any] = stored * np.float64(frame.slope) + frame.intercept
+    return values

@@ -9,12 +9,12 @@ import numpy as np
 
 from pipeline.allocation import allotted_cpus
 from pipeline.errors import InputError
-from pipeline.geometry import Affine, AxisOrder, Grid
+from pipeline.geometry import AxisOrder
 from pipeline.io.dicom.frames import Stack
 from pipeline.io.dicom.headers import is_dicom_file, read_header
 from pipeline.io.dicom.pixels import read_stack
 from pipeline.io.dicom.series import MOST_NAMED, Series, examine_series, group_by_series, name_of
-from pipeline.io.resample import resample_volume
+from pipeline.io.dicom.tilt import upright
 from pipeline.io.volume import SourceGrid, Volume
 
 LOOK = "Look at it with `voxfit inspect`"
@@ -49,8 +49,7 @@ def read_series(paths: Sequence[Path], *, allow_tilt: bool = False, num_threads:
         read_stack(stack, source.order.from_ras(array), num_threads=threads)
     except InputError as error:
         raise InputError(f"{error.where}: {error.what}", where=stack.name, fix=error.fix) from error
-    volume = Volume(array, ras, source)
-    return _upright(volume) if is_sheared(ras.affine) else volume
+    return upright(Volume(array, ras, source))
 
 
 def read_stack_of(paths: Sequence[Path], *, allow_tilt: bool = False) -> Stack:
@@ -90,39 +89,5 @@ def is_candidate(path: Path) -> bool:
 
 def source_of(stack: Stack) -> SourceGrid:
     """How a stack lies in its files; `path` is the first file of the lowest slice."""
-    return SourceGrid(stack.frames[0][0].path, stack.grid, AxisOrder.of(stack.grid.affine), stack)
-
-
-def is_sheared(affine: Affine) -> bool:
-    """Whether the axes of a grid stand at other than right angles."""
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    # The least lean that is not taken as rounding, see `pipeline.io.dicom.stacks`.
-    return bool(np.abs(axes.T @ axes - np.eye(3)).max() > np.sin(np.radians(0.25)))
-
-
-def _upright(volume: Volume) -> Volume:
-    """A sheared volume on a rectangular grid of the same in-plane axes that holds all of it."""
-    grid = _upright_grid(volume)
-    lowest = volume.array.min(axis=(1, 2, 3), keepdims=True)
-    volume.array[...] -= lowest
-    upright = resample_volume(volume, grid)
-    return Volume(upright.array + lowest, grid, volume.source)
-
-
-def _upright_grid(volume: Volume) -> Grid:
-    """Axes of the slices and their normal, spacing as it is along them, and the box of the sheared grid."""
-    if volume.source is None:
-        raise ValueError("a volume read from files has a source")
-    through = volume.source.order.source_axis.index(2)
-    affine = volume.grid.affine.copy()
-    first, second = (affine[:3, axis] for axis in range(3) if axis != through)
-    normal = np.cross(first, second) / np.linalg.norm(np.cross(first, second))
-    normal *= np.sign(normal @ affine[:3, through])
-    affine[:3, through] = normal * (normal @ affine[:3, through])
-    corners = np.array(np.meshgrid(*[[0, n - 1] for n in volume.grid.shape], indexing="ij")).reshape(3, -1)
-    world = volume.grid.affine[:3, :3] @ corners + volume.grid.affine[:3, 3:]
-    inside = np.linalg.inv(affine[:3, :3]) @ (world - affine[:3, 3:])
-    low, high = np.floor(inside.min(axis=1) + 1e-6), np.ceil(inside.max(axis=1) - 1e-6)
-    affine[:3, 3] += affine[:3, :3] @ low
-    shape = (high - low + 1).astype(int)
-    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+    order = AxisOrder.of(stack.grid.affine)
+    return SourceGrid(stack.frames[0][0].path, stack.grid, order, stack, len(stack.frames))

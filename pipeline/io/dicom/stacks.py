@@ -52,7 +52,7 @@ def arrange(name: str, frames: Sequence[Frame], pixels: PixelFormat, *, allow_ti
         name: Of the series, for messages.
         frames: All of the series, in any order.
         pixels: Their format.
-        allow_tilt: Take a stack whose slices are shifted evenly against each other (gantry tilt); its affine is sheared.
+        allow_tilt: Take slices that are shifted evenly against each other (gantry tilt); the affine is sheared.
     """
     problems = _plane_problems(frames)
     if problems:

@@ -1,0 +1,83 @@
+"""The label of a DICOM series from the structure sets and segmentations that were drawn on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from pipeline.artifacts import read_artifact
+from pipeline.errors import InputError
+from pipeline.geometry import Grid
+from pipeline.io.dicom.headers import read_header
+from pipeline.io.dicom.reader import read_stack_of, source_of
+from pipeline.io.dicom.references import StructuresFile, read_series_file
+from pipeline.io.dicom.rtstruct import iter_structures
+from pipeline.io.dicom.seg_reader import iter_segments
+from pipeline.io.dicom.series import SEGMENTATION_CLASSES, STRUCTURE_SET_CLASS
+from pipeline.io.dicom.structures import ComposedLabel, Structure, class_index, compose_label
+from pipeline.io.dicom.tilt import upright
+from pipeline.io.volume import Volume
+from pipeline.log import get_logger
+
+
+def read_structures(path: Path) -> Volume:
+    """Read a label on the grid of its series.
+
+    Structures become classes as the file says; where classes overlap the later one wins, which the log counts.
+
+    Args:
+        path: A `.structures.json`.
+
+    Returns:
+        (1, I, J, K) class values in RAS order, on the grid that `read_series` gives the image.
+
+    Raises:
+        InputError: A file is missing or damaged, or a structure does not lie on the series.
+    """
+    content = read_artifact(path, StructuresFile)
+    files, allow_tilt = read_series_file(path.parent / content.series)
+    source = source_of(read_stack_of(files, allow_tilt=allow_tilt))
+    objects = [path.parent / name for name in content.objects]
+
+    def wanted(name: str) -> bool:
+        return class_index(name, content.classes) is not None
+
+    structures = _all_structures(objects, source.grid, wanted, content.threshold)
+    try:
+        composed = compose_label(structures, content.classes, source.grid.shape)
+    except InputError as error:
+        raise InputError(
+            f"{error.where}: {error.what}" if error.where else error.what, where=path, fix=error.fix
+        ) from error
+    _report(path, composed)
+    array = source.order.to_ras(composed.array)[None]
+    return upright(Volume(array, source.order.grid_to_ras(source.grid), source), order=0)
+
+
+def iter_object(
+    path: Path, grid: Grid, *, wanted: Callable[[str], bool], threshold: float = 0.5
+) -> Iterator[Structure]:
+    """Structures of one object, whichever kind it is; see `iter_structures` and `iter_segments`.
+
+    Raises:
+        InputError: It is neither a structure set nor a segmentation, or as these say.
+    """
+    sop_class = read_header(path).sop_class
+    if sop_class == STRUCTURE_SET_CLASS:
+        return iter_structures(path, grid, wanted=wanted)
+    if sop_class in SEGMENTATION_CLASSES:
+        return iter_segments(path, grid, wanted=wanted, threshold=threshold)
+    raise InputError("is neither a structure set nor a segmentation", where=path.name)
+
+
+def _all_structures(
+    objects: Sequence[Path], grid: Grid, wanted: Callable[[str], bool], threshold: float
+) -> Iterator[Structure]:
+    for path in objects:
+        yield from iter_object(path, grid, wanted=wanted, threshold=threshold)
+
+
+def _report(path: Path, composed: ComposedLabel) -> None:
+    for (under, over), count in composed.overlaps.items():
+        text = "%s: %d voxels are in both %s and %s; they are taken as %s"
+        get_logger("dicom").warning(text, path.name, count, under, over, over)

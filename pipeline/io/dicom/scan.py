@@ -1,0 +1,153 @@
+"""Every DICOM series under a folder, however deep: read from headers, several processes at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.errors import InputError
+from pipeline.io.dicom.headers import Header, is_dicom_file, read_header
+from pipeline.io.dicom.series import (
+    SEGMENTATION_CLASSES,
+    STRUCTURE_SET_CLASS,
+    Series,
+    examine_series,
+    group_by_series,
+)
+from pipeline.parallel import map_unordered
+
+FILES_PER_TASK = 250
+# So few headers are read before another process has imported what it needs.
+FEW_FILES = 1000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scan:
+    """What lies under a folder.
+
+    Attributes:
+        root: The folder.
+        series: All series of images, readable or not, sorted by place.
+        label_objects: Structure sets and segmentations, one header each.
+        unreadable: Files that should be DICOM and cannot be read, with the reason.
+        num_other_files: Files that are not DICOM.
+    """
+
+    root: Path
+    series: tuple[Series, ...]
+    label_objects: tuple[Header, ...]
+    unreadable: tuple[tuple[Path, str], ...]
+    num_other_files: int
+
+    @property
+    def identity(self) -> frozenset[str]:
+        """Texts that tell who the patients are; never shown."""
+        own = (header.identity for header in self.label_objects)
+        return frozenset[str]().union(*(series.identity for series in self.series), *own)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    headers: list[Header]
+    unreadable: list[tuple[Path, str]]
+    num_other_files: int
+
+
+def scan_folder(root: Path, *, num_workers: int, allow_tilt: bool = False) -> Scan:
+    """Read the headers of all files under `root`.
+
+    Args:
+        root: A folder, or a single file.
+        num_workers: Processes.
+        allow_tilt: Take series whose slices are shifted evenly against each other.
+    """
+    files = sorted(_files_under(root)) if root.is_dir() else [root]
+    tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
+    workers = num_workers if len(files) > FEW_FILES else 1
+    headers: list[Header] = []
+    unreadable: list[tuple[Path, str]] = []
+    num_other_files = 0
+    for outcome in map_unordered(_read_batch, tasks, num_workers=workers):
+        if outcome.result is None:
+            raise outcome.error or RuntimeError("a batch of headers came back empty")
+        headers += outcome.result.headers
+        unreadable += outcome.result.unreadable
+        num_other_files += outcome.result.num_other_files
+    return _as_scan(root, headers, sorted(unreadable), num_other_files, allow_tilt=allow_tilt)
+
+
+def _files_under(root: Path) -> Iterable[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith(".") and name.upper() != "DICOMDIR")
+
+
+def _read_batch(paths: Sequence[Path]) -> _Batch:
+    batch = _Batch([], [], 0)
+    others = 0
+    for path in paths:
+        try:
+            # A file that is called DICOM and is none belongs to a series, and something is wrong with it.
+            if path.suffix.lower() != ".dcm" and not is_dicom_file(path):
+                others += 1
+                continue
+            batch.headers.append(read_header(path))
+        except InputError as error:
+            batch.unreadable.append((path, error.what))
+        except OSError as error:
+            batch.unreadable.append((path, f"cannot be read ({error.strerror})"))
+    return replace(batch, num_other_files=others)
+
+
+def _as_scan(
+    root: Path, headers: list[Header], unreadable: list[tuple[Path, str]], num_other_files: int, *, allow_tilt: bool
+) -> Scan:
+    headers.sort(key=lambda header: header.path)
+    is_label = {header.path: header.sop_class in (*SEGMENTATION_CLASSES, STRUCTURE_SET_CLASS) for header in headers}
+    images = [header for header in headers if not is_label[header.path]]
+    found = [
+        _with_folder_problems(examine_series(part, allow_tilt=allow_tilt), unreadable)
+        for group in group_by_series(images)
+        for part in _apart_or_together(group)
+    ]
+    found.sort(key=lambda series: series.first.path)
+    return Scan(
+        root=root,
+        series=tuple(_with_unique_keys(found)),
+        label_objects=tuple(header for header in headers if is_label[header.path]),
+        unreadable=tuple(unreadable),
+        num_other_files=num_other_files,
+    )
+
+
+def _apart_or_together(headers: tuple[Header, ...]) -> list[tuple[Header, ...]]:
+    """A series that lies in several folders: its parts together, or its copies apart when they repeat places."""
+    by_folder: dict[Path, list[Header]] = {}
+    for header in headers:
+        by_folder.setdefault(header.path.parent, []).append(header)
+    places = [
+        {(frame.position, frame.phase) for header in part for frame in header.frames} for part in by_folder.values()
+    ]
+    if sum(map(len, places)) == len(set[object]().union(*places)):
+        return [headers]
+    return [tuple(part) for part in by_folder.values()]
+
+
+def _with_folder_problems(series: Series, unreadable: Sequence[tuple[Path, str]]) -> Series:
+    """A series is not whole when a file beside its own cannot be read: it may be its first or last slice."""
+    folders = {header.path.parent for header in series.headers}
+    beside = [path for path, _ in unreadable if path.parent in folders]
+    if not beside or series.left_out:
+        return series
+    problem = f"{len(beside)} file(s) in its folder cannot be read, so that slices may be missing"
+    return replace(series, problems=(*series.problems, problem), stack=None)
+
+
+def _with_unique_keys(found: Sequence[Series]) -> Iterable[Series]:
+    """Copies of a series in several folders get a number behind their key."""
+    seen: dict[str, int] = {}
+    for series in found:
+        seen[series.key] = seen.get(series.key, 0) + 1
+        yield series if seen[series.key] == 1 else replace(series, key=f"{series.key}_{seen[series.key]}")

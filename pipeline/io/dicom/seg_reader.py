@@ -1,0 +1,186 @@
+"""DICOM segmentations to structures on the grid of their image, one at a time.
+
+Frames go where their geometry says; the order of frames and the dimension indices mean nothing here. pydicom decodes
+the pixels. highdicom's `get_volume` reads all of these files too, but into a lattice that it makes up from the frames
+that are there (165 slices for the two of a sparse one), not into the image's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+from pipeline.geometry import Grid
+from pipeline.io.dicom.seg_header import (
+    Segment,
+    SegmentFrame,
+    background_value,
+    errors_named,
+    read_dataset,
+    read_frames,
+    read_segments,
+    segmentation_type,
+)
+from pipeline.io.dicom.seg_placement import Placement, place
+from pipeline.io.dicom.structures import Structure
+
+# A fraction that rounding brought just below the threshold is inside.
+_FRACTION_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class SegmentSet:
+    """What the header of a segmentation tells.
+
+    Attributes:
+        names: Labels of the segments in the file's order, without the background of a label map.
+        referenced_series: SeriesInstanceUID of each series that it refers to.
+        frame_of_reference: FrameOfReferenceUID, "" where it is missing.
+        segmentation_type: BINARY, FRACTIONAL or LABELMAP.
+    """
+
+    names: tuple[str, ...]
+    referenced_series: tuple[str, ...]
+    frame_of_reference: str
+    segmentation_type: str
+
+
+def read_segment_set(path: Path) -> SegmentSet:
+    """Read the header of a segmentation; no pixel is decoded.
+
+    Raises:
+        InputError: No file, no segmentation, or one without described segments.
+    """
+    with errors_named(path):
+        dataset = read_dataset(path, with_pixels=False)
+        series = [str(item.get("SeriesInstanceUID", "")) for item in dataset.get("ReferencedSeriesSequence") or []]
+        return SegmentSet(
+            names=tuple(segment.name for segment in read_segments(dataset) if not segment.is_background),
+            referenced_series=tuple(uid for uid in series if uid),
+            frame_of_reference=str(dataset.get("FrameOfReferenceUID") or ""),
+            segmentation_type=segmentation_type(dataset),
+        )
+
+
+def iter_segments(
+    path: Path, grid: Grid, *, wanted: Callable[[str], bool], threshold: float = 0.5
+) -> Iterator[Structure]:
+    """The segments of a file as masks on an image's grid, in the order in which they are described.
+
+    One mask is made at a time. Where a segment has no frame is background, so one without any is an empty mask. The
+    background of a label map (PixelPaddingValue, the code for background, or 0 where neither is given) is no segment.
+
+    Args:
+        path: The file.
+        grid: Of the image, in its file order, with its RAS+ affine.
+        wanted: Whether a segment of this name is wanted; others are not decoded.
+        threshold: In FRACTIONAL files a voxel is inside where its fraction is at least this, in (0, 1].
+
+    Raises:
+        InputError: The file is damaged or no segmentation, its frames do not lie on the grid's voxels to a tenth of a
+            voxel, set voxels lie outside of the grid, or a segment has two frames at one place.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"the threshold must be in (0, 1], got {threshold}")
+    with errors_named(path):
+        dataset = read_dataset(path, with_pixels=True)
+        segments = [segment for segment in read_segments(dataset) if not segment.is_background]
+        source = _source(dataset, grid, threshold, {segment.number for segment in segments if wanted(segment.name)})
+    for segment in segments:
+        if wanted(segment.name):
+            with errors_named(path):
+                mask = source.mask(segment.number)
+            yield Structure(segment.name, segment.number, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class _Masks:
+    """Masks of a file whose frames belong to a segment each (BINARY, FRACTIONAL)."""
+
+    dataset: Any
+    grid: Grid
+    lowest: float
+    frames: dict[int, list[tuple[SegmentFrame, Placement]]]
+
+    def mask(self, number: int) -> NDArray[np.bool_]:
+        """(i, j, k); in Fortran order, in which a frame is a run of memory."""
+        mask = np.zeros(self.grid.shape, bool, order="F")
+        for placement, pixels in _decode(self.dataset, self.frames.get(number, [])):
+            view, part = placement.window(mask, pixels >= self.lowest, 0)
+            view |= part
+        return mask
+
+
+@dataclass(frozen=True, eq=False)
+class _LabelMap:
+    """Masks of a file whose pixels are numbers of segments (LABELMAP): the map is held, a mask made from it."""
+
+    labels: NDArray[Any]
+
+    def mask(self, number: int) -> NDArray[np.bool_]:
+        """(i, j, k), in Fortran order."""
+        mask: NDArray[np.bool_] = self.labels == number
+        return mask
+
+
+def _source(dataset: Any, grid: Grid, threshold: float, wanted: set[int]) -> _Masks | _LabelMap:
+    described, frames = read_segments(dataset), read_frames(dataset)
+    kind = segmentation_type(dataset)
+    if kind == "LABELMAP":
+        return _LabelMap(_label_map(dataset, grid, _placed(frames, grid), described))
+    if unknown := {frame.segment for frame in frames} - {segment.number for segment in described}:
+        raise InputError(f"has frames of segment {min(map(str, unknown))}, which it does not describe")
+    chosen = {number: _placed([f for f in frames if f.segment == number], grid) for number in wanted}
+    return _Masks(dataset, grid, 1 if kind == "BINARY" else _lowest_value(dataset, threshold), chosen)
+
+
+def _lowest_value(dataset: Any, threshold: float) -> float:
+    """The lowest stored value that is inside."""
+    largest = int(dataset.get("MaximumFractionalValue") or 0)
+    if largest < 1:
+        raise InputError("is FRACTIONAL but lacks MaximumFractionalValue")
+    return threshold * largest - _FRACTION_ROUNDING
+
+
+def _placed(frames: list[SegmentFrame], grid: Grid) -> list[tuple[SegmentFrame, Placement]]:
+    """The frames with their places, no two of them at one place."""
+    placed = [(frame, place(frame.plane, grid)) for frame in frames]
+    if len({placement.box(frame.plane) for frame, placement in placed}) < len(placed):
+        of = f"of segment {frames[0].segment} " if frames[0].segment is not None else ""
+        raise InputError(f"has two frames {of}at one place", fix="Give a segmentation of one point in time")
+    return placed
+
+
+def _label_map(
+    dataset: Any, grid: Grid, placed: list[tuple[SegmentFrame, Placement]], described: list[Segment]
+) -> NDArray[Any]:
+    background = background_value(dataset)
+    labels = np.full(grid.shape, background, np.uint8 if dataset.BitsAllocated <= 8 else np.uint16, order="F")
+    known = {background, *(segment.number for segment in described)}
+    for placement, pixels in _decode(dataset, placed):
+        found = np.flatnonzero(np.bincount(pixels.ravel()))
+        if unknown := set(found.tolist()) - known:
+            raise InputError(f"has voxels of segment {min(unknown)}, which it does not describe")
+        view, part = placement.window(labels, pixels, background)
+        view[...] = part
+    return labels
+
+
+def _decode(
+    dataset: Any, placed: list[tuple[SegmentFrame, Placement]]
+) -> Iterator[tuple[Placement, NDArray[np.unsignedinteger[Any]]]]:
+    """The places and the stored pixels (rows, columns) of frames."""
+    from pydicom.pixels.utils import iter_pixels
+
+    if not placed:
+        return
+    # Frames of one bit per pixel do not begin at whole bytes; pydicom cuts them out rightly.
+    pixels = iter_pixels(dataset, indices=[frame.index for frame, _ in placed], raw=True)
+    for (_, placement), frame in zip(placed, pixels, strict=True):
+        yield placement, frame
