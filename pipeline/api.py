@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.datasets.dataset import Dataset
+    from pipeline.datasets.dicom_inspection import DicomInspection
     from pipeline.datasets.inspection import Inspection
     from pipeline.datasets.splits import Splits
     from pipeline.evaluation.slices import ReportCase
@@ -41,11 +42,17 @@ Result = TypeVar("Result")
 # ---- inspect
 
 
-def inspect(config: InspectConfig) -> Inspection:
-    """Read a dataset and check every case; problems are part of the result, not errors."""
-    from pipeline.datasets.inspection import inspect_dataset
+def inspect(config: InspectConfig) -> Inspection | DicomInspection:
+    """Read a dataset or a tree of DICOM files and check every case; problems are part of the result, not errors.
 
-    return inspect_dataset(config.path, num_workers=resolve_num_workers(config.num_workers), as_json=config.json)
+    Raises:
+        CasesFailedError: A dataset was written without series that cannot be read.
+    """
+    from pipeline.datasets.inspection import inspect_path
+
+    found = inspect_path(config, num_workers=resolve_num_workers(config.num_workers))
+    written = getattr(found, "written", None)
+    return _finish(found, written.failures if written else {}, done=f"{config.write_dataset} was written")
 
 
 # ---- plan

@@ -63,6 +63,13 @@ def spacing_of(affine: Affine) -> Spacing:
     return float(x), float(y), float(z)
 
 
+def axis_codes(affine: Affine) -> str:
+    """Where i, j and k run to, closest: `RAS`, `LPS`, ... (nibabel decides)."""
+    from nibabel.orientations import aff2axcodes
+
+    return "".join(code or "?" for code in aff2axcodes(affine))  # type: ignore[no-untyped-call]
+
+
 def check_affine(affine: Affine, where: str) -> None:
     """Raise `InputError` when `affine` cannot place voxels in space (not finite, or singular)."""
     if not np.all(np.isfinite(affine)):

@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipeline.config import InspectConfig
 from pipeline.datasets.case import Dataset
-from pipeline.datasets.dataset import read_dataset
+from pipeline.datasets.dataset import LOOKED_FOR, TABLE_SUFFIXES, is_dataset_folder, read_dataset
+from pipeline.datasets.dicom_dataset import parse_classes, write_dicom_dataset
+from pipeline.datasets.dicom_inspection import DicomInspection, describe_dicom, inspection_facts
 from pipeline.datasets.examination import Examined
 from pipeline.datasets.integrity import Problem, find_problems
 from pipeline.errors import InputError
+from pipeline.io.dicom.scan import scan_folder
 from pipeline.log import get_logger
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 MAX_CASES_SHOWN = 40
 
@@ -31,14 +40,51 @@ class Inspection:
     as_json: bool = False
 
 
+def inspect_path(config: InspectConfig, *, num_workers: int) -> Inspection | DicomInspection:
+    """Look at a dataset, or at a folder of DICOM files.
+
+    Raises:
+        InputError: It is neither, or `write_dataset` is asked of a dataset.
+    """
+    path = Path(config.path)
+    if is_dataset_folder(path) or path.suffix.lower() in (".json", *TABLE_SUFFIXES) or not path.exists():
+        if config.write_dataset:
+            raise InputError("is a dataset already", where=path, fix="--write_dataset takes a folder of DICOM files")
+        return inspect_dataset(config.path, num_workers=num_workers, as_json=config.json)
+    return _inspect_dicom(path, config, num_workers=num_workers)
+
+
+def _inspect_dicom(path: Path, config: InspectConfig, *, num_workers: int) -> DicomInspection:
+    scan = scan_folder(path, num_workers=num_workers, allow_tilt=config.allow_tilt)
+    if not (scan.series or scan.label_objects or scan.unreadable):
+        raise InputError("holds neither a dataset nor DICOM files", where=path, fix=LOOKED_FOR)
+    if not config.write_dataset:
+        return DicomInspection(scan, as_json=config.json)
+    written = write_dicom_dataset(
+        scan,
+        Path(config.write_dataset),
+        channels=[part.strip() for part in config.channels.split(",") if part.strip()],
+        classes=parse_classes(config.classes),
+        threshold=config.threshold,
+        allow_tilt=config.allow_tilt,
+    )
+    return DicomInspection(scan, written, as_json=config.json)
+
+
 def inspect_dataset(path: str, *, num_workers: int, as_json: bool = False) -> Inspection:
     """Read a dataset and check every case in `num_workers` processes."""
     dataset = read_dataset(path)
     return Inspection(dataset, find_problems(dataset, num_workers=num_workers), as_json)
 
 
-def describe_inspection(inspection: Inspection) -> str:
-    """The inspection as text for a person, or as JSON for a program."""
+def describe_inspection(inspection: Inspection | DicomInspection) -> str | RenderableType:
+    """The inspection as text or a table for a person, or as JSON for a program."""
+    if isinstance(inspection, DicomInspection):
+        return json.dumps(inspection_facts(inspection), indent=1) if inspection.as_json else describe_dicom(inspection)
+    return _describe_dataset(inspection)
+
+
+def _describe_dataset(inspection: Inspection) -> str:
     dataset, problems = inspection.dataset, inspection.problems
     if inspection.as_json:
         facts = {"name": dataset.name, "channels": dataset.channel_names, "labels": dataset.labels}

@@ -148,6 +148,7 @@ def scaled(stored: NDArray[Any], frame: Frame) -> NDArray[Any]:
         return stored
     is_whole = frame.slope == 1.0 and frame.intercept.is_integer()
     if is_whole and stored.dtype.itemsize <= 2 and abs(frame.intercept) < LARGEST_EXACT - 2**16:
-        return stored.astype(np.float32) + np.float32(frame.intercept)
+        exact: NDArray[Any] = stored.astype(np.float32) + np.float32(frame.intercept)
+        return exact
     values: NDArray[Any] = stored * np.float64(frame.slope) + frame.intercept
     return values

@@ -1,0 +1,194 @@
+"""Cases of a tree of DICOM series: which series are channels of one case, and which structures label it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from pipeline.errors import InputError
+from pipeline.io.dicom.headers import Header
+from pipeline.io.dicom.reader import refusal_of
+from pipeline.io.dicom.scan import Scan
+from pipeline.io.dicom.series import MODALITIES, Series
+
+# What people write for DICOM's own words.
+MODALITY_WORDS = {"pet": "pt", "mri": "mr"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DicomCase:
+    """One case.
+
+    Attributes:
+        case_id: From the series, so that it stays the same wherever the files lie, and tells nobody's identity.
+        series: One per channel; the first gives the grid.
+        label_objects: Structure sets and segmentations drawn on the first series.
+        patient: Groups cases of a patient, without telling who it is.
+    """
+
+    case_id: str
+    series: tuple[Series, ...]
+    label_objects: tuple[Header, ...]
+    patient: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DicomCases:
+    """The cases of a tree.
+
+    Attributes:
+        channels: What chose the series of each channel.
+        cases: That can be read, by id.
+        failures: Reason by case id of those that cannot.
+        notes: What a person should know of the choice.
+    """
+
+    channels: tuple[str, ...]
+    cases: tuple[DicomCase, ...]
+    failures: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def case_id_of(series: Series) -> str:
+    """The id of the case whose first channel a series is."""
+    return f"case_{series.key}"
+
+
+def matches(series: Series, channel: str) -> bool:
+    """Whether a series belongs to a channel, by its modality or by a pattern for its description."""
+    wanted = channel.strip().casefold()
+    modality, description = series.first.modality.casefold(), series.first.description.strip().casefold()
+    return MODALITY_WORDS.get(wanted, wanted) == modality or bool(description and fnmatchcase(description, wanted))
+
+
+def find_dicom_cases(scan: Scan, channels: Sequence[str] = ()) -> DicomCases:
+    """Cases of a tree; each series of the first channel makes one.
+
+    Args:
+        scan: The tree.
+        channels: A modality (CT, MR, PT) or a pattern for SeriesDescription for each; none takes the one modality
+            that has the most labels, or the most series where there are none.
+
+    Raises:
+        InputError: No series is of the first channel.
+    """
+    volumes = [series for series in scan.series if not series.left_out]
+    objects = _objects_by_series(scan, volumes)
+    chosen, notes = (tuple(channels), ()) if channels else _default_channel(volumes, objects)
+    firsts = [series for series in volumes if matches(series, chosen[0])]
+    if not firsts:
+        found = ", ".join(sorted({series.first.modality for series in volumes})) or "none"
+        fix = f"Name one that is there (modalities found: {found}) with --channels"
+        raise InputError(f"holds no series of images for {chosen[0]}", where=scan.root.name, fix=fix)
+    patients = _patients(firsts)
+    cases, failures = [], {}
+    for first in firsts:
+        try:
+            series = (first, *(_partner(first, volumes, channel) for channel in chosen[1:]))
+            _check_readable(series)
+        except InputError as error:
+            failures[case_id_of(first)] = error.what
+            continue
+        own = DicomCase(
+            case_id=case_id_of(first),
+            series=series,
+            label_objects=objects.get(first.key, ()),
+            patient=patients[first.key],
+        )
+        cases.append(own)
+    cases.sort(key=lambda case: case.case_id)
+    return DicomCases(channels=chosen, cases=tuple(cases), failures=failures, notes=notes)
+
+
+def _default_channel(
+    volumes: Sequence[Series], objects: Mapping[str, Sequence[Header]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modality to take, and a note about the others."""
+    labelled = [series for series in volumes if objects.get(series.key)]
+    counts = Counter(series.first.modality for series in labelled or volumes)
+    order = {modality: place for place, modality in enumerate(MODALITIES)}
+    ranked = sorted(counts, key=lambda modality: (-counts[modality], order.get(modality, len(order))))
+    if not ranked:
+        return (MODALITIES[0],), ()
+    others = ", ".join(f"{modality} ({counts[modality]} series)" for modality in ranked[1:])
+    text = f"{ranked[0]} is taken ({counts[ranked[0]]} series); {others} left out: choose with --channels"
+    return (ranked[0],), ((text,) if others else ())
+
+
+def _partner(first: Series, volumes: Sequence[Series], channel: str) -> Series:
+    """The series of another channel that lies in the same space as the first: same frame of reference, same study.
+
+    Raises:
+        InputError: There is none, or there are several.
+    """
+    same_space = [
+        series
+        for series in volumes
+        if series is not first
+        and matches(series, channel)
+        and series.first.frame_of_reference == first.first.frame_of_reference
+        and series.first.study_uid == first.first.study_uid
+    ]
+    if not same_space:
+        raise InputError(f"no series of its study and frame of reference is of channel {channel}")
+    if len(same_space) > 1:
+        names = ", ".join(series.name for series in same_space[:3])
+        raise InputError(f"{len(same_space)} series are of channel {channel} ({names})")
+    return same_space[0]
+
+
+def _check_readable(series: Sequence[Series]) -> None:
+    for one in series:
+        if one.stack is None:
+            raise InputError(f"{one.name}: {refusal_of(one)}")
+
+
+def _objects_by_series(scan: Scan, volumes: Sequence[Series]) -> dict[str, tuple[Header, ...]]:
+    """Structure sets and segmentations by the key of the series that they were drawn on.
+
+    Where the same series lies in several folders, an object belongs to the nearest copy.
+    """
+    found: dict[str, list[Header]] = defaultdict(list)
+    for label in scan.label_objects:
+        drawn_on = [series for series in volumes if series.first.series_uid in label.referenced_series]
+        if not label.referenced_series:
+            drawn_on = _only(series for series in volumes if _same_space(series, label))
+        if drawn_on:
+            nearest = max(drawn_on, key=lambda series: _shared_parts(series.first, label))
+            found[nearest.key].append(label)
+    return {key: tuple(labels) for key, labels in found.items()}
+
+
+def unplaced_objects(scan: Scan) -> tuple[Header, ...]:
+    """Structure sets and segmentations whose series is not in the tree."""
+    placed = _objects_by_series(scan, [series for series in scan.series if not series.left_out])
+    used = {label.path for labels in placed.values() for label in labels}
+    return tuple(label for label in scan.label_objects if label.path not in used)
+
+
+def objects_of(scan: Scan) -> dict[str, tuple[Header, ...]]:
+    """Structure sets and segmentations by the key of their series."""
+    return _objects_by_series(scan, [series for series in scan.series if not series.left_out])
+
+
+def _only(series: object) -> list[Series]:
+    found = list(series)  # type: ignore[call-overload]
+    return found if len(found) == 1 else []
+
+
+def _same_space(series: Series, label: Header) -> bool:
+    return bool(label.frame_of_reference) and series.first.frame_of_reference == label.frame_of_reference
+
+
+def _shared_parts(image: Header, label: Header) -> int:
+    return sum(a == b for a, b in zip(image.path.parts, label.path.parts, strict=False))
+
+
+def _patients(firsts: Sequence[Series]) -> dict[str, str]:
+    """By key of a series: a name for its patient, made of the patient's first series."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for series in firsts:
+        groups[series.first.patient_id or series.first.study_uid or series.key].append(series.key)
+    return {key: f"patient_{min(keys)}" for keys in groups.values() for key in keys}
