@@ -12,7 +12,7 @@ from pipeline.geometry import AxisOrder, Grid, spacing_of
 from pipeline.io.volume import Volume
 
 LPS = np.array([-1.0, -1.0, 1.0])
-# Radiological convention: columns run to the left or to the back, rows to the back or down, and slices along the normal.
+# Radiological convention: columns run to the left or the back, rows to the back or down, slices along the normal.
 USUAL_ORDERS = {
     0: AxisOrder((2, 0, 1), (False, True, True)),
     1: AxisOrder((0, 2, 1), (True, True, True)),

@@ -1,4 +1,4 @@
-"""Attributes of a synthetic object that have nothing to do with its pixels: patient, study, series, equipment, modality."""
+"""What a synthetic object says besides its pixels: patient, study, series, equipment, modality."""
 
 from __future__ import annotations
 

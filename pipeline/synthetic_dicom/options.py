@@ -10,8 +10,16 @@ from pydicom import uid
 
 Modality = Literal["CT", "MR", "PT"]
 SyntaxName = Literal[
-    "implicit_le", "explicit_le", "explicit_be", "deflated", "rle", "jpeg_lossless", "jpeg_lossless_sv1", "jpeg_ls", "jpeg_2000"
-]  # fmt: skip
+    "implicit_le",
+    "explicit_le",
+    "explicit_be",
+    "deflated",
+    "rle",
+    "jpeg_lossless",
+    "jpeg_lossless_sv1",
+    "jpeg_ls",
+    "jpeg_2000",
+]
 PhaseKeyword = Literal[
     "TemporalPositionIdentifier",
     "EchoTime",

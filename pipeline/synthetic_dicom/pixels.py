@@ -13,7 +13,9 @@ from pydicom.pixels import get_encoder
 from pipeline.synthetic_dicom.options import TRANSFER_SYNTAXES, SeriesOptions
 
 # pydicom's first choice for RLE ends the process on data it does not like; this one raises.
-ENCODER_PLUGINS = {"rle": "pylibjpeg", "jpeg_ls": "pyjpegls"}
+ENCODER_PLUGINS = {"rle": "pylibjpeg", "jpeg_ls": "pyjpegls", "jpeg_2000": "pylibjpeg"}
+# OpenJPEG halves an image five times; the buffer of pyjpegls is too small for noise in a few pixels.
+SMALLEST_SIDES = {"jpeg_2000": 32, "jpeg_ls": 12}
 
 
 def set_pixel_data(dataset: Dataset, frames: NDArray[Any], options: SeriesOptions) -> None:
@@ -79,10 +81,12 @@ def _check_compressible(frame: NDArray[Any], options: SeriesOptions) -> None:
     fits = {8: options.stored_bits == 8, 16: options.stored_bits > 8}.get(options.bits_allocated, False)
     if not fits or frame.nbytes % 2:
         raise ValueError("only 8 of 8 bits or 9 to 16 of 16 are compressed, and an even number of bytes per slice")
+    if options.transfer_syntax in SMALLEST_SIDES and min(frame.shape) < SMALLEST_SIDES[options.transfer_syntax]:
+        raise ValueError(f"{options.transfer_syntax} needs {SMALLEST_SIDES[options.transfer_syntax]} rows and columns")
 
 
 def _encode_with_gdcm(frame: NDArray[Any], options: SeriesOptions) -> bytes:
-    """JPEG lossless, which pydicom does not encode, and JPEG 2000, which OpenJPEG's own binding refuses below 32 pixels."""
+    """JPEG lossless, which pydicom does not encode."""
     import gdcm  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     writer = gdcm.ImageWriter()  # keeps the image alive: gdcm counts references of its own
