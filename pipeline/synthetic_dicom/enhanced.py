@@ -11,16 +11,11 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from pipeline.synthetic_dicom.layout import Layout, decimal
-from pipeline.synthetic_dicom.modules import DATE, TIME, add_frame_of_reference, make_dataset
+from pipeline.synthetic_dicom.modules import DATE, ENHANCED_SOP_CLASSES, TIME, add_frame_of_reference, make_dataset
 from pipeline.synthetic_dicom.options import Modality, SeriesOptions, make_uid
 from pipeline.synthetic_dicom.pixels import set_pixel_data
 from pipeline.synthetic_dicom.stored import StoredValues
 
-SOP_CLASSES: dict[Modality, str] = {
-    "CT": "1.2.840.10008.5.1.4.1.1.2.1",
-    "MR": "1.2.840.10008.5.1.4.1.1.4.1",
-    "PT": "1.2.840.10008.5.1.4.1.1.130",
-}
 FRAME_TYPES: dict[Modality, str] = {
     "CT": "CTImageFrameTypeSequence",
     "MR": "MRImageFrameTypeSequence",
@@ -59,7 +54,7 @@ def make_enhanced(
     """
     if options.phase_keyword is not None and options.phase_keyword not in PHASE_GROUPS:
         raise ValueError(f"a multi-frame file has no place for {options.phase_keyword}")
-    dataset = make_dataset(options, SOP_CLASSES[options.modality], options.instance_uid("enhanced"))
+    dataset = make_dataset(options, ENHANCED_SOP_CLASSES[options.modality], options.instance_uid("enhanced"))
     dataset.ImageType = list(options.image_type or ("ORIGINAL", "PRIMARY", "VOLUME", "NONE"))
     add_frame_of_reference(dataset, options)
     _add_image(dataset, options)

@@ -74,7 +74,8 @@ class Layout:
 
     def slices(self, channel: NDArray[Any]) -> NDArray[Any]:
         """(I, J, K) in RAS order to a view (slices, rows, columns)."""
-        return self.order.from_ras(channel).transpose(2, 1, 0)
+        view: NDArray[Any] = self.order.from_ras(channel).transpose(2, 1, 0)
+        return view
 
     def from_slices(self, slices: NDArray[Any]) -> NDArray[Any]:
         """(slices, rows, columns) to a view (I, J, K) in RAS order."""

@@ -16,6 +16,11 @@ SOP_CLASSES: dict[Modality, str] = {
     "MR": "1.2.840.10008.5.1.4.1.1.4",
     "PT": "1.2.840.10008.5.1.4.1.1.128",
 }
+ENHANCED_SOP_CLASSES: dict[Modality, str] = {
+    "CT": "1.2.840.10008.5.1.4.1.1.2.1",
+    "MR": "1.2.840.10008.5.1.4.1.1.4.1",
+    "PT": "1.2.840.10008.5.1.4.1.1.130",
+}
 IMAGE_TYPES: dict[Modality, tuple[str, ...]] = {
     "CT": ("ORIGINAL", "PRIMARY", "AXIAL"),
     "MR": ("ORIGINAL", "PRIMARY", "OTHER"),
@@ -73,18 +78,19 @@ def _add_pet(dataset: Dataset) -> None:
     dataset.CollimatorType, dataset.AttenuationCorrectionMethod = "NONE", "synthetic"
     dataset.DecayFactor, dataset.FrameReferenceTime, dataset.ActualFrameDuration = "1", "0", 60000
     drug = Dataset()
-    drug.RadionuclideCodeSequence = [_code("C-111A1", "SRT", "^18^Fluorine")]
+    drug.RadionuclideCodeSequence = [make_code("C-111A1", "SRT", "^18^Fluorine")]
     drug.RadiopharmaceuticalStartTime, drug.RadionuclideTotalDose = TIME, "370000000"
     drug.RadionuclideHalfLife, drug.Radiopharmaceutical = "6586.2", "synthetic"
     dataset.RadiopharmaceuticalInformationSequence = [drug]
-    dataset.PatientOrientationCodeSequence = [_code("F-10450", "SRT", "recumbent")]
+    dataset.PatientOrientationCodeSequence = [make_code("F-10450", "SRT", "recumbent")]
     dataset.PatientOrientationCodeSequence[0].PatientOrientationModifierCodeSequence = [
-        _code("F-10340", "SRT", "supine")
+        make_code("F-10340", "SRT", "supine")
     ]
-    dataset.PatientGantryRelationshipCodeSequence = [_code("F-10470", "SRT", "headfirst")]
+    dataset.PatientGantryRelationshipCodeSequence = [make_code("F-10470", "SRT", "headfirst")]
 
 
-def _code(value: str, scheme: str, meaning: str) -> Dataset:
+def make_code(value: str, scheme: str, meaning: str) -> Dataset:
+    """An item of a code sequence."""
     code = Dataset()
     code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, scheme, meaning
     return code

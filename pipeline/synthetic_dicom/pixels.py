@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
-from pydicom.pixels import get_encoder
+from pydicom.pixels.encoders.base import get_encoder
 
 from pipeline.synthetic_dicom.options import TRANSFER_SYNTAXES, SeriesOptions
 
@@ -87,7 +87,7 @@ def _check_compressible(frame: NDArray[Any], options: SeriesOptions) -> None:
 
 def _encode_with_gdcm(frame: NDArray[Any], options: SeriesOptions) -> bytes:
     """JPEG lossless, which pydicom does not encode."""
-    import gdcm  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    import gdcm
 
     writer = gdcm.ImageWriter()  # keeps the image alive: gdcm counts references of its own
     image = writer.GetImage()

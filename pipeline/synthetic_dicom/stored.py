@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.io.volume import Volume
 from pipeline.synthetic_dicom.layout import Layout, decimal
+from pipeline.synthetic_dicom.modules import ENHANCED_SOP_CLASSES, SOP_CLASSES
 from pipeline.synthetic_dicom.options import SeriesOptions
 
 
@@ -58,6 +59,12 @@ class WrittenSeries:
     def files(self) -> list[Path]:
         """Every file once, phase by phase in slice order."""
         return list(dict.fromkeys(path for phase in self.paths for path in phase))
+
+    @property
+    def sop_class(self) -> str:
+        """Of the files."""
+        classes = ENHANCED_SOP_CLASSES if self.options.enhanced else SOP_CLASSES
+        return classes[self.options.modality]
 
     @property
     def affine(self) -> NDArray[np.float64]:
