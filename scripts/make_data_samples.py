@@ -1,4 +1,4 @@
-"""Write `data_samples/`: three small synthetic datasets, the same to the bit on every run.
+"""Write `data_samples/`: three small synthetic datasets and a DICOM series, the same to the bit on every run.
 
 python scripts/make_data_samples.py [FOLDER]
 """
@@ -15,6 +15,7 @@ from pipeline.synthetic import (
     write_nnunet_raw_dataset,
     write_table_dataset,
 )
+from pipeline.synthetic_dicom import SeriesOptions, label_polygons, write_series, write_structures
 
 DATA_SAMPLES = Path(__file__).resolve().parent.parent / "data_samples"
 
@@ -32,6 +33,7 @@ def main(folder: Path = DATA_SAMPLES) -> None:
     scans = {f"p{patient}_scan{scan}": _ct(10 * patient + scan) for patient in (1, 2, 3) for scan in (1, 2)}
     patients = {case_id: case_id.split("_")[0] for case_id in scans}
     write_table_dataset(folder / "table_ct", scans, patients=patients)
+    _write_dicom(folder / "dicom")
 
 
 def _blobs(seed: int) -> SyntheticCase:
@@ -51,6 +53,18 @@ def _ct(seed: int) -> SyntheticCase:
     return make_synthetic_case(
         200 + seed, shape=(44, 40, 12), spacing=(1.0, 1.0, 4.0), oblique_degrees=5.0, modality="ct", axis_codes="LPS"
     )
+
+
+def _write_dicom(folder: Path) -> None:
+    """An oblique sagittal MR series in files whose names do not follow the slices, and contours of its organs."""
+    case = make_synthetic_case(301, shape=(14, 24, 20), spacing=(1.5, 1.0, 1.0), oblique_degrees=7.0)
+    options = SeriesOptions(
+        modality="MR", is_signed=False, bits_stored=12, slice_axis=0, series_description="sample sagittal"
+    )
+    series = write_series(folder / "series", case.image, options)
+    names = {value: name for value, name in enumerate(case.class_names) if value > 0}
+    polygons = label_polygons(series, case.label.array[0], names)
+    write_structures(folder / "structures.dcm", series, polygons, label="organs", decimals=3)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
     {"errors", "log", "geometry", "config", "rungs", "plan", "allocation"},
     {"artifacts", "saved_config", "parallel", "io"},
-    {"store", "synthetic", "datasets"},
+    {"store", "synthetic", "synthetic_dicom", "datasets"},
     {"preprocessing"},
     {"slabs"},
     {"networks", "losses", "sampling"},
