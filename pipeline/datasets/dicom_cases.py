@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from pipeline.datasets.dicom_scan import Scan
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import Header
 from pipeline.io.dicom.reader import refusal_of
-from pipeline.io.dicom.scan import Scan
 from pipeline.io.dicom.series import MODALITIES, Series
 
 # What people write for DICOM's own words.

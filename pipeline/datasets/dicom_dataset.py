@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.artifacts import write_text
 from pipeline.datasets.class_names import BACKGROUND
 from pipeline.datasets.dicom_cases import DicomCase, DicomCases, find_dicom_cases
+from pipeline.datasets.dicom_scan import Scan
 from pipeline.errors import InputError
 from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.references import (
@@ -18,7 +19,6 @@ from pipeline.io.dicom.references import (
     write_series_file,
     write_structures_file,
 )
-from pipeline.io.dicom.scan import Scan
 from pipeline.io.dicom.structures import LabelClass, class_index
 
 MADE_FROM = "made_from"

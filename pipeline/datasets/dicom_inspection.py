@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.datasets.dicom_cases import case_id_of, objects_of, unplaced_objects
 from pipeline.datasets.dicom_dataset import WrittenDataset
+from pipeline.datasets.dicom_scan import Scan
 from pipeline.geometry import axis_codes, format_shape, format_spacing
 from pipeline.io.dicom.headers import Header
 from pipeline.io.dicom.privacy import hide
-from pipeline.io.dicom.scan import Scan
 from pipeline.io.dicom.series import Series
 
 if TYPE_CHECKING:

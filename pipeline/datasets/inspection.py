@@ -13,10 +13,10 @@ from pipeline.datasets.case import Dataset
 from pipeline.datasets.dataset import LOOKED_FOR, TABLE_SUFFIXES, is_dataset_folder, read_dataset
 from pipeline.datasets.dicom_dataset import parse_classes, write_dicom_dataset
 from pipeline.datasets.dicom_inspection import DicomInspection, describe_dicom, inspection_facts
+from pipeline.datasets.dicom_scan import scan_folder
 from pipeline.datasets.examination import Examined
 from pipeline.datasets.integrity import Problem, find_problems
 from pipeline.errors import InputError
-from pipeline.io.dicom.scan import scan_folder
 from pipeline.log import get_logger
 
 if TYPE_CHECKING:

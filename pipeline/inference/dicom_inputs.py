@@ -8,10 +8,10 @@ from pathlib import Path
 from pipeline.datasets.case import Case
 from pipeline.datasets.dataset import is_dataset_folder
 from pipeline.datasets.dicom_cases import case_id_of, find_dicom_cases, matches
+from pipeline.datasets.dicom_scan import Scan, scan_folder
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import is_dicom_file
 from pipeline.io.dicom.references import SERIES_SUFFIX, write_series_file
-from pipeline.io.dicom.scan import Scan, scan_folder
 from pipeline.io.dicom.series import Series
 from pipeline.io.nifti import is_nifti_name
 from pipeline.log import get_logger
