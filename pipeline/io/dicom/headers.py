@@ -5,19 +5,22 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.elements import items, quiet_pydicom, text, whole_number, words
+from pipeline.io.dicom.elements import items, quiet_pydicom, tag_of, text, whole_number, words
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat
 from pipeline.io.dicom.phases import PHASE_KEYWORDS
 from pipeline.io.dicom.pixel_location import PixelDataMissingError, locate_pixel_data, missing_bytes
-from pipeline.io.dicom.placement import CSA_CREATOR_TAG, CSA_TAG, read_frames, read_pixel_format
+from pipeline.io.dicom.placement import CSA_TAGS, read_frames, read_pixel_format
 from pipeline.io.dicom.privacy import IDENTITY_KEYWORDS, identity_of
 
 PREAMBLE_BYTES = 128
+# Pixel data, and its float kinds, which no CT, MR or PET image has.
+PIXEL_TAGS = frozenset({0x7FE00010, 0x7FE00008, 0x7FE00009})
 DEFLATED = "1.2.840.10008.1.2.1.99"
 # What a damaged file makes pydicom, or what it calls, raise.
 PARSER_ERRORS = (
@@ -118,14 +121,14 @@ def read_header(path: Path) -> Header:
 
 
 def _read(path: Path, stream: BinaryIO) -> Header:
-    from pydicom import dcmread
+    from pydicom.filereader import read_partial
 
-    tags: Any = [*_KEYWORDS, *IDENTITY_KEYWORDS, *PHASE_KEYWORDS, CSA_CREATOR_TAG, CSA_TAG]
-    dataset = dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
+    # What `dcmread` calls, without turning all keywords into tags for every file.
+    dataset = read_partial(stream, stop_when=_is_at_pixels, force=True, specific_tags=_wanted_tags())
     header = _identified(path, dataset)
     if not header.sop_class:
         raise ValueError("no SOPClassUID")
-    if not words(dataset, "Rows"):
+    if tag_of("Rows") not in dataset:
         return header
     try:
         pixels = read_pixel_format(dataset)
@@ -140,6 +143,15 @@ def _read(path: Path, stream: BinaryIO) -> Header:
         problem = error.what if isinstance(error, InputError) else str(error)
         return replace(header, problem=problem)
     return replace(header, pixels=pixels, frames=frames)
+
+
+@cache
+def _wanted_tags() -> list[Any]:
+    return [int(tag_of(keyword)) for keyword in (*_KEYWORDS, *IDENTITY_KEYWORDS, *PHASE_KEYWORDS)] + CSA_TAGS
+
+
+def _is_at_pixels(tag: int, _vr: str | None, _length: int) -> bool:
+    return tag in PIXEL_TAGS
 
 
 def _identified(path: Path, dataset: Any) -> Header:

@@ -15,16 +15,16 @@ _PHASE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("TemporalPositionSequence", ("TemporalPositionIdentifier", "TemporalPositionTimeOffset")),
     ("FrameContentSequence", ("TemporalPositionIndex",)),
     ("MREchoSequence", ("EffectiveEchoTime",)),
-    ("", ("EchoTime", "EchoNumbers")),
+    ("MREchoSequence", ("EchoTime", "EchoNumbers")),
     ("MRDiffusionSequence", ("DiffusionBValue", "DiffusionDirectionality")),
     ("DiffusionGradientDirectionSequence", ("DiffusionGradientOrientation",)),
     ("MRModifierSequence", ("InversionTimes",)),
-    ("", ("InversionTime", "TriggerTime", "NominalPercentageOfCardiacPhase")),
+    ("MRModifierSequence", ("InversionTime", "TriggerTime", "NominalPercentageOfCardiacPhase")),
     ("CardiacSynchronizationSequence", ("NominalPercentageOfCardiacPhase", "NominalCardiacTriggerDelayTime")),
     ("MRImageFrameTypeSequence", ("ComplexImageComponent",)),
-    ("", ("FlipAngle", "FrameReferenceTime")),
+    ("MRModifierSequence", ("FlipAngle", "FrameReferenceTime")),
     ("FrameContentSequence", ("FrameAcquisitionNumber",)),
-    ("", ("AcquisitionNumber",)),
+    ("FrameContentSequence", ("AcquisitionNumber",)),
 )
 PHASE_KEYWORDS = tuple(dict.fromkeys(keyword for _, keywords in _PHASE_GROUPS for keyword in keywords))
 # Magnitude, phase, real and imaginary part of one acquisition in the third value of ImageType.

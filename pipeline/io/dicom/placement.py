@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.elements import items, number, numbers, text, whole_number, words
+from pipeline.io.dicom.elements import items, number, numbers, text, value_of, whole_number, words
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat, Tile, Vector
 from pipeline.io.dicom.phases import phase_of
 
 CSA_CREATOR = "SIEMENS CSA HEADER"
-CSA_CREATOR_TAG, CSA_TAG = 0x00290010, 0x00291010
+CSA_TAGS = [0x00290010, 0x00291010]
 # Cosines are written with six digits or more; beyond this, directions are no rectangle of pixels.
 DIRECTION_TOLERANCE = 1e-3
 
@@ -69,7 +69,7 @@ class _ByGroup:
         """The dataset that holds `keyword`, which a functional group `group` may have."""
         for place in self._places:
             for item in items(place, group):
-                if keyword in item:
+                if value_of(item, keyword) is not None:
                     return item
         return self.dataset
 
@@ -165,7 +165,7 @@ def _mosaic_layout(dataset: Any) -> tuple[int, Any]:
     """Number of slices on the sheet and the unit vector from one to the next."""
     from nibabel.nicom import csareader
 
-    creator, content = dataset.get(CSA_CREATOR_TAG), dataset.get(CSA_TAG)
+    creator, content = (dataset.get(tag) for tag in CSA_TAGS)
     if content is None or creator is None or str(creator.value).strip() != CSA_CREATOR:
         raise InputError("is a mosaic without the Siemens header that says how many slices it holds")
     csa = csareader.read(content.value)  # type: ignore[no-untyped-call]

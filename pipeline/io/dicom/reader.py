@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.allocation import allotted_cpus
 from pipeline.errors import InputError
@@ -35,7 +36,8 @@ def read_series(paths: Sequence[Path], *, allow_tilt: bool = False, num_threads:
         num_threads: That decode; None takes the allotted CPUs.
 
     Returns:
-        (C, I, J, K) float32 in RAS order, C-contiguous. Of a tilted series the grid is not the source's.
+        (C, I, J, K) float32 in RAS order, in memory slice by slice as the files hold it: bringing it into another order
+        takes as long as decoding it. Of a tilted series the grid is not the source's.
 
     Raises:
         InputError: The files are not one whole series of slices; the message names the series and what is wrong.
@@ -43,13 +45,23 @@ def read_series(paths: Sequence[Path], *, allow_tilt: bool = False, num_threads:
     stack = read_stack_of(paths, allow_tilt=allow_tilt)
     source = source_of(stack)
     ras = source.order.grid_to_ras(source.grid)
-    array = np.empty((len(stack.frames), *ras.shape), np.float32)
+    array = _empty(len(stack.frames), source)
     try:
         threads = allotted_cpus() if num_threads is None else num_threads
         read_stack(stack, source.order.from_ras(array), num_threads=threads)
     except InputError as error:
         raise InputError(f"{error.where}: {error.what}", where=stack.name, fix=error.fix) from error
     return upright(Volume(array, ras, source))
+
+
+def _empty(num_channels: int, source: SourceGrid) -> NDArray[np.float32]:
+    """(C, I, J, K) in RAS order, whose memory is in the order of slices, rows and columns, without reversed axes."""
+    columns, rows, slices = source.grid.shape
+    voxels = np.empty((num_channels, slices, rows, columns), np.float32)
+    # Memory axes of i, j, k in file order, taken in the order of RAS.
+    axes = [(3, 2, 1)[axis] for axis in source.order.source_axis]
+    view: NDArray[np.float32] = voxels.transpose(0, *axes)
+    return view
 
 
 def read_stack_of(paths: Sequence[Path], *, allow_tilt: bool = False) -> Stack:
