@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.allocation import resolve_num_workers
@@ -27,7 +28,7 @@ from pipeline.plan import Plan
 if TYPE_CHECKING:
     from torch import nn
 
-    from pipeline.datasets.dataset import Dataset
+    from pipeline.datasets.dataset import Case, Dataset
     from pipeline.datasets.dicom_inspection import DicomInspection
     from pipeline.datasets.inspection import Inspection
     from pipeline.datasets.splits import Splits
@@ -193,20 +194,42 @@ def predict(
     Raises:
         CasesFailedError: Some cases failed; the rest is written.
     """
-    from pipeline.inference.inputs import find_inputs
+    from pipeline.inference.export import FORMATS
     from pipeline.inference.predictor import Predictor
 
-    cases = find_inputs(Path(config.input), case_ids=case_ids)
-    predictor = Predictor.from_run(
-        Path(config.run_dir),
-        checkpoint=config.checkpoint,
-        accelerator=config.accelerator,
-        num_threads=config.num_threads,
-        overlap=config.overlap,
-        tta=config.tta,
-        network=network,
+    with TemporaryDirectory() as references:
+        cases = _inputs(config, Path(references), case_ids)
+        predictor = Predictor.from_run(
+            Path(config.run_dir),
+            checkpoint=config.checkpoint,
+            accelerator=config.accelerator,
+            num_threads=config.num_threads,
+            overlap=config.overlap,
+            tta=config.tta,
+            network=network,
+        )
+        formats = FORMATS[config.format]
+        return predictor.predict_files(cases, Path(config.output), formats=formats, overwrite=config.overwrite)
+
+
+def _inputs(config: PredictConfig, references: Path, case_ids: Collection[str] | None) -> tuple[Case, ...]:
+    """The cases to segment; for those of a DICOM tree, small files that stand for the series go to `references`."""
+    from pipeline.inference.dicom_inputs import find_dicom_inputs, may_be_dicom
+    from pipeline.inference.inputs import find_inputs
+    from pipeline.inference.loading import read_plan
+
+    path = Path(config.input)
+    if not may_be_dicom(path):
+        return find_inputs(path, case_ids=case_ids)
+    return find_dicom_inputs(
+        path,
+        references,
+        [channel.name for channel in read_plan(Path(config.run_dir)).channels],
+        channels=[part.strip() for part in config.channels.split(",") if part.strip()],
+        allow_tilt=config.allow_tilt,
+        num_workers=resolve_num_workers("auto"),
+        case_ids=case_ids,
     )
-    return predictor.predict_files(cases, Path(config.output), overwrite=config.overwrite)
 
 
 # ---- evaluate

@@ -310,9 +310,15 @@ class PredictConfig(Checked):
     run_dir: str
     """The run folder."""
     input: str
-    """A NIfTI file, a folder of them (channels by suffix _0000, _0001), or a dataset."""
+    """A NIfTI file, a folder of them (channels by suffix _0000, _0001), a dataset, or a folder with DICOM series."""
     output: str
     """Folder for the segmentations, one file per case."""
+    format: Literal["nifti", "dicom_seg", "both"] = "nifti"
+    """What is written: NIfTI, or a DICOM segmentation in the study of a DICOM series."""
+    channels: str = ""
+    """DICOM series of each channel, as in "CT,PT": modalities or patterns for SeriesDescription; by default by name."""
+    allow_tilt: bool = False
+    """Resample DICOM series whose slices are shifted by a tilted gantry, instead of failing on them."""
     checkpoint: Literal["best", "last"] = "best"
     """Which weights."""
     overlap: float = 0.5

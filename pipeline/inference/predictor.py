@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.allocation import allotted_cpus
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.inference.export import OutputFormat, check_formats, output_files, write_outputs
 from pipeline.inference.loading import (
     as_trained,
     find_checkpoint,
@@ -25,7 +26,7 @@ from pipeline.inference.loading import (
     read_precision,
 )
 from pipeline.inference.sliding_window import sliding_window_scores
-from pipeline.io.nifti import write_label
+from pipeline.io.image_file import source_files
 from pipeline.io.volume import Volume
 from pipeline.log import get_logger, track
 from pipeline.networks.precision import DeviceType, autocast, choose_device_type, choose_precision, free_vram_bytes
@@ -145,10 +146,23 @@ class Predictor:
             raise InputError("the network gives values that are not finite", fix="Use the run's other checkpoint")
         return scores
 
-    def predict_files(self, cases: Sequence[Case], output: Path, *, overwrite: bool = False) -> list[Path]:
-        """Segment cases into `output/<case_id>.nii.gz`, each on the grid of its own first image, each atomically.
+    def predict_files(
+        self,
+        cases: Sequence[Case],
+        output: Path,
+        *,
+        formats: Sequence[OutputFormat] = ("nifti",),
+        overwrite: bool = False,
+    ) -> list[Path]:
+        """Segment cases into `output/<case_id>.nii.gz` or `.dcm`, each on the grid of its own first image, atomically.
 
         A case that fails does not end the others. Outputs that exist are kept unless `overwrite`.
+
+        Args:
+            cases: Images to segment.
+            output: Folder.
+            formats: What is written of each case; "dicom_seg" needs DICOM series.
+            overwrite: Segment again what is there already.
 
         Returns:
             The files of all cases, kept ones included.
@@ -159,9 +173,11 @@ class Predictor:
             CasesFailedError: Some of several cases failed; it lists them, and its result are the other files.
         """
         _make_folder(output)
-        files = {case.case_id: output / f"{case.case_id}.nii.gz" for case in cases}
+        files = {case.case_id: output_files(case.case_id, output, formats) for case in cases}
         _check_not_an_input(cases, files)
-        open_cases = [case for case in cases if overwrite or not files[case.case_id].exists()]
+        open_cases = [
+            case for case in cases if overwrite or not all(path.exists() for path in files[case.case_id].values())
+        ]
         if len(open_cases) < len(cases):
             get_logger("predict").info("%d output(s) are there already and are kept", len(cases) - len(open_cases))
         failures: dict[str, str] = {}
@@ -174,16 +190,14 @@ class Predictor:
                     raise
                 failures[case.case_id] = _first_line(error)
         if failures:
-            done = [path for case_id, path in files.items() if case_id not in failures]
-            raise CasesFailedError(failures, done=f"{len(done)} case(s) segmented", result=done)
-        return list(files.values())
+            done = {case_id: paths for case_id, paths in files.items() if case_id not in failures}
+            raise CasesFailedError(failures, done=f"{len(done)} case(s) segmented", result=_all_paths(done))
+        return _all_paths(files)
 
-    def _predict_file(self, case: Case, path: Path) -> None:
-        volume = read_case_image(case)
-        label = self.predict(volume)
-        if label.source is None:
-            raise ValueError("a volume read from a file has no source")
-        write_label(path, label.array[0], label.source)
+    def _predict_file(self, case: Case, files: Mapping[OutputFormat, Path]) -> None:
+        image = read_case_image(case)
+        check_formats(image, files)
+        write_outputs(self.predict(image), files, self.plan)
 
     def _slide(self, image: Tensor, precision: Precision) -> Tensor:
         with autocast(precision, self.device_type):
@@ -235,10 +249,24 @@ def _make_folder(folder: Path) -> None:
         raise InputError(f"cannot be written to ({error.strerror})", where=folder, fix=OTHER_FOLDER) from error
 
 
-def _check_not_an_input(cases: Sequence[Case], files: Mapping[str, Path]) -> None:
+def _all_paths(files: Mapping[str, Mapping[OutputFormat, Path]]) -> list[Path]:
+    return [path for paths in files.values() for path in paths.values()]
+
+
+def _check_not_an_input(cases: Sequence[Case], files: Mapping[str, Mapping[OutputFormat, Path]]) -> None:
     for case in cases:
-        if files[case.case_id].resolve() in {image.resolve() for image in case.images}:
-            raise InputError("is an image that would be overwritten", where=files[case.case_id], fix=OTHER_FOLDER)
+        inputs = {file.resolve() for image in case.images for file in _files_of(image)}
+        for path in files[case.case_id].values():
+            if path.resolve() in inputs:
+                raise InputError("is an image that would be overwritten", where=path, fix=OTHER_FOLDER)
+
+
+def _files_of(image: Path) -> tuple[Path, ...]:
+    """What stands behind an image; when that cannot be told, the case fails for this when its turn comes."""
+    try:
+        return source_files(image)
+    except InputError:
+        return (image,)
 
 
 def _is_disk_full(error: Exception) -> bool:

@@ -1,0 +1,64 @@
+"""Segmentations as files: NIfTI on the grid of the image, DICOM segmentations in the study of the series."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pipeline.errors import InputError
+from pipeline.io.dicom.frames import Stack
+from pipeline.io.dicom.tilt import back_to_slices
+from pipeline.io.image_file import write_label
+from pipeline.io.volume import Volume
+from pipeline.plan import Plan
+
+OutputFormat = Literal["nifti", "dicom_seg"]
+SUFFIXES: dict[OutputFormat, str] = {"nifti": ".nii.gz", "dicom_seg": ".dcm"}
+FORMATS: dict[str, tuple[OutputFormat, ...]] = {
+    "nifti": ("nifti",),
+    "dicom_seg": ("dicom_seg",),
+    "both": ("nifti", "dicom_seg"),
+}
+
+
+def output_files(case_id: str, folder: Path, formats: Sequence[OutputFormat]) -> dict[OutputFormat, Path]:
+    """The files of a case by format."""
+    return {kind: folder / f"{case_id}{SUFFIXES[kind]}" for kind in formats}
+
+
+def check_formats(image: Volume, formats: Iterable[OutputFormat]) -> None:
+    """Refuse, before anything is computed, what cannot be written of an image.
+
+    Raises:
+        InputError: A DICOM segmentation is asked of an image that is no DICOM series.
+    """
+    if "dicom_seg" in formats and (image.source is None or not isinstance(image.source.header, Stack)):
+        raise InputError("a DICOM segmentation refers to a DICOM series, and this is none", fix="Use --format nifti")
+
+
+def write_outputs(label: Volume, files: Mapping[OutputFormat, Path], plan: Plan) -> None:
+    """Write a segmentation in every format, each file atomically.
+
+    Args:
+        label: (1, I, J, K) class values on the grid of the image, with its source.
+        files: Where to, by format.
+        plan: Names, values and codes of the classes.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
+    if "nifti" in files:
+        write_label(files["nifti"], label)
+    if "dicom_seg" in files:
+        _write_dicom(files["dicom_seg"], label, plan)
+
+
+def _write_dicom(path: Path, label: Volume, plan: Plan) -> None:
+    from pipeline.io.dicom.seg_writer import write_segmentation
+
+    on_slices = back_to_slices(label)
+    if on_slices.source is None:
+        raise ValueError("a segmentation of a series has a source")
+    classes = dict(list(plan.labels.items())[1:])
+    write_segmentation(path, on_slices.array[0], on_slices.source, classes=classes, codes=plan.segment_codes)
