@@ -1,8 +1,8 @@
 """DICOM segmentations to structures on the grid of their image, one at a time.
 
 Frames go where their geometry says; the order of frames and the dimension indices mean nothing here. pydicom decodes
-the pixels. highdicom's `get_volume` reads all of these files too, but into a lattice that it makes up from the frames
-that are there (165 slices for the two of a sparse one), not into the image's.
+the pixels, but for packed bits. highdicom's `get_volume` reads all of these files too, but into a lattice that it makes
+up from the frames that are there (165 slices for the two of a sparse one), not into the image's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pipeline.io.dicom.seg_header import (
     Segment,
     SegmentFrame,
     background_value,
-    errors_named,
     read_dataset,
     read_frames,
     read_segments,
+    seg_errors_named,
     segmentation_type,
 )
 from pipeline.io.dicom.seg_placement import Placement, place
@@ -57,7 +57,7 @@ def read_segment_set(path: Path) -> SegmentSet:
     Raises:
         InputError: No file, no segmentation, or one without described segments.
     """
-    with errors_named(path):
+    with seg_errors_named(path):
         dataset = read_dataset(path, with_pixels=False)
         series = [str(item.get("SeriesInstanceUID", "")) for item in dataset.get("ReferencedSeriesSequence") or []]
         return SegmentSet(
@@ -88,13 +88,13 @@ def iter_segments(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"the threshold must be in (0, 1], got {threshold}")
-    with errors_named(path):
+    with seg_errors_named(path):
         dataset = read_dataset(path, with_pixels=True)
         segments = [segment for segment in read_segments(dataset) if not segment.is_background]
         source = _source(dataset, grid, threshold, {segment.number for segment in segments if wanted(segment.name)})
     for segment in segments:
         if wanted(segment.name):
-            with errors_named(path):
+            with seg_errors_named(path):
                 mask = source.mask(segment.number)
             yield Structure(segment.name, segment.number, mask)
 
@@ -176,11 +176,31 @@ def _decode(
     dataset: Any, placed: list[tuple[SegmentFrame, Placement]]
 ) -> Iterator[tuple[Placement, NDArray[np.unsignedinteger[Any]]]]:
     """The places and the stored pixels (rows, columns) of frames."""
-    from pydicom.pixels.utils import iter_pixels
-
     if not placed:
         return
-    # Frames of one bit per pixel do not begin at whole bytes; pydicom cuts them out rightly.
-    pixels = iter_pixels(dataset, indices=[frame.index for frame, _ in placed], raw=True)
-    for (_, placement), frame in zip(placed, pixels, strict=True):
-        yield placement, frame
+    indices = [frame.index for frame, _ in placed]
+    for (_, placement), pixels in zip(placed, _pixels(dataset, indices), strict=True):
+        yield placement, pixels
+
+
+def _pixels(dataset: Any, indices: list[int]) -> Iterator[NDArray[Any]]:
+    from pydicom.pixels.utils import iter_pixels
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if dataset.BitsAllocated == 1 and not syntax.is_encapsulated:
+        if not syntax.is_little_endian:
+            raise InputError("has bits in big-endian words, which is not supported")
+        # pydicom 3.0 reads a byte too few of frames that begin and end within bytes (5 x 7 pixels, frame 1).
+        return (_unpacked(dataset, index) for index in indices)
+    return iter_pixels(dataset, indices=indices, raw=True)
+
+
+def _unpacked(dataset: Any, index: int) -> NDArray[np.uint8]:
+    """A frame of one bit per pixel; frames follow each other without a gap, so they need not begin at a byte."""
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    first, end = index * rows * columns, (index + 1) * rows * columns
+    packed = np.frombuffer(dataset.PixelData, np.uint8)[first // 8 : (end + 7) // 8]
+    bits = np.unpackbits(packed, bitorder="little")[first % 8 :][: end - first]
+    if bits.size < end - first:
+        raise InputError("is truncated")
+    return bits.reshape(rows, columns)

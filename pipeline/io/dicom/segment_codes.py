@@ -95,15 +95,20 @@ def suggest_segment_codes(class_names: Iterable[str]) -> dict[str, SegmentCode]:
 
 def private_code(name: str) -> SegmentCode:
     """A code of our own for a name that no term is known for; it tells that it is private, and nothing else."""
-    meaning = " ".join("".join(c if c.isprintable() and c != "\\" else " " for c in name).split())[:LONGEST_MEANING]
     plain = re.sub(r"[^A-Z0-9]+", "_", name.upper()).strip("_")
     if len(plain) > LONGEST_VALUE or plain.lower() != name.lower():
         # Two names must not meet in one value.
         digest = hashlib.sha256(name.encode()).hexdigest()[:6].upper()
         plain = f"{plain[: LONGEST_VALUE - len(digest) - 1].rstrip('_')}_{digest}".lstrip("_")
-    kind = Code(value=plain, scheme=PRIVATE_SCHEME, meaning=meaning.strip() or "unnamed")
+    kind = Code(value=plain, scheme=PRIVATE_SCHEME, meaning=clean_text(name))
     # The one category that is true of any region, whatever it shows.
     return SegmentCode(category=_category("SpatialAndRelationalConcept"), type=kind)
+
+
+def clean_text(name: str) -> str:
+    """`name` as a text that DICOM can hold: at most 64 characters, none of them for control, no backslash."""
+    printable = "".join(c if c.isprintable() and c != "\\" else " " for c in name)
+    return " ".join(printable.split())[:LONGEST_MEANING].strip() or "unnamed"
 
 
 def _known_code(name: str) -> SegmentCode | None:
