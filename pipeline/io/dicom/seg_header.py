@@ -104,6 +104,12 @@ def read_frames(dataset: Any) -> list[SegmentFrame]:
     ]
 
 
+def slice_spacing(dataset: Any) -> float:
+    """SpacingBetweenSlices of what all frames share, in mm; 0 where it is not said."""
+    measures = (_first(dataset, "SharedFunctionalGroupsSequence").get("PixelMeasuresSequence") or [{}])[0]
+    return float(measures.get("SpacingBetweenSlices") or 0)
+
+
 def _plane(own: Any, shared: Any, size: tuple[int, int]) -> Plane:
     position = _numbers(_group(own, shared, "PlanePositionSequence"), "ImagePositionPatient", 3)
     cosines = _numbers(_group(own, shared, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)

@@ -26,9 +26,12 @@ from pipeline.io.dicom.seg_header import (
     read_segments,
     seg_errors_named,
     segmentation_type,
+    slice_spacing,
 )
-from pipeline.io.dicom.seg_placement import Placement, place
+from pipeline.io.dicom.seg_placement import Placement, check_slice_spacing, place
 from pipeline.io.dicom.structures import Structure
+
+_Placed = tuple[SegmentFrame, Placement]
 
 # A fraction that rounding brought just below the threshold is inside.
 _FRACTION_ROUNDING = 1e-9
@@ -106,7 +109,7 @@ class _Masks:
     dataset: Any
     grid: Grid
     lowest: float
-    frames: dict[int, list[tuple[SegmentFrame, Placement]]]
+    frames: dict[int, list[_Placed]]
 
     def mask(self, number: int) -> NDArray[np.bool_]:
         """(i, j, k); in Fortran order, in which a frame is a run of memory."""
@@ -132,12 +135,18 @@ class _LabelMap:
 def _source(dataset: Any, grid: Grid, threshold: float, wanted: set[int]) -> _Masks | _LabelMap:
     described, frames = read_segments(dataset), read_frames(dataset)
     kind = segmentation_type(dataset)
+    if unknown := {f.segment for f in frames if f.segment is not None} - {segment.number for segment in described}:
+        raise InputError(f"has frames of segment {min(unknown)}, which it does not describe")
+    placed = [(f, place(f.plane, grid)) for f in frames if f.segment is None or f.segment in wanted]
+    if placed:
+        check_slice_spacing([placement for _, placement in placed], slice_spacing(dataset), grid)
     if kind == "LABELMAP":
-        return _LabelMap(_label_map(dataset, grid, _placed(frames, grid), described))
-    if unknown := {frame.segment for frame in frames} - {segment.number for segment in described}:
-        raise InputError(f"has frames of segment {min(map(str, unknown))}, which it does not describe")
-    chosen = {number: _placed([f for f in frames if f.segment == number], grid) for number in wanted}
-    return _Masks(dataset, grid, 1 if kind == "BINARY" else _lowest_value(dataset, threshold), chosen)
+        _check_places(placed)
+        return _LabelMap(_label_map(dataset, grid, placed, described))
+    by_segment = {number: [pair for pair in placed if pair[0].segment == number] for number in wanted}
+    for own in by_segment.values():
+        _check_places(own)
+    return _Masks(dataset, grid, 1 if kind == "BINARY" else _lowest_value(dataset, threshold), by_segment)
 
 
 def _lowest_value(dataset: Any, threshold: float) -> float:
@@ -148,18 +157,15 @@ def _lowest_value(dataset: Any, threshold: float) -> float:
     return threshold * largest - _FRACTION_ROUNDING
 
 
-def _placed(frames: list[SegmentFrame], grid: Grid) -> list[tuple[SegmentFrame, Placement]]:
-    """The frames with their places, no two of them at one place."""
-    placed = [(frame, place(frame.plane, grid)) for frame in frames]
+def _check_places(placed: list[_Placed]) -> None:
+    """Refuse two frames of a segment at one place: of several points in time, neither is the mask."""
     if len({placement.box(frame.plane) for frame, placement in placed}) < len(placed):
-        of = f"of segment {frames[0].segment} " if frames[0].segment is not None else ""
-        raise InputError(f"has two frames {of}at one place", fix="Give a segmentation of one point in time")
-    return placed
+        number = placed[0][0].segment
+        of = f" of segment {number}" if number is not None else ""
+        raise InputError(f"has two frames{of} at one place", fix="Give a segmentation of one point in time")
 
 
-def _label_map(
-    dataset: Any, grid: Grid, placed: list[tuple[SegmentFrame, Placement]], described: list[Segment]
-) -> NDArray[Any]:
+def _label_map(dataset: Any, grid: Grid, placed: list[_Placed], described: list[Segment]) -> NDArray[Any]:
     background = background_value(dataset)
     labels = np.full(grid.shape, background, np.uint8 if dataset.BitsAllocated <= 8 else np.uint16, order="F")
     known = {background, *(segment.number for segment in described)}
@@ -172,9 +178,7 @@ def _label_map(
     return labels
 
 
-def _decode(
-    dataset: Any, placed: list[tuple[SegmentFrame, Placement]]
-) -> Iterator[tuple[Placement, NDArray[np.unsignedinteger[Any]]]]:
+def _decode(dataset: Any, placed: list[_Placed]) -> Iterator[tuple[Placement, NDArray[np.unsignedinteger[Any]]]]:
     """The places and the stored pixels (rows, columns) of frames."""
     if not placed:
         return

@@ -135,14 +135,16 @@ def _segmentation(
         # Names of classes and of the patient, in whatever script.
         specific_character_set="ISO_IR 192",
         plane_positions=positions if len(frames) < len(source.headers) else None,
-        coding_schemes=_coding_schemes(),
+        coding_schemes=_coding_schemes(descriptions),
     )
 
 
-def _coding_schemes() -> list[Any]:
+def _coding_schemes(descriptions: list[Any]) -> list[Any]:
+    """Who our private codes are from, where there are any."""
     from highdicom.coding_schemes import CodingSchemeIdentificationItem
 
-    return [CodingSchemeIdentificationItem(PRIVATE_SCHEME, name="voxfit class names")]
+    schemes = {item.segmented_property_type.scheme_designator for item in descriptions}
+    return [CodingSchemeIdentificationItem(PRIVATE_SCHEME, name="voxfit class names")] * (PRIVATE_SCHEME in schemes)
 
 
 def _descriptions(names: list[str], codes: Mapping[str, SegmentCode]) -> list[Any]:
