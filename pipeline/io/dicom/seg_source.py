@@ -97,7 +97,7 @@ def read_segmentation_source(stack: Stack) -> SegmentationSource:
 
         header = dcmread(path, stop_before_pixels=True)
         _check_identity(header, frames)
-        base = {**_identity(header), **_geometry(stack, frames[0], _slice_thickness(header))}
+        base = {**_identity(header), **_geometry(stack, _slice_thickness(header))}
         return SegmentationSource(
             headers=tuple(_stand_in(base, frame, number) for number, frame in enumerate(frames, 1)),
             frames=frames,
@@ -149,13 +149,15 @@ def _is_formed(header: Any, keyword: str) -> bool:
     return element.value not in (None, "")
 
 
-def _geometry(stack: Stack, first: Frame, thickness: float | None) -> dict[str, Any]:
+def _geometry(stack: Stack, thickness: float | None) -> dict[str, Any]:
+    first = stack.frames[0][0]
     columns, rows, _ = stack.grid.shape
     return {
         "Rows": rows,
         "Columns": columns,
         "PixelSpacing": [first.row_spacing, first.column_spacing],
-        "SliceThickness": thickness,
+        # Required; where the source does not say it, the voxels of the segmentation are as thick as they are apart.
+        "SliceThickness": thickness or stack.grid.spacing[2],
         "ImageOrientationPatient": [*first.row_direction, *first.column_direction],
     }
 

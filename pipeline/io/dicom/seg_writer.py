@@ -139,12 +139,14 @@ def _segmentation(
     )
 
 
-def _coding_schemes(descriptions: list[Any]) -> list[Any]:
-    """Who our private codes are from, where there are any."""
+def _coding_schemes(descriptions: list[Any]) -> list[Any] | None:
+    """Who our private codes are from; None where there are none, as an empty list is not valid."""
     from highdicom.coding_schemes import CodingSchemeIdentificationItem
 
     schemes = {item.segmented_property_type.scheme_designator for item in descriptions}
-    return [CodingSchemeIdentificationItem(PRIVATE_SCHEME, name="voxfit class names")] * (PRIVATE_SCHEME in schemes)
+    if PRIVATE_SCHEME not in schemes:
+        return None
+    return [CodingSchemeIdentificationItem(PRIVATE_SCHEME, name="voxfit class names")]
 
 
 def _descriptions(names: list[str], codes: Mapping[str, SegmentCode]) -> list[Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from pipeline.errors import InputError
 from pipeline.geometry import AxisOrder, Grid
-from pipeline.io.dicom.frames import Frame, PixelFormat, Stack
-from pipeline.io.dicom.seg_reader import iter_segments
+from pipeline.io.dicom.frames import Frame, PixelFormat, Stack, Tile
+from pipeline.io.dicom.seg_reader import iter_segments, read_segment_set
 from pipeline.io.dicom.seg_writer import write_segmentation
 from pipeline.io.dicom.segment_codes import suggest_segment_codes
 from pipeline.io.volume import SourceGrid
@@ -208,3 +212,283 @@ def test_real_series_get_valid_segmentations(kind: str, shared_data: Path, tmp_p
     source = make_source(REAL_SOURCES[kind](tmp_path, shared_data))
     label = make_label(source)
     check_written(write(tmp_path, source, label), source, label)
+
+
+def test_an_independent_reader_finds_the_voxels_at_their_places(tmp_path: Path) -> None:
+    if shutil.which("dcm2niix") is None:
+        pytest.skip("dcm2niix is not installed")
+    import nibabel as nib
+
+    source = make_source(make_series(tmp_path / "series", axes=OBLIQUE))
+    label = make_label(source, (0, 2))
+    path = write(tmp_path, source, label)
+    subprocess.run(["dcm2niix", "-z", "n", "-f", "seg", "-o", tmp_path, path], check=True, capture_output=True)
+    image = nib.load(tmp_path / "seg.nii")
+    found = np.argwhere(np.asarray(image.dataobj) > 0)
+    to_source = np.linalg.inv(source.grid.affine) @ image.affine
+    places = found @ to_source[:3, :3].T + to_source[:3, 3]
+    np.testing.assert_allclose(places, np.rint(places), atol=1e-3)
+    expected = np.argwhere(source.order.from_ras(label) == 2)
+    assert sorted(map(tuple, np.rint(places).astype(int).tolist())) == sorted(map(tuple, expected.tolist()))
+
+
+# ---- what the object says
+
+
+def test_frames_lie_where_the_source_lies_to_the_digit(tmp_path: Path) -> None:
+    paths = make_series(tmp_path / "series", axes=OBLIQUE)
+    source = make_source(paths)
+    dataset = pydicom.dcmread(write(tmp_path, source, make_label(source)))
+    headers = {header.SOPInstanceUID: header for header in map(pydicom.dcmread, paths)}
+    assert dataset.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient == (
+        headers[source.header.frames[0][0].instance_uid].ImageOrientationPatient
+    )
+    for group in dataset.PerFrameFunctionalGroupsSequence:
+        reference = group.DerivationImageSequence[0].SourceImageSequence[0]
+        header = headers[reference.ReferencedSOPInstanceUID]
+        assert group.PlanePositionSequence[0].ImagePositionPatient == header.ImagePositionPatient
+        assert reference.ReferencedSOPClassUID == CT_CLASS
+        assert reference.SpatialLocationsPreserved == "YES"
+        assert "ReferencedFrameNumber" not in reference
+
+
+def test_the_study_is_kept_and_the_series_is_new(tmp_path: Path) -> None:
+    paths = make_series(tmp_path / "series", sop_class=MR_CLASS)
+    source, header = make_source(paths), pydicom.dcmread(paths[0])
+    path = write(tmp_path, source, make_label(source))
+    dataset = pydicom.dcmread(path)
+    same = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyInstanceUID")
+    for keyword in (*same, "StudyID", "StudyDate", "StudyTime", "FrameOfReferenceUID"):
+        assert dataset[keyword].value == header[keyword].value, keyword
+    assert dataset.SeriesInstanceUID != header.SeriesInstanceUID
+    assert (dataset.Modality, dataset.SeriesNumber, dataset.Manufacturer) == ("SEG", 1003, "voxfit")
+    assert "InstitutionName" not in dataset
+    assert read_segment_set(path).referenced_series == (header.SeriesInstanceUID,)
+    instances = dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert [i.ReferencedSOPInstanceUID for i in instances] == [f.instance_uid for f in source.header.frames[0]]
+    assert {i.ReferencedSOPClassUID for i in (*instances, *dataset.SourceImageSequence)} == {MR_CLASS}
+
+
+def test_segments_say_what_they_are_and_who_made_them(tmp_path: Path) -> None:
+    source = make_source(make_series(tmp_path / "series"))
+    dataset = pydicom.dcmread(write(tmp_path, source, make_label(source, (0, 7))))
+    (segment,) = dataset.SegmentSequence
+    kind = segment.SegmentedPropertyTypeCodeSequence[0]
+    assert (segment.SegmentNumber, segment.SegmentLabel) == (1, "left kidney")
+    assert (kind.CodeValue, kind.CodingSchemeDesignator) == ("64033007", "SCT")
+    assert kind.SegmentedPropertyTypeModifierCodeSequence[0].CodeValue == "7771000"
+    assert (segment.SegmentAlgorithmType, segment.SegmentAlgorithmName) == ("AUTOMATIC", "voxfit")
+    assert segment.SegmentationAlgorithmIdentificationSequence[0].AlgorithmVersion
+    assert "CodingSchemeIdentificationSequence" not in dataset
+
+
+def test_classes_without_a_code_get_a_private_one_that_is_declared(tmp_path: Path) -> None:
+    source = make_source(make_series(tmp_path / "series"))
+    path = write(tmp_path, source, make_label(source), codes={})
+    dataset = pydicom.dcmread(path)
+    kinds = [segment.SegmentedPropertyTypeCodeSequence[0] for segment in dataset.SegmentSequence]
+    assert [(k.CodingSchemeDesignator, k.CodeMeaning) for k in kinds] == [
+        ("99VOXFIT", "liver"),
+        ("99VOXFIT", "left kidney"),
+    ]
+    assert dataset.CodingSchemeIdentificationSequence[0].CodingSchemeDesignator == "99VOXFIT"
+    assert errors_of_dciodvfy(path) == []
+
+
+def test_names_in_any_script_and_of_any_length_are_kept_as_far_as_dicom_goes(tmp_path: Path) -> None:
+    source = make_source(make_series(tmp_path / "series"))
+    classes = {"background": 0, "肝臓": 2, "long " * 20: 7}
+    path = write(tmp_path, source, make_label(source), classes=classes, codes=suggest_segment_codes(classes))
+    assert read_segment_set(path).names == ("肝臓", ("long " * 20)[:64].strip())
+    assert errors_of_dciodvfy(path) == []
+
+
+def test_classes_without_a_voxel_are_not_described(tmp_path: Path) -> None:
+    source = make_source(make_series(tmp_path / "series"))
+    path = write(tmp_path, source, make_label(source, (0, 2, 40)))
+    assert read_segment_set(path).names == ("liver", "spleen")
+    assert {s.number: int(s.mask.sum()) > 0 for s in iter_segments(path, source.grid, wanted=lambda name: True)} == {
+        1: True,
+        2: True,
+    }
+
+
+@pytest.mark.parametrize("kind", ["ct", "one slice"])
+def test_an_empty_result_is_a_valid_object_that_says_what_was_looked_for(kind: str, tmp_path: Path) -> None:
+    source = make_source(SOURCES[kind](tmp_path, tmp_path))
+    label = np.zeros_like(make_label(source))
+    path = write(tmp_path, source, label)
+    assert errors_of_dciodvfy(path) == []
+    assert read_segment_set(path).names == ("liver", "left kidney", "spleen")
+    assert pydicom.dcmread(path).NumberOfFrames == 3
+    assert not any(s.mask.any() for s in iter_segments(path, source.grid, wanted=lambda name: True))
+
+
+def test_two_runs_differ_in_uids_and_dates_alone(tmp_path: Path) -> None:
+    source = make_source(make_series(tmp_path / "series"))
+    label = make_label(source)
+    first, second = (pydicom.dcmread(write(tmp_path / run, source, label)) for run in "ab")
+    differing = {a.keyword for a in first if a != second[a.tag]}
+    own = {"SOPInstanceUID", "SeriesInstanceUID", "DimensionOrganizationSequence", "DimensionIndexSequence"}
+    dates = {"InstanceCreationDate", "InstanceCreationTime", "ContentDate", "ContentTime"}
+    assert differing <= own | dates | {"ContributingEquipmentSequence"}
+
+
+def test_frames_of_an_enhanced_file_are_referred_to_by_number(shared_data: Path, tmp_path: Path) -> None:
+    source = make_source(REAL_SOURCES["enhanced"](tmp_path, shared_data))
+    frames = source.header.frames[0]
+    dataset = pydicom.dcmread(write(tmp_path, source, make_label(source)))
+    for group in dataset.PerFrameFunctionalGroupsSequence:
+        (reference,) = group.DerivationImageSequence[0].SourceImageSequence
+        place = tuple(map(float, group.PlanePositionSequence[0].ImagePositionPatient))
+        assert [f.index + 1 for f in frames if f.position == place] == [reference.ReferencedFrameNumber]
+        assert reference.ReferencedSOPInstanceUID == frames[0].instance_uid
+    assert len(dataset.SourceImageSequence) == 1
+
+
+def test_tiles_of_a_mosaic_refer_to_their_file_and_keep_their_own_places(tmp_path: Path) -> None:
+    (path,) = make_series(tmp_path / "series", sop_class=MR_CLASS, size=(7, 5, 1))
+    source = make_source(make_series(tmp_path / "slices", sop_class=MR_CLASS))
+    uid = str(pydicom.dcmread(path).SOPInstanceUID)
+    tiles = tuple(
+        replace(frame, path=path, instance_uid=uid, tile=Tile(row=0, column=7 * k, rows=5, columns=7))
+        for k, frame in enumerate(source.header.frames[0])
+    )
+    source = replace(source, header=replace(source.header, frames=(tiles,)))
+    label = make_label(source)
+    out = write(tmp_path, source, label)
+    assert errors_of_dciodvfy(out) == []
+    references = [
+        group.DerivationImageSequence[0].SourceImageSequence[0]
+        for group in pydicom.dcmread(out).PerFrameFunctionalGroupsSequence
+    ]
+    assert {(r.ReferencedSOPInstanceUID, r.SpatialLocationsPreserved) for r in references} == {(uid, "NO")}
+    expected = source.order.from_ras(label)
+    for structure in iter_segments(out, source.grid, wanted=lambda name: True):
+        np.testing.assert_array_equal(structure.mask, expected == CLASSES[structure.name])
+
+
+# ---- what goes wrong
+
+
+def edit_headers(paths: list[Path], edit: Callable[[Dataset], None]) -> list[Path]:
+    for path in paths:
+        header = pydicom.dcmread(path)
+        edit(header)
+        header.save_as(path)
+    return paths
+
+
+@pytest.mark.parametrize(
+    "keyword", ["StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID"]
+)
+def test_a_source_without_identity_is_refused_in_one_line(keyword: str, tmp_path: Path) -> None:
+    def edit(header: Dataset) -> None:
+        del header[keyword]
+
+    source = make_source(edit_headers(make_series(tmp_path / "series"), edit))
+    with pytest.raises(InputError, match=f"lacks {keyword}") as caught:
+        write(tmp_path, source, make_label(source))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_standard_requires_and_the_source_lacks_is_empty(tmp_path: Path) -> None:
+    gone = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate")
+
+    def edit(header: Dataset) -> None:
+        for keyword in (*gone, "StudyTime", "ReferringPhysicianName", "SliceThickness", "SeriesNumber"):
+            del header[keyword]
+
+    source = make_source(edit_headers(make_series(tmp_path / "series"), edit))
+    path = write(tmp_path, source, make_label(source))
+    dataset = pydicom.dcmread(path)
+    assert all(keyword in dataset and not dataset[keyword].value for keyword in gone)
+    assert errors_of_dciodvfy(path) == []
+
+
+def test_values_without_the_standards_form_do_not_get_in_the_way(tmp_path: Path) -> None:
+    def edit(header: Dataset) -> None:
+        header.PatientSex, header.StudyID, header.PatientAge = "female", "x" * 17, "33"
+        header.StudyDate = "2020-13-99"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = make_source(edit_headers(make_series(tmp_path / "series"), edit))
+        path = write(tmp_path, source, make_label(source))
+        dataset = pydicom.dcmread(path)
+    assert (dataset.PatientSex, dataset.StudyID, dataset.StudyDate) == ("", "", "")
+    assert "PatientAge" not in dataset
+    assert errors_of_dciodvfy(path) == []
+
+
+def test_names_in_another_character_set_are_kept(tmp_path: Path) -> None:
+    def edit(header: Dataset) -> None:
+        header.SpecificCharacterSet, header.PatientName = "ISO_IR 100", "Müller^Jörg"
+
+    source = make_source(edit_headers(make_series(tmp_path / "series"), edit))
+    path = write(tmp_path, source, make_label(source))
+    assert str(pydicom.dcmread(path).PatientName) == "Müller^Jörg"
+    assert errors_of_dciodvfy(path) == []
+
+
+def test_a_source_that_is_no_series_is_refused(tmp_path: Path) -> None:
+    grid = Grid((3, 3, 3), np.eye(4))
+    source = SourceGrid(tmp_path / "a.nii.gz", grid, AxisOrder((0, 1, 2), (False, False, False)))
+    with pytest.raises(InputError, match="no DICOM series"):
+        write(tmp_path, source, np.zeros((3, 3, 3), np.uint8))
+
+
+def test_labels_that_do_not_fit_are_defects(tmp_path: Path) -> None:
+    source = make_source(make_series(tmp_path / "series"))
+    label = make_label(source)
+    with pytest.raises(ValueError, match="no class"):
+        write(tmp_path, source, np.where(label == 2, 3, label))
+    with pytest.raises(ValueError, match="no label map"):
+        write(tmp_path, source, label[1:])
+    with pytest.raises(ValueError, match="no label map"):
+        write(tmp_path, source, label.astype(float))
+
+
+def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: Any) -> None:
+    source = make_source(make_series(tmp_path / "series"))
+    path = write(tmp_path, source, make_label(source))
+    before = path.read_bytes()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Dataset, "save_as", fail)
+    with pytest.raises(InputError, match="cannot write"):
+        write(tmp_path, source, make_label(source))
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# ---- privacy
+
+
+def test_nothing_that_tells_the_patient_is_said(tmp_path: Path, caplog: Any, capfd: Any, monkeypatch: Any) -> None:
+    def edit(header: Dataset) -> None:
+        header.PatientID, header.AccessionNumber = SECRETS["PatientID"] * 20, SECRETS["AccessionNumber"] * 5
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        source = make_source(edit_headers(make_series(tmp_path / "series"), edit))
+        label = make_label(source)
+        warnings.simplefilter("always")
+        with caplog.at_level(logging.DEBUG):
+            path = write(tmp_path, source, label)
+            list(iter_segments(path, source.grid, wanted=lambda name: True))
+            assert logging.getLogger("highdicom").level == logging.NOTSET
+        assert not caught
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise ValueError(f"{SECRETS}")
+
+        monkeypatch.setattr("highdicom.seg.Segmentation", fail)
+        with pytest.raises(InputError) as error:
+            write(tmp_path, source, label)
+    said = " ".join([caplog.text, *capfd.readouterr(), str(error.value), str(path.relative_to(tmp_path))])
+    assert not [secret for secret in SECRETS.values() if secret in said]
+    assert "cannot be made" in said
