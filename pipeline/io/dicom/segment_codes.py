@@ -64,7 +64,6 @@ _ALIASES = {
     "heart atrium right": "RightAtrium",
     "heart ventricle left": "LeftVentricle",
     "heart ventricle right": "RightVentricle",
-    "caudate": "CaudateNucleus",
     "pallidum": "GlobusPallidus",
     "csf": "CerebrospinalFluid",
     "optic nerve": "OpticNerve",
@@ -75,7 +74,8 @@ _VOLUMES = {"gtv": "GrossTumorVolume", "gross neoplasm volume": "GrossTumorVolum
 # Terms of the groups whose words alone may mean another thing: a ventricle of the heart or of the brain.
 _AMBIGUOUS = {
     *("ventricle", "head", "neck", "body", "trunk", "face", "media", "normal", "background", "organ", "tissue"),
-    *("joint", "nucleus", "apex", "base", "tail", "lumen", "cortex", "back", "arm", "leg"),
+    *("joint", "nucleus", "apex", "base", "tail", "lumen", "cortex", "back", "arm", "leg", "atrium", "pelvis", "hip"),
+    *("baffle", "carina", "hiatus", "orbital", "stripe", "phantom", "gas", "intima", "adventitia", "flank"),
 }
 _LEVEL = re.compile(r"[ctl]\d{1,2}")
 
