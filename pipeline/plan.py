@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from pipeline.errors import InputError
@@ -13,6 +13,7 @@ __all__ = [
     "GIB",
     "BlockName",
     "ChannelPlan",
+    "Code",
     "Execution",
     "MemoryPlan",
     "NetworkPlan",
@@ -25,6 +26,7 @@ __all__ = [
     "ProbedRung",
     "Record",
     "Rung",
+    "SegmentCode",
 ]
 
 GIB = 1024**3
@@ -92,6 +94,57 @@ class MemoryPlan(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Code(Record):
+    """A term of a coding scheme.
+
+    Attributes:
+        value: The code, at most 16 characters, such as "10200004".
+        scheme: Who gives it, at most 16 characters: "SCT" is SNOMED CT; private ones begin with "99".
+        meaning: For people, at most 64 characters.
+    """
+
+    value: str
+    scheme: str
+    meaning: str
+
+    def problems(self) -> list[str]:
+        """What is empty, too long or not storable, by attribute."""
+        found = []
+        for name, text, largest in (
+            ("value", self.value, 16),
+            ("scheme", self.scheme, 16),
+            ("meaning", self.meaning, 64),
+        ):
+            if not text.strip():
+                found.append(f"{name}: must not be empty")
+            elif len(text) > largest:
+                found.append(f"{name}: must have at most {largest} characters, got {len(text)}")
+            elif "\\" in text or not text.isprintable():
+                found.append(f"{name}: must hold no backslash and no control characters")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentCode(Record):
+    """What a class is, in coded terms, for DICOM segmentations.
+
+    Attributes:
+        category: Kind of thing, such as an anatomical structure.
+        type: The thing, such as the kidney.
+        modifier: Which one of them, such as the left; None where there is nothing to tell apart.
+    """
+
+    category: Code
+    type: Code
+    modifier: Code | None = None
+
+    def problems(self) -> list[str]:
+        """Problems of the codes, by dotted name."""
+        codes = {"category": self.category, "type": self.type, "modifier": self.modifier}
+        return [f"{name}.{problem}" for name, code in codes.items() if code is not None for problem in code.problems()]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan(Record):
     """Everything that follows from the data and the budget; written by `voxfit plan`.
 
@@ -101,6 +154,8 @@ class Plan(Record):
         fingerprint_hash: Of the fingerprint that the plan was made from.
         channels: One entry per input channel, in order.
         labels: Value in the label files by class name, background first; position is the class index.
+        segment_codes: What the classes are in coded terms, by class name, for DICOM segmentations; edit them freely,
+            nothing else depends on them. Classes without one get a private code.
         ignore_value: Label value whose voxels take no part in the loss, or None.
         target_spacing: Voxel size in millimetres along i, j, k that cases are resampled to.
         anisotropic_axis: The axis that is resampled apart from the other two, or None.
@@ -131,6 +186,7 @@ class Plan(Record):
     fingerprint_hash: str
     channels: tuple[ChannelPlan, ...]
     labels: dict[str, int]
+    segment_codes: dict[str, SegmentCode] = field(default_factory=dict)
     ignore_value: int | None = None
     target_spacing: Spacing
     anisotropic_axis: Literal[0, 1, 2] | None = None
@@ -156,6 +212,7 @@ class Plan(Record):
             *self._own_rung().problems(self.network),
             *self._channel_problems(),
             *self._label_problems(),
+            *self._code_problems(),
             *self._rung_problems(),
         ]
         if problems:
@@ -265,6 +322,17 @@ class Plan(Record):
         if self.labels and next(iter(self.labels.values())) != 0:
             problems.append("labels: the first class must be the background with value 0")
         return problems
+
+    def _code_problems(self) -> list[str]:
+        found = []
+        for name, code in self.segment_codes.items():
+            if name not in self.class_names[1:]:
+                found.append(f"segment_codes.{name}: must be a class other than the background ({self._foreground()})")
+            found += [f"segment_codes.{name}.{problem}" for problem in code.problems()]
+        return found
+
+    def _foreground(self) -> str:
+        return ", ".join(self.class_names[1:])
 
 
 def _optimizer_words(name: str, ema: bool) -> str:

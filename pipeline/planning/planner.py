@@ -12,6 +12,7 @@ from pipeline.config import PlanConfig
 from pipeline.datasets.fingerprint import ChannelStatistics, Fingerprint
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
+from pipeline.io.dicom.segment_codes import suggest_segment_codes
 from pipeline.plan import ChannelPlan, NormalizationScheme, Plan, Rung
 from pipeline.planning.budget import format_budget, format_need
 from pipeline.planning.candidates import patch_candidates
@@ -58,6 +59,7 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int
         fingerprint_hash=content_hash(to_json(fingerprint)),
         channels=channels,
         labels=dict(fingerprint.labels),
+        segment_codes=suggest_segment_codes(list(fingerprint.labels)[1:]),
         ignore_value=fingerprint.ignore_value,
         target_spacing=target.spacing,
         anisotropic_axis=target.anisotropic_axis,

@@ -17,7 +17,7 @@ from pipeline.plan import Plan, Record, Rung
 from pipeline.saved_config import find_changes, write_config
 
 # Parts of a plan that no training depends on; what was measured is not the same in two plannings.
-SAID_ONLY = ("candidates", "memory", "notes", "probe")
+SAID_ONLY = ("candidates", "memory", "notes", "probe", "segment_codes")
 # What may change between two starts of one run. Paths may: what they lead to is compared instead (the plan) or was
 # checked against it (the store). `max_epochs` may not: the learning-rate schedule is stretched over it.
 HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs", "hardware.")

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.errors import InputError
+from pipeline.io.dicom.segment_codes import suggest_segment_codes
 from pipeline.networks.unet import UNet
 from pipeline.plan import GIB, ChannelPlan, Execution, MemoryPlan, NormName, Plan, Rung
 from pipeline.planning.topology import make_topology
@@ -48,7 +49,7 @@ PLAN = Plan(
     ),
 )
 # What version 1 did not have from its start on.
-LATER = ("slab_stages", "offload_stages", "optimizer", "ema", "candidates", "fallbacks")
+LATER = ("slab_stages", "offload_stages", "optimizer", "ema", "candidates", "fallbacks", "segment_codes")
 
 
 def edited(tmp_path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
@@ -74,6 +75,7 @@ def test_a_plan_from_before_slabs_and_fallbacks_means_what_it_meant(tmp_path: Pa
     assert plan.execution == Execution(recompute_stages=2)
     assert (plan.optimizer, plan.ema, plan.candidates, plan.fallbacks) == ("sgd", False, (), ())
     assert plan.memory.host_bytes == 0
+    assert plan.segment_codes == {}
     assert plan.rung.required_bytes == 7
 
 
@@ -193,3 +195,20 @@ def test_an_optimizer_other_than_the_planned_one_is_told() -> None:
     warning = PLAN.optimizer_warning("adamw", ema=True)
     assert "metered for sgd, but the training uses adamw with averaged weights" in warning
     assert "sgd with averaged weights" in PLAN.optimizer_warning("sgd", ema=True)
+
+
+def test_codes_of_classes_come_back_from_the_file_and_their_problems_are_named(tmp_path: Path) -> None:
+    codes = suggest_segment_codes(["tumour"])
+    plan = replace(PLAN, segment_codes=codes)
+    write_artifact(tmp_path / "plan.json", plan)
+    assert read_artifact(tmp_path / "plan.json", Plan) == plan
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content["segment_codes"]["tumour"]["type"] = {"value": "", "scheme": "SCT", "meaning": "x" * 65}
+    content["segment_codes"]["tumor"] = content["segment_codes"]["background"] = content["segment_codes"]["tumour"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        read_artifact(tmp_path / "plan.json", Plan)
+    assert "segment_codes.tumor: must be a class other than the background (tumour)" in str(caught.value)
+    assert "segment_codes.background: must be a class" in str(caught.value)
+    assert "segment_codes.tumour.type.value: must not be empty" in str(caught.value)
+    assert "segment_codes.tumour.type.meaning: must have at most 64 characters, got 65" in str(caught.value)

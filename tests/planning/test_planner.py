@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -75,6 +76,12 @@ def test_less_memory_first_costs_time_and_then_field_of_view(fingerprint_of: Fin
     assert voxels[-1] < voxels[0]
     assert f"The step is run with {plans[0].execution}" in " ".join(plans[0].notes)
     assert "next larger" in " ".join(plans[1].notes)
+
+
+def test_classes_get_coded_terms_for_segmentations(fingerprint_of: FingerprintOf) -> None:
+    fingerprint = replace(fingerprint_of((24, 20, 28)), labels={"background": 0, "liver": 1, "thing": 2})
+    codes = make_plan(fingerprint, tiny_config(), budget_bytes=8 * GIB).segment_codes
+    assert {name: code.type.scheme for name, code in codes.items()} == {"liver": "SCT", "thing": "99VOXFIT"}
 
 
 def test_no_more_time_is_spent_than_allowed(fingerprint_of: FingerprintOf) -> None:

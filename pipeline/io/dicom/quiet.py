@@ -6,6 +6,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import InputError
 
 _LOGGERS = ("pydicom", "highdicom")
 
@@ -27,3 +30,31 @@ def quiet_dicom() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def errors_named(path: Path, otherwise: str, *, fix: str) -> Iterator[None]:
+    """Within `quiet_dicom`, whatever goes wrong becomes one `InputError` that holds no value of a header.
+
+    Args:
+        path: The file, for messages.
+        otherwise: What is said of errors that are not of the file system.
+        fix: What the user can do.
+    """
+    try:
+        with quiet_dicom():
+            yield
+    except InputError as error:
+        raise InputError(error.what, where=error.where or path, fix=error.fix or fix) from None
+    except FileNotFoundError:
+        raise InputError("there is no such file", where=path) from None
+    except OSError as error:
+        # Some of pydicom's own errors are OSErrors without a number.
+        raise InputError(
+            f"cannot be read ({error.strerror})" if error.errno else otherwise, where=path, fix=fix
+        ) from None
+    except MemoryError:
+        raise
+    except Exception:
+        # Any of dozens of types, depending on the byte that is wrong; the text may hold the patient's name.
+        raise InputError(otherwise, where=path, fix=fix) from None

@@ -6,21 +6,25 @@ never passed on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.io.dicom.frames import Vector
-from pipeline.io.dicom.quiet import quiet_dicom
+from pipeline.io.dicom.quiet import errors_named
 from pipeline.io.dicom.seg_placement import Plane
 
 SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 SEGMENTATION_TYPES = ("BINARY", "FRACTIONAL", "LABELMAP")
 _BACKGROUND_CODE = ("125040", "DCM")
-_FIX = "Export the segmentation again"
+
+
+def seg_errors_named(path: Path) -> AbstractContextManager[None]:
+    """`errors_named` for reading a segmentation."""
+    return errors_named(path, "is damaged, or no DICOM segmentation by the standard", fix="Export it again")
 
 
 @dataclass(frozen=True)
@@ -41,29 +45,8 @@ class SegmentFrame:
     plane: Plane
 
 
-@contextmanager
-def errors_named(path: Path) -> Iterator[None]:
-    """Quiet reading, in which whatever goes wrong is one `InputError` that names the file and no value of it."""
-    try:
-        with quiet_dicom():
-            yield
-    except InputError as error:
-        raise InputError(error.what, where=error.where or path, fix=error.fix or _FIX) from None
-    except FileNotFoundError:
-        raise InputError("there is no such file", where=path) from None
-    except OSError as error:
-        # Some of pydicom's own errors are OSErrors without a number.
-        what = f"cannot be read ({error.strerror})" if error.errno else "is damaged"
-        raise InputError(what, where=path, fix=_FIX) from None
-    except MemoryError:
-        raise
-    except Exception:
-        # Any of dozens of types, depending on the byte that is wrong; the text may hold the patient's name.
-        raise InputError("is damaged, or no DICOM segmentation by the standard", where=path, fix=_FIX) from None
-
-
 def read_dataset(path: Path, *, with_pixels: bool) -> Any:
-    """The data set of a file, checked to be a segmentation; within `errors_named`."""
+    """The data set of a file, checked to be a segmentation; within `seg_errors_named`."""
     from pydicom import dcmread
     from pydicom.errors import InvalidDicomError
 
@@ -119,6 +102,12 @@ def read_frames(dataset: Any) -> list[SegmentFrame]:
         SegmentFrame(index, None if is_map else _segment_number(own, shared), _plane(own, shared, size))
         for index, own in enumerate(frames)
     ]
+
+
+def slice_spacing(dataset: Any) -> float:
+    """SpacingBetweenSlices of what all frames share, in mm; 0 where it is not said."""
+    measures = (_first(dataset, "SharedFunctionalGroupsSequence").get("PixelMeasuresSequence") or [{}])[0]
+    return float(measures.get("SpacingBetweenSlices") or 0)
 
 
 def _plane(own: Any, shared: Any, size: tuple[int, int]) -> Plane:

@@ -6,6 +6,7 @@ image's file order. DICOM's LPS+ millimetres become RAS+ here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +136,30 @@ def _check_on_lattice(errors: NDArray[np.float64], grid: Grid) -> None:
         f"the segmentation does not lie on the image's voxels: off by up to {voxels:.3g} voxels ({distance:.3g} mm)",
         fix="Resample it to the image, or choose the series that it was drawn on",
     )
+
+
+def check_slice_spacing(placements: Sequence[Placement], declared: float, grid: Grid) -> None:
+    """Refuse slices that are a multiple of the image's apart: voxels thicker than the image's, not gaps in a structure.
+
+    Positions alone cannot tell the two apart, so the declared spacing has to say so as well, and every gap has to be a
+    multiple of it.
+
+    Args:
+        placements: Of all frames.
+        declared: SpacingBetweenSlices in mm.
+        grid: The image's.
+
+    Raises:
+        InputError: The segmentation's slices are thicker than the image's.
+    """
+    axis = placements[0].normal_axis
+    ratio = round(declared / grid.spacing[axis])
+    layers = np.unique([placement.start[axis] for placement in placements])
+    if ratio > 1 and len(layers) > 2 and not (np.diff(layers) % ratio).any() and (np.diff(layers) == ratio).any():
+        raise InputError(
+            f"the segmentation's slices are {declared:.4g} mm apart, the image's {grid.spacing[axis]:.4g} mm",
+            fix="Resample it to the image, or choose the series that it was drawn on",
+        )
 
 
 def _check_nothing_outside(farthest: int) -> None:

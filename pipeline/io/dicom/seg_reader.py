@@ -1,8 +1,8 @@
 """DICOM segmentations to structures on the grid of their image, one at a time.
 
 Frames go where their geometry says; the order of frames and the dimension indices mean nothing here. pydicom decodes
-the pixels. highdicom's `get_volume` reads all of these files too, but into a lattice that it makes up from the frames
-that are there (165 slices for the two of a sparse one), not into the image's.
+the pixels, but for packed bits. highdicom's `get_volume` reads all of these files too, but into a lattice that it makes
+up from the frames that are there (165 slices for the two of a sparse one), not into the image's.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from pipeline.io.dicom.seg_header import (
     Segment,
     SegmentFrame,
     background_value,
-    errors_named,
     read_dataset,
     read_frames,
     read_segments,
+    seg_errors_named,
     segmentation_type,
+    slice_spacing,
 )
-from pipeline.io.dicom.seg_placement import Placement, place
+from pipeline.io.dicom.seg_placement import Placement, check_slice_spacing, place
 from pipeline.io.dicom.structures import Structure
+
+_Placed = tuple[SegmentFrame, Placement]
 
 # A fraction that rounding brought just below the threshold is inside.
 _FRACTION_ROUNDING = 1e-9
@@ -57,7 +60,7 @@ def read_segment_set(path: Path) -> SegmentSet:
     Raises:
         InputError: No file, no segmentation, or one without described segments.
     """
-    with errors_named(path):
+    with seg_errors_named(path):
         dataset = read_dataset(path, with_pixels=False)
         series = [str(item.get("SeriesInstanceUID", "")) for item in dataset.get("ReferencedSeriesSequence") or []]
         return SegmentSet(
@@ -88,13 +91,13 @@ def iter_segments(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"the threshold must be in (0, 1], got {threshold}")
-    with errors_named(path):
+    with seg_errors_named(path):
         dataset = read_dataset(path, with_pixels=True)
         segments = [segment for segment in read_segments(dataset) if not segment.is_background]
         source = _source(dataset, grid, threshold, {segment.number for segment in segments if wanted(segment.name)})
     for segment in segments:
         if wanted(segment.name):
-            with errors_named(path):
+            with seg_errors_named(path):
                 mask = source.mask(segment.number)
             yield Structure(segment.name, segment.number, mask)
 
@@ -106,7 +109,7 @@ class _Masks:
     dataset: Any
     grid: Grid
     lowest: float
-    frames: dict[int, list[tuple[SegmentFrame, Placement]]]
+    frames: dict[int, list[_Placed]]
 
     def mask(self, number: int) -> NDArray[np.bool_]:
         """(i, j, k); in Fortran order, in which a frame is a run of memory."""
@@ -132,12 +135,18 @@ class _LabelMap:
 def _source(dataset: Any, grid: Grid, threshold: float, wanted: set[int]) -> _Masks | _LabelMap:
     described, frames = read_segments(dataset), read_frames(dataset)
     kind = segmentation_type(dataset)
+    if unknown := {f.segment for f in frames if f.segment is not None} - {segment.number for segment in described}:
+        raise InputError(f"has frames of segment {min(unknown)}, which it does not describe")
+    placed = [(f, place(f.plane, grid)) for f in frames if f.segment is None or f.segment in wanted]
+    if placed:
+        check_slice_spacing([placement for _, placement in placed], slice_spacing(dataset), grid)
     if kind == "LABELMAP":
-        return _LabelMap(_label_map(dataset, grid, _placed(frames, grid), described))
-    if unknown := {frame.segment for frame in frames} - {segment.number for segment in described}:
-        raise InputError(f"has frames of segment {min(map(str, unknown))}, which it does not describe")
-    chosen = {number: _placed([f for f in frames if f.segment == number], grid) for number in wanted}
-    return _Masks(dataset, grid, 1 if kind == "BINARY" else _lowest_value(dataset, threshold), chosen)
+        _check_places(placed)
+        return _LabelMap(_label_map(dataset, grid, placed, described))
+    by_segment = {number: [pair for pair in placed if pair[0].segment == number] for number in wanted}
+    for own in by_segment.values():
+        _check_places(own)
+    return _Masks(dataset, grid, 1 if kind == "BINARY" else _lowest_value(dataset, threshold), by_segment)
 
 
 def _lowest_value(dataset: Any, threshold: float) -> float:
@@ -148,18 +157,15 @@ def _lowest_value(dataset: Any, threshold: float) -> float:
     return threshold * largest - _FRACTION_ROUNDING
 
 
-def _placed(frames: list[SegmentFrame], grid: Grid) -> list[tuple[SegmentFrame, Placement]]:
-    """The frames with their places, no two of them at one place."""
-    placed = [(frame, place(frame.plane, grid)) for frame in frames]
+def _check_places(placed: list[_Placed]) -> None:
+    """Refuse two frames of a segment at one place: of several points in time, neither is the mask."""
     if len({placement.box(frame.plane) for frame, placement in placed}) < len(placed):
-        of = f"of segment {frames[0].segment} " if frames[0].segment is not None else ""
-        raise InputError(f"has two frames {of}at one place", fix="Give a segmentation of one point in time")
-    return placed
+        number = placed[0][0].segment
+        of = f" of segment {number}" if number is not None else ""
+        raise InputError(f"has two frames{of} at one place", fix="Give a segmentation of one point in time")
 
 
-def _label_map(
-    dataset: Any, grid: Grid, placed: list[tuple[SegmentFrame, Placement]], described: list[Segment]
-) -> NDArray[Any]:
+def _label_map(dataset: Any, grid: Grid, placed: list[_Placed], described: list[Segment]) -> NDArray[Any]:
     background = background_value(dataset)
     labels = np.full(grid.shape, background, np.uint8 if dataset.BitsAllocated <= 8 else np.uint16, order="F")
     known = {background, *(segment.number for segment in described)}
@@ -172,15 +178,33 @@ def _label_map(
     return labels
 
 
-def _decode(
-    dataset: Any, placed: list[tuple[SegmentFrame, Placement]]
-) -> Iterator[tuple[Placement, NDArray[np.unsignedinteger[Any]]]]:
+def _decode(dataset: Any, placed: list[_Placed]) -> Iterator[tuple[Placement, NDArray[np.unsignedinteger[Any]]]]:
     """The places and the stored pixels (rows, columns) of frames."""
-    from pydicom.pixels.utils import iter_pixels
-
     if not placed:
         return
-    # Frames of one bit per pixel do not begin at whole bytes; pydicom cuts them out rightly.
-    pixels = iter_pixels(dataset, indices=[frame.index for frame, _ in placed], raw=True)
-    for (_, placement), frame in zip(placed, pixels, strict=True):
-        yield placement, frame
+    indices = [frame.index for frame, _ in placed]
+    for (_, placement), pixels in zip(placed, _pixels(dataset, indices), strict=True):
+        yield placement, pixels
+
+
+def _pixels(dataset: Any, indices: list[int]) -> Iterator[NDArray[Any]]:
+    from pydicom.pixels.utils import iter_pixels
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if dataset.BitsAllocated == 1 and not syntax.is_encapsulated:
+        if not syntax.is_little_endian:
+            raise InputError("has bits in big-endian words, which is not supported")
+        # pydicom 3.0 reads a byte too few of frames that begin and end within bytes (5 x 7 pixels, frame 1).
+        return (_unpacked(dataset, index) for index in indices)
+    return iter_pixels(dataset, indices=indices, raw=True)
+
+
+def _unpacked(dataset: Any, index: int) -> NDArray[np.uint8]:
+    """A frame of one bit per pixel; frames follow each other without a gap, so they need not begin at a byte."""
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    first, end = index * rows * columns, (index + 1) * rows * columns
+    packed = np.frombuffer(dataset.PixelData, np.uint8)[first // 8 : (end + 7) // 8]
+    bits = np.unpackbits(packed, bitorder="little")[first % 8 :][: end - first]
+    if bits.size < end - first:
+        raise InputError("is truncated")
+    return bits.reshape(rows, columns)
