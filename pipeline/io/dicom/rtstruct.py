@@ -53,7 +53,7 @@ def iter_structures(path: Path, grid: Grid, *, wanted: Callable[[str], bool]) ->
             or last slice, or, with all others of its structure, beside it: such a structure was drawn on another
             series or a longer one, and part of it would be lost.
     """
-    check_affine(grid.affine, path.name)
+    check_affine(grid.affine, "the image's grid")
     rois = read_rois(path, wanted)
     return (structure for roi in rois if (structure := _draw(roi, grid)) is not None)
 
