@@ -96,13 +96,11 @@ def _pydicom_errors_named(path: Path) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(
-            f"cannot be read ({error.strerror or 'input error'})", where=path.name, fix="Check the file"
-        ) from None
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise InputError(f"cannot be read ({error.strerror})", where=path.name, fix="Check the file") from None
         # Of malformed files pydicom raises nearly anything, and the text may quote the patient's data.
-        raise InputError("is malformed", where=path.name, fix=_EXPORT_AGAIN) from None
+        raise InputError("is truncated or malformed", where=path.name, fix="Copy or export it again") from None
     finally:
         log.disabled = was_disabled
 

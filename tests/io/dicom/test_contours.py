@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +65,19 @@ def test_any_polygon_agrees_with_matplotlib(seed: int):
     expected = Outline(np.vstack([polygon, polygon[:1]])).contains_points(CENTRES.reshape(-1, 2)).reshape(SHAPE)
     clear = distance_to_edges(polygon) > NEAR_EDGE
     np.testing.assert_array_equal(fill(polygon)[clear], expected[clear])
+
+
+@given(seeds)
+@settings(max_examples=100, deadline=None)
+def test_centres_on_edges_follow_the_rule_of_exact_fractions(seed: int):
+    rng = np.random.default_rng(seed)
+    polygon = [tuple(map(int, point)) for point in rng.integers(-4, 26, (rng.integers(3, 9), 2))]
+    expected = np.zeros(SHAPE, bool)
+    for (i0, j0), (i1, j1) in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
+        for j in range(max(0, min(j0, j1)), min(SHAPE[1], max(j0, j1))):
+            crossing = i0 + Fraction((j - j0) * (i1 - i0), j1 - j0)
+            expected[[i for i in range(SHAPE[0]) if i >= crossing], j] ^= True
+    np.testing.assert_array_equal(fill(np.array(polygon)), expected)
 
 
 @given(seeds)
