@@ -80,6 +80,12 @@ def test_centres_on_edges_follow_the_rule_of_exact_fractions(seed: int):
     np.testing.assert_array_equal(fill(np.array(polygon)), expected)
 
 
+def test_a_crossing_that_floats_put_behind_a_centre_is_on_it():
+    # 7 rows down an edge of 58 / 14 lies -14 + 29 = 15, which float64 makes 15 and a bit more.
+    assert -14 + 7 * (58 / 14) > 15
+    assert fill(np.array([(-14, 0), (44, 14), (60, 14), (60, 0)]))[15, 7]
+
+
 @given(seeds)
 @settings(max_examples=60, deadline=None)
 def test_direction_and_first_point_do_not_matter(seed: int):

@@ -412,10 +412,10 @@ MALFORMED: dict[str, tuple[Callable[[Dataset], Any], str]] = {
     "no contours": (lambda d: delattr(d, "ROIContourSequence"), "rs.dcm: holds no ROIContourSequence"),
     "empty contours": (lambda d: d.ROIContourSequence.clear(), "rs.dcm: holds no ROIContourSequence"),
     "contours of nobody": (change("ROIContourSequence", 1, ReferencedROINumber=9), "number 9, which has no name"),
-    "contours of no number": (change("ROIContourSequence", 1, ReferencedROINumber=None), "rs.dcm: is truncated or malformed"),
+    "contours of no number": (change("ROIContourSequence", 1, ReferencedROINumber=None), "truncated or malformed"),
     "contours twice": (change("ROIContourSequence", 1, ReferencedROINumber=1), "two sets of contours of 'tumour'"),
     "no name": (change("StructureSetROISequence", 1, ROIName=""), "rs.dcm: structure number 2 has no name"),
-    "no number": (change("StructureSetROISequence", 1, ROINumber=None), "rs.dcm: is truncated or malformed"),
+    "no number": (change("StructureSetROISequence", 1, ROINumber=None), "truncated or malformed"),
     "a number twice": (change("StructureSetROISequence", 1, ROINumber=1), "'tumour' and 'b' are both structure number"),
     "two spaces": (
         change("StructureSetROISequence", 1, ReferencedFrameOfReferenceUID="1.2.3"),
@@ -485,6 +485,12 @@ def test_a_file_cut_within_its_contours_is_called_truncated(syntax: str, is_unde
     path.write_bytes(path.read_bytes()[:-200])
     assert "rs.dcm: is truncated" in refused(path)
     assert read_structure_set(path).names == ("tumour",)
+    # The preamble, "DICM", the element that tells the length of the file meta group, and that group.
+    meta_length = pydicom.filereader.read_file_meta_info(path).FileMetaInformationGroupLength
+    path.write_bytes(path.read_bytes()[: 128 + 4 + 12 + meta_length])
+    for read in (draw, read_structure_set):
+        with pytest.raises(InputError, match=r"rs\.dcm: is truncated\."):
+            read(path)
 
 
 def test_contour_data_that_are_longer_than_their_place_are_refused(tmp_path: Path):
