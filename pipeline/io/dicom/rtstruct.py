@@ -7,6 +7,7 @@ slices). Messages name structures, slices and places, and nothing else of the fi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -53,26 +54,26 @@ def iter_structures(path: Path, grid: Grid, *, wanted: Callable[[str], bool]) ->
             or last slice, or, with all others of its structure, beside it: such a structure was drawn on another
             series or a longer one, and part of it would be lost.
     """
-    check_affine(grid.affine, path.name)
-    rois = read_rois(path, wanted)
-    return (structure for roi in rois if (structure := _draw(roi, grid)) is not None)
+    check_affine(grid.affine, "the image's grid")
+    return chain.from_iterable(_draw(roi, grid) for roi in read_rois(path, wanted))
 
 
-def _draw(roi: Roi, grid: Grid) -> Structure | None:
+def _draw(roi: Roi, grid: Grid) -> Iterator[Structure]:
+    """One structure, or none. As an iterator it lets go of the mask before the next one is made."""
     contours = [_points(raw, roi) for raw in _closed_contours(roi)]
     drawable = [points for points in contours if len(points) >= 3]
     if len(drawable) < len(contours):
         logger.warning("%s: %d contour(s) of less than 3 points left out", roi.place, len(contours) - len(drawable))
     if not drawable:
         logger.warning("%s: no closed contours, left out", roi.place)
-        return None
+        return
     placed = _on_slices(drawable, grid, roi)
     _check_in_plane(placed, grid, roi)
     _report_gaps(placed, roi)
     mask = fill_contours(placed, grid.shape)
     if not mask.any():
         logger.warning("%s: too small to hold the centre of a voxel, its mask is empty", roi.place)
-    return Structure(roi.name, roi.number, mask)
+    yield Structure(roi.name, roi.number, mask)
 
 
 def _closed_contours(roi: Roi) -> list[bytes]:

@@ -77,8 +77,9 @@ def read_rois(path: Path, wanted: Callable[[str], bool]) -> list[Roi]:
         dataset = _read(path)
         _frame_of_reference(dataset, path)
         names = _names(dataset, path)
+    chosen = [number for number, name in names.items() if wanted(name)]
+    with _pydicom_errors_named(path):
         contours = _contours_by_number(dataset, names, path)
-        chosen = [number for number, name in names.items() if wanted(name)]
         return [_roi(number, names[number], contours.get(number), path) for number in chosen]
 
 
@@ -95,11 +96,11 @@ def _pydicom_errors_named(path: Path) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=path.name, fix="Check the file") from None
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise InputError(f"cannot be read ({error.strerror})", where=path.name, fix="Check the file") from None
         # Of malformed files pydicom raises nearly anything, and the text may quote the patient's data.
-        raise InputError("is malformed", where=path.name, fix=_EXPORT_AGAIN) from None
+        raise InputError("is truncated or malformed", where=path.name, fix="Copy or export it again") from None
     finally:
         log.disabled = was_disabled
 
@@ -204,14 +205,15 @@ def _roi(number: int, name: str, item: Any, path: Path) -> Roi:
         kind = _text(contour.get("ContourGeometricType"))
         if not kind:
             raise InputError("a contour without a geometric type", where=place, fix=_EXPORT_AGAIN)
-        contours.append((kind, _data(contour)))
+        contours.append((kind, _data(contour, place)))
     return Roi(name, number, place, tuple(contours))
 
 
-def _data(contour: Any) -> bytes:
+def _data(contour: Any, place: str) -> bytes:
     """Undecoded: to make an object of each number, as pydicom would, takes most of the time of a large file."""
     element = contour.get_item(CONTOUR_DATA)
-    value = element.value if element is not None else b""
-    if isinstance(value, bytes | None):
-        return value or b""
-    return "\\".join(str(number) for number in value).encode()
+    if element is None:
+        return b""
+    if _is_cut(element):
+        raise InputError("contour data that end too soon", where=place, fix=_EXPORT_AGAIN)
+    return element.value or b""

@@ -105,6 +105,7 @@ def compose_label(structures: Iterable[Structure], classes: Sequence[LabelClass]
             unmatched[structure.name] = None
         else:
             memberships.add(index, structure.mask)
+        del structure  # or its mask would stay while the next one is made
     names = [label_class.name for label_class in classes]
     overlaps = {(names[a], names[b]): count for (a, b), count in sorted(memberships.count_pairs().items())}
     return ComposedLabel(memberships.label([label_class.value for label_class in classes]), overlaps, tuple(unmatched))
@@ -165,7 +166,9 @@ class _Memberships:
         """(i, j, k) value of the last class of each voxel's set."""
         dtype = smallest_integer(0, max(values, default=0))
         lookup = np.asarray([values[max(members)] if members else 0 for members in self._sets], dtype)
-        array: NDArray[Any] = lookup[self._numbers]
+        array = np.empty(self._numbers.shape, dtype)
+        for slab in _slabs(array.shape):  # an index array as a whole would be 8 bytes per voxel
+            array[slab] = lookup[self._numbers[slab]]
         return array
 
 
