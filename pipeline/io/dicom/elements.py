@@ -3,34 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 from pipeline.errors import InputError
-
-
-@contextmanager
-def quiet_pydicom() -> Iterator[None]:
-    """Keep pydicom from writing values of elements to the terminal.
-
-    Its warnings quote what they find fault with, which may be a birth date. What matters here is checked here. The
-    filter is the process's own and not a thread's, so that threads decode inside of one such block.
-    """
-    from pydicom import config
-
-    before = config.settings.reading_validation_mode
-    config.settings.reading_validation_mode = config.IGNORE
-    level, config.logger.disabled = config.logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        config.settings.reading_validation_mode = before
-        config.logger.disabled = level
 
 
 @cache

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.elements import items, quiet_pydicom, tag_of, text, whole_number, words
+from pipeline.io.dicom.elements import items, tag_of, text, whole_number, words
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat
 from pipeline.io.dicom.phases import PHASE_KEYWORDS
 from pipeline.io.dicom.pixel_location import PixelDataMissingError, locate_pixel_data, missing_bytes
 from pipeline.io.dicom.placement import CSA_TAGS, read_frames, read_pixel_format
 from pipeline.io.dicom.privacy import IDENTITY_KEYWORDS, identity_of
+from pipeline.io.dicom.quiet import quiet_dicom
 
 PREAMBLE_BYTES = 128
 # Pixel data, and its float kinds, which no CT, MR or PET image has.
@@ -110,14 +111,15 @@ def read_header(path: Path) -> Header:
     """
     from pydicom.errors import InvalidDicomError
 
-    with quiet_pydicom():
+    with quiet_dicom():
         try:
             with path.open("rb") as stream:
                 return _read(path, stream)
         except OSError as error:
-            raise InputError(f"cannot be read ({error.strerror})", where=path.name) from error
-        except (InvalidDicomError, *PARSER_ERRORS) as error:
-            raise InputError("is damaged, or no DICOM file", where=path.name, fix="Replace the file") from error
+            raise InputError(f"cannot be read ({error.strerror})", where=path.name) from None
+        except (InvalidDicomError, *PARSER_ERRORS):
+            # Their texts may quote the file.
+            raise InputError("is damaged, or no DICOM file", where=path.name, fix="Replace the file") from None
 
 
 def _read(path: Path, stream: BinaryIO) -> Header:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.elements import quiet_pydicom
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat, Stack
 from pipeline.io.dicom.headers import PARSER_ERRORS
+from pipeline.io.dicom.quiet import quiet_dicom
 
 # Neighbouring slices share cache lines of the volume, so that a thread takes a run of them.
 SLICES_PER_TASK = 16
@@ -48,11 +48,11 @@ class FrameReader:
         try:
             sheet = self._decoded(frame)
         except OSError as error:
-            raise InputError(f"cannot be read ({error.strerror})", where=frame.path.name) from error
-        except PARSER_ERRORS as error:
+            raise InputError(f"cannot be read ({error.strerror})", where=frame.path.name) from None
+        except PARSER_ERRORS:
             # What decoders say may quote the file; the reason that a person can act on is that it is broken.
             fix = "Replace the file"
-            raise InputError(f"frame {frame.index} cannot be decoded", where=frame.path.name, fix=fix) from error
+            raise InputError(f"frame {frame.index} cannot be decoded", where=frame.path.name, fix=fix) from None
         if sheet.shape != (self._pixels.rows, self._pixels.columns):
             raise InputError(f"frame {frame.index} has another size than the header says", where=frame.path.name)
         tile = frame.tile
@@ -127,7 +127,7 @@ def read_stack(stack: Stack, array: NDArray[np.float32], *, num_threads: int) ->
         for phase in range(len(stack.frames))
         for start in range(0, num_slices, SLICES_PER_TASK)
     ]
-    with quiet_pydicom(), ThreadPoolExecutor(num_threads) as threads:
+    with quiet_dicom(), ThreadPoolExecutor(num_threads) as threads:
         for _ in threads.map(lambda run: _read_run(stack, array, *run), runs):
             pass
 

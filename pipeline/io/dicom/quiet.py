@@ -17,11 +17,14 @@ _LOGGERS = ("pydicom", "highdicom")
 def quiet_dicom() -> Iterator[None]:
     """Silence warnings and the loggers of pydicom and highdicom within the block: a patient's name must not leak.
 
-    Not to be held across a `yield` of a generator, whose caller would be silenced with it.
+    Not to be held across a `yield` of a generator, whose caller would be silenced with it. The state is the process's
+    and not a thread's, so that threads decode inside of one such block.
     """
+    from pydicom.config import disable_value_validation
+
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
@@ -45,16 +48,16 @@ def errors_named(path: Path, otherwise: str, *, fix: str) -> Iterator[None]:
         with quiet_dicom():
             yield
     except InputError as error:
-        raise InputError(error.what, where=error.where or path, fix=error.fix or fix) from None
+        raise InputError(error.what, where=error.where or path.name, fix=error.fix or fix) from None
     except FileNotFoundError:
-        raise InputError("there is no such file", where=path) from None
+        raise InputError("there is no such file", where=path.name) from None
     except OSError as error:
         # Some of pydicom's own errors are OSErrors without a number.
         raise InputError(
-            f"cannot be read ({error.strerror})" if error.errno else otherwise, where=path, fix=fix
+            f"cannot be read ({error.strerror})" if error.errno else otherwise, where=path.name, fix=fix
         ) from None
     except MemoryError:
         raise
     except Exception:
         # Any of dozens of types, depending on the byte that is wrong; the text may hold the patient's name.
-        raise InputError(otherwise, where=path, fix=fix) from None
+        raise InputError(otherwise, where=path.name, fix=fix) from None

@@ -50,7 +50,7 @@ def read_series(paths: Sequence[Path], *, allow_tilt: bool = False, num_threads:
         threads = allotted_cpus() if num_threads is None else num_threads
         read_stack(stack, source.order.from_ras(array), num_threads=threads)
     except InputError as error:
-        raise InputError(f"{error.where}: {error.what}", where=stack.name, fix=error.fix) from error
+        raise InputError(f"{error.where}: {error.what}", where=stack.name, fix=error.fix) from None
     return upright(Volume(array, ras, source))
 
 

@@ -5,15 +5,13 @@ pydicom parses the file; its messages and warnings quote values, which may be th
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.io.dicom.quiet import errors_named
 
 RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 CONTOUR_DATA = 0x30060050
@@ -60,7 +58,7 @@ def read_structure_set(path: Path) -> StructureSet:
         InputError: No file, not DICOM, not an RT structure set, structures without a name or a number of their own, or
             structures in several frames of reference.
     """
-    with _pydicom_errors_named(path):
+    with errors_named(path, "is truncated or malformed", fix="Copy or export it again"):
         dataset = _read(path, stop_when=lambda tag, _vr, _length: tag >= ROI_CONTOURS)
         names = _names(dataset, path)
         return StructureSet(tuple(names.values()), _referenced_series(dataset), _frame_of_reference(dataset, path))
@@ -73,36 +71,14 @@ def read_rois(path: Path, wanted: Callable[[str], bool]) -> list[Roi]:
         InputError: As `read_structure_set`, or the file is truncated, contours belong to no structure or a structure's
             contours are there twice, or a contour has no type.
     """
-    with _pydicom_errors_named(path):
+    with errors_named(path, "is truncated or malformed", fix="Copy or export it again"):
         dataset = _read(path)
         _frame_of_reference(dataset, path)
         names = _names(dataset, path)
     chosen = [number for number, name in names.items() if wanted(name)]
-    with _pydicom_errors_named(path):
+    with errors_named(path, "is truncated or malformed", fix="Copy or export it again"):
         contours = _contours_by_number(dataset, names, path)
         return [_roi(number, names[number], contours.get(number), path) for number in chosen]
-
-
-@contextmanager
-def _pydicom_errors_named(path: Path) -> Iterator[None]:
-    """Silence pydicom, and turn whatever it raises on malformed data into one line without its text."""
-    from pydicom.config import disable_value_validation
-
-    log = logging.getLogger("pydicom")
-    was_disabled, log.disabled = log.disabled, True
-    try:
-        with warnings.catch_warnings(), disable_value_validation():
-            warnings.simplefilter("ignore")
-            yield
-    except InputError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno:
-            raise InputError(f"cannot be read ({error.strerror})", where=path.name, fix="Check the file") from None
-        # Of malformed files pydicom raises nearly anything, and the text may quote the patient's data.
-        raise InputError("is truncated or malformed", where=path.name, fix="Copy or export it again") from None
-    finally:
-        log.disabled = was_disabled
 
 
 def _read(path: Path, stop_when: Callable[[Any, str | None, int], bool] | None = None) -> Any:
