@@ -339,7 +339,7 @@ def test_what_is_missing_or_wrong_is_said_in_one_line(edit: Any, words: str, tmp
     path = make_seg(tmp_path / "a.dcm", slices_of(random_mask()), edit=edit)
     with pytest.raises(InputError, match=words) as caught:
         read(path)
-    assert str(path) in str(caught.value)
+    assert path.name in str(caught.value)
     assert "\n" not in str(caught.value)
     assert PATIENT not in str(caught.value)
 
