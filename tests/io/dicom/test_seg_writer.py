@@ -409,7 +409,7 @@ def test_what_the_standard_requires_and_the_source_lacks_is_empty(tmp_path: Path
 
 def test_values_without_the_standards_form_do_not_get_in_the_way(tmp_path: Path) -> None:
     def edit(header: Dataset) -> None:
-        header.PatientSex, header.StudyID, header.PatientAge = "female", "x" * 17, "33"
+        header.PatientSex, header.StudyID, header.PatientAge = "X", "x" * 17, "33"
         header.StudyDate = "2020-13-99"
 
     with warnings.catch_warnings():
@@ -477,11 +477,13 @@ def test_nothing_that_tells_the_patient_is_said(tmp_path: Path, caplog: Any, cap
         source = make_source(edit_headers(make_series(tmp_path / "series"), edit))
         label = make_label(source)
         warnings.simplefilter("always")
+        caplog.clear()
         with caplog.at_level(logging.DEBUG):
             path = write(tmp_path, source, label)
             list(iter_segments(path, source.grid, wanted=lambda name: True))
             assert logging.getLogger("highdicom").level == logging.NOTSET
         assert not caught
+        assert not [record for record in caplog.records if record.name.startswith(("pydicom", "highdicom"))]
 
         def fail(*args: Any, **kwargs: Any) -> None:
             raise ValueError(f"{SECRETS}")
