@@ -41,15 +41,6 @@ class Plane:
     rows: int
     columns: int
 
-    def __post_init__(self) -> None:
-        directions = np.array([self.row_direction, self.column_direction])
-        is_orthonormal = np.allclose(directions @ directions.T, np.eye(2), atol=_COSINE_TOLERANCE)
-        spacings = (self.row_spacing, self.column_spacing)
-        if not (is_orthonormal and np.isfinite(self.position).all() and np.isfinite(spacings).all()):
-            raise InputError("a frame has a position, orientation or spacing that cannot be used")
-        if min(spacings) <= 0:
-            raise InputError("a frame has a pixel spacing that is not positive")
-
 
 @dataclass(frozen=True)
 class Placement:
@@ -109,8 +100,10 @@ def place(plane: Plane, grid: Grid) -> Placement:
     """Where `plane` lies on `grid` (file order, RAS+ affine).
 
     Raises:
-        InputError: A corner of the plane is more than a tenth of a voxel away from a voxel of the (extended) grid.
+        InputError: The plane's numbers are unusable, or a corner of it is more than a tenth of a voxel away from a
+            voxel of the (extended) grid.
     """
+    _check_usable(plane)
     inverse = np.linalg.inv(grid.affine)
     origin = inverse[:3, :3] @ (_LPS_TO_RAS * plane.position) + inverse[:3, 3]
     u = inverse[:3, :3] @ (_LPS_TO_RAS * plane.row_direction) * plane.column_spacing
@@ -125,6 +118,16 @@ def place(plane: Plane, grid: Grid) -> Placement:
     _check_on_lattice(errors, grid)
     i, j, k = (int(index) for index in start)
     return Placement((i, j, k), u_axis, v_axis, u_sign, v_sign)
+
+
+def _check_usable(plane: Plane) -> None:
+    directions = np.array([plane.row_direction, plane.column_direction])
+    is_orthonormal = np.allclose(directions @ directions.T, np.eye(2), atol=_COSINE_TOLERANCE)
+    spacings = (plane.row_spacing, plane.column_spacing)
+    if not (is_orthonormal and np.isfinite(plane.position).all() and np.isfinite(spacings).all()):
+        raise InputError("a frame has a position, orientation or spacing that cannot be used")
+    if min(spacings) <= 0:
+        raise InputError("a frame has a pixel spacing that is not positive")
 
 
 def _check_on_lattice(errors: NDArray[np.float64], grid: Grid) -> None:

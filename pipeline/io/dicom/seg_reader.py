@@ -137,13 +137,18 @@ def _source(dataset: Any, grid: Grid, threshold: float, wanted: set[int]) -> _Ma
     kind = segmentation_type(dataset)
     if unknown := {f.segment for f in frames if f.segment is not None} - {segment.number for segment in described}:
         raise InputError(f"has frames of segment {min(unknown)}, which it does not describe")
-    placed = [(f, place(f.plane, grid)) for f in frames if f.segment is None or f.segment in wanted]
+    frames = [frame for frame in frames if frame.segment is None or frame.segment in wanted]
+    # Segments share the planes of the image: there are far fewer of those than frames.
+    places = {plane: place(plane, grid) for plane in {frame.plane for frame in frames}}
+    placed = [(frame, places[frame.plane]) for frame in frames]
     if placed:
         check_slice_spacing([placement for _, placement in placed], slice_spacing(dataset), grid)
     if kind == "LABELMAP":
         _check_places(placed)
         return _LabelMap(_label_map(dataset, grid, placed, described))
-    by_segment = {number: [pair for pair in placed if pair[0].segment == number] for number in wanted}
+    by_segment: dict[int, list[_Placed]] = {number: [] for number in wanted}
+    for frame, placement in placed:
+        by_segment[frame.segment or 0].append((frame, placement))
     for own in by_segment.values():
         _check_places(own)
     return _Masks(dataset, grid, 1 if kind == "BINARY" else _lowest_value(dataset, threshold), by_segment)

@@ -15,12 +15,13 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
 from pipeline.errors import InputError
 from pipeline.geometry import AxisOrder, Grid
 from pipeline.io.dicom.frames import Frame, PixelFormat, Stack, Tile
 from pipeline.io.dicom.seg_reader import iter_segments, read_segment_set
+from pipeline.io.dicom.seg_source import read_segmentation_source
 from pipeline.io.dicom.seg_writer import write_segmentation
 from pipeline.io.dicom.segment_codes import suggest_segment_codes
 from pipeline.io.volume import SourceGrid
@@ -40,8 +41,13 @@ SECRETS = {
 }
 
 
-def make_series(folder: Path, *, sop_class: str = CT_CLASS, axes: Any = AXIAL, size: Any = (7, 5, 4)) -> list[Path]:
-    """Classic single-frame files of (columns, rows, slices), 0.7 x 1.3 mm pixels, 2.5 mm apart."""
+def make_series(
+    folder: Path, *, sop_class: str = CT_CLASS, axes: Any = AXIAL, size: Any = (7, 5, 4), shift: float = 0.0
+) -> list[Path]:
+    """Classic single-frame files of (columns, rows, slices), 0.7 x 1.3 mm pixels, 2.5 mm apart.
+
+    Each slice is shifted by `shift` mm along its columns, as by a tilted gantry.
+    """
     row, column = np.array(axes[0]), np.array(axes[1])
     study, series, frame = generate_uid(), generate_uid(), generate_uid()
     paths = []
@@ -56,7 +62,7 @@ def make_series(folder: Path, *, sop_class: str = CT_CLASS, axes: Any = AXIAL, s
         header.ReferringPhysicianName, header.SeriesNumber, header.InstanceNumber = "", 3, number + 1
         header.Rows, header.Columns, header.PixelSpacing, header.SliceThickness = size[1], size[0], [1.3, 0.7], 2.5
         header.ImageOrientationPatient = [round(float(x), 6) for x in (*row, *column)]
-        place = np.array([-12.123456, 7.5, 101.25]) + number * 2.5 * np.cross(row, column)
+        place = np.array([-12.123456, 7.5, 101.25]) + number * (2.5 * np.cross(row, column) + shift * column)
         header.ImagePositionPatient = [round(float(x), 6) for x in place]
         header.file_meta = FileMetaDataset()
         header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -160,6 +166,7 @@ SOURCES = {
     "mr": classic(sop_class=MR_CLASS),
     "oblique": classic(axes=OBLIQUE),
     "coronal": classic(axes=((1.0, 0.0, 0.0), (0.0, 0.0, -1.0))),
+    "tilted gantry": classic(shift=0.6),
     "one slice": classic(size=(7, 5, 1)),
 }
 REAL_SOURCES = {
@@ -368,6 +375,34 @@ def test_tiles_of_a_mosaic_refer_to_their_file_and_keep_their_own_places(tmp_pat
         np.testing.assert_array_equal(structure.mask, expected == CLASSES[structure.name])
 
 
+@pytest.mark.parametrize("kind", ["LABELMAP", "FRACTIONAL", "BINARY"])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless])
+def test_what_highdicom_writes_is_read(kind: str, syntax: str, tmp_path: Path) -> None:
+    import highdicom
+
+    if kind == "BINARY" and syntax == RLELossless:
+        pytest.skip("RLE cannot hold single bits")
+    # JPEG 2000 needs frames of at least 32 x 32.
+    source = make_source(make_series(tmp_path / "series", size=(40, 35, 3)))
+    label = make_label(source)
+    own = pydicom.dcmread(write(tmp_path, source, label))
+    headers = read_segmentation_source(source.header).headers
+    frames = np.ascontiguousarray(source.order.from_ras(label).T)
+    segmentation = highdicom.seg.Segmentation(
+        headers,
+        np.searchsorted([0, 2, 7], frames).astype(np.uint8),
+        kind,
+        [highdicom.seg.SegmentDescription.from_dataset(segment) for segment in own.SegmentSequence],
+        *(generate_uid(), 1, generate_uid(), 1, "maker", "model", "1", "1"),
+        transfer_syntax_uid=syntax,
+    )
+    segmentation.save_as(tmp_path / "a.dcm")
+    masks = {s.name: s.mask for s in iter_segments(tmp_path / "a.dcm", source.grid, wanted=lambda name: True)}
+    assert list(masks) == ["liver", "left kidney"]
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(mask, source.order.from_ras(label) == CLASSES[name])
+
+
 # ---- what goes wrong
 
 
@@ -409,7 +444,7 @@ def test_what_the_standard_requires_and_the_source_lacks_is_empty(tmp_path: Path
 
 def test_values_without_the_standards_form_do_not_get_in_the_way(tmp_path: Path) -> None:
     def edit(header: Dataset) -> None:
-        header.PatientSex, header.StudyID, header.PatientAge = "female", "x" * 17, "33"
+        header.PatientSex, header.StudyID, header.PatientAge = "X", "x" * 17, "33"
         header.StudyDate = "2020-13-99"
 
     with warnings.catch_warnings():
@@ -477,11 +512,13 @@ def test_nothing_that_tells_the_patient_is_said(tmp_path: Path, caplog: Any, cap
         source = make_source(edit_headers(make_series(tmp_path / "series"), edit))
         label = make_label(source)
         warnings.simplefilter("always")
+        caplog.clear()
         with caplog.at_level(logging.DEBUG):
             path = write(tmp_path, source, label)
             list(iter_segments(path, source.grid, wanted=lambda name: True))
             assert logging.getLogger("highdicom").level == logging.NOTSET
         assert not caught
+        assert not [record for record in caplog.records if record.name.startswith(("pydicom", "highdicom"))]
 
         def fail(*args: Any, **kwargs: Any) -> None:
             raise ValueError(f"{SECRETS}")
