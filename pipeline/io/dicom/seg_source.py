@@ -95,7 +95,7 @@ def read_segmentation_source(stack: Stack) -> SegmentationSource:
     with errors_named(path, "has a header that cannot be read", fix="Export the series again"):
         from pydicom import dcmread
 
-        header = dcmread(path, stop_before_pixels=True)
+        header = dcmread(path, stop_before_pixels=True, force=True)
         _check_identity(header, frames)
         base = {**_identity(header), **_geometry(stack, _slice_thickness(header))}
         return SegmentationSource(
