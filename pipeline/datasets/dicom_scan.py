@@ -63,11 +63,11 @@ def scan_folder(root: Path, *, num_workers: int, allow_tilt: bool = False) -> Sc
         num_workers: Processes.
         allow_tilt: Take series whose slices are shifted evenly against each other.
     """
-    files = sorted(_files_under(root)) if root.is_dir() else [root]
+    unreadable: list[tuple[Path, str]] = []
+    files = sorted(_files_under(root, unreadable)) if root.is_dir() else [root]
     tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
     workers = num_workers if len(files) > FEW_FILES else 1
     headers: list[Header] = []
-    unreadable: list[tuple[Path, str]] = []
     num_other_files = 0
     for outcome in map_unordered(_read_batch, tasks, num_workers=workers):
         if outcome.result is None:
@@ -78,9 +78,20 @@ def scan_folder(root: Path, *, num_workers: int, allow_tilt: bool = False) -> Sc
     return _as_scan(root, headers, sorted(unreadable), num_other_files, allow_tilt=allow_tilt)
 
 
-def _files_under(root: Path) -> Iterable[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+def _files_under(root: Path, unreadable: list[tuple[Path, str]]) -> Iterable[Path]:
+    """All files, through links to folders as well, each folder once; folders that cannot be listed are `unreadable`."""
+
+    def note(error: OSError) -> None:
+        unreadable.append((Path(error.filename), f"cannot be read ({error.strerror})"))
+
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, onerror=note, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (Path(folder, name) for name in names if not name.startswith(".") and name.upper() != "DICOMDIR")
 
 
