@@ -7,6 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.datasets.dataset import is_dataset_folder
+from pipeline.datasets.folder_pair import find_folder_pair
+from pipeline.datasets.listing import nifti_files
+from pipeline.datasets.msd import DATASET_FILE
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import Header, is_dicom_file, read_header
 from pipeline.io.dicom.series import (
@@ -53,6 +57,14 @@ class _Batch:
     headers: list[Header]
     unreadable: list[tuple[Path, str]]
     num_other_files: int
+
+
+def is_volume_dataset(path: Path) -> bool:
+    """Whether a folder is a dataset of files of its own, and not a tree of DICOM with folders of the same names."""
+    if not is_dataset_folder(path):
+        return False
+    pair = find_folder_pair(path)
+    return (path / DATASET_FILE).is_file() or any(nifti_files(folder) for folder in pair or ())
 
 
 def scan_folder(root: Path, *, num_workers: int, allow_tilt: bool = False) -> Scan:

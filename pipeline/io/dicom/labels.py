@@ -12,8 +12,8 @@ from pipeline.artifacts import read_artifact
 from pipeline.errors import InputError
 from pipeline.geometry import Grid
 from pipeline.io.dicom.headers import read_header
-from pipeline.io.dicom.reader import read_stack_of, source_of
 from pipeline.io.dicom.privacy import hide
+from pipeline.io.dicom.reader import read_stack_of, source_of
 from pipeline.io.dicom.references import StructuresFile, anonymous_errors, identity_behind, read_series_file
 from pipeline.io.dicom.rtstruct import iter_structures
 from pipeline.io.dicom.seg_reader import iter_segments

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from glob import escape
 from itertools import permutations
 from typing import Any
 
@@ -76,20 +77,34 @@ def _parts_of_name(name: str) -> Iterator[str]:
 
 def hide(line: str, identity: Iterable[str]) -> str:
     """`line` with every text of `identity` replaced."""
+    shown, end = [], 0
+    for start, stop in _spans(line, identity):
+        shown += [line[end:start], HIDDEN]
+        end = stop
+    return "".join([*shown, line[end:]])
+
+
+def pattern_without(line: str, identity: Iterable[str]) -> str:
+    """A pattern for `fnmatch` that `line` fits, with a `?` for each letter of the texts of `identity`."""
+    shown, end = [], 0
+    for start, stop in _spans(line, identity):
+        shown += [escape(line[end:start]), "?" * (stop - start)]
+        end = stop
+    return "".join([*shown, escape(line[end:])])
+
+
+def _spans(line: str, identity: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Where texts of `identity` begin and end."""
     pattern = _pattern(identity if isinstance(identity, frozenset) else frozenset(identity))
     if pattern is None or not line:
-        return line
+        return
     folded, places = _folded_with_places(line)
-    shown, end = [], 0
     for found in pattern.finditer(folded):
-        start, stop = places[found.start()], places[found.end() - 1] + 1
-        if start >= end:
-            shown += [line[end:start], HIDDEN]
+        stop = places[found.end() - 1] + 1
         # Accents that stand for themselves belong to the letter before them.
         while stop < len(line) and unicodedata.combining(line[stop]):
             stop += 1
-        end = max(end, stop)
-    return "".join([*shown, line[end:]])
+        yield places[found.start()], stop
 
 
 @lru_cache(maxsize=256)

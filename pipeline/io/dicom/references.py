@@ -1,8 +1,8 @@
 """Small JSON files that stand for DICOM in a dataset: the files of a series, and the structures that label it.
 
-They let a series be named by one path that tells nobody's identity, whatever the folders of the archive are called. What
-they hold are the places of files and nothing from inside of them: where folders or files are named after patients, so
-are these lines, and such references belong where the files themselves do. No message quotes them.
+They let a series be named by one path that tells nobody's identity, whatever the folders of the archive are called.
+What they hold are the places of files: where folders or files are named after patients, so are these lines, and such
+references belong where the files themselves do. No message quotes them.
 """
 
 from __future__ import annotations
