@@ -442,7 +442,7 @@ def test_a_tilted_series_is_read_upright_with_its_label_on_one_grid(
     tmp_path: Path, out: Path, write_study: Any
 ) -> None:
     study = write_study(tmp_path / "tree", shear=0.3, shape=(16, 18, 10))
-    with pytest.raises(InputError, match="tilt of 16.7 degrees"):
+    with pytest.raises(InputError, match=r"tilt of 16\.7 degrees"):
         write(tmp_path / "tree", out)
     _, dataset = write(tmp_path / "tree", out, allow_tilt=True)
     (case,) = dataset.cases
