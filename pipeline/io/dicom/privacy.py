@@ -23,20 +23,23 @@ SHORTEST_HIDDEN = 2
 SHORTEST_WITHIN_WORDS = 5
 HIDDEN = "***"
 PERSON_KEYWORDS = ("PatientName", "OtherPatientNames", "ReferringPhysicianName")
+NUMBER_KEYWORDS = ("PatientID", "OtherPatientIDs", "AccessionNumber")
 IDENTITY_KEYWORDS = (
     *PERSON_KEYWORDS,
-    "PatientID",
-    "OtherPatientIDs",
+    *NUMBER_KEYWORDS,
     "PatientBirthDate",
-    "AccessionNumber",
     "InstitutionName",
     "InstitutionAddress",
 )
 # Family, given and middle name; titles ("MR" among them) tell nobody.
 NUM_NAME_COMPONENTS = 3
+# Of a number in parts, those of this length: people leave out prefixes.
+SHORTEST_NUMBER = 4
 # Of an institution's name, words of this length: "for" and "the" tell nothing.
 SHORTEST_INSTITUTION_WORD = 5
 _SEPARATORS = re.compile(r"[\W_]+")
+# Not from one folder to the next.
+_BETWEEN_WORDS = r"(?:[^\w/\\]|_)*"
 _LETTERS_OR_DIGITS = re.compile(r"[^\W\d_]+|\d+")
 _DATE = re.compile(r"(\d{4})(\d{2})(\d{2})")
 _UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae", "œ": "oe", "ł": "l"})
@@ -52,10 +55,16 @@ def identity_of(dataset: Any) -> frozenset[str]:
                 found.update(_parts_of_name(value))
             elif keyword == "InstitutionName":
                 found.update(part for part in _SEPARATORS.split(value) if len(part) >= SHORTEST_INSTITUTION_WORD)
+            elif keyword in NUMBER_KEYWORDS:
+                found.update(part for part in _SEPARATORS.split(value) if _is_number(part))
             elif keyword == "PatientBirthDate" and (date := _DATE.fullmatch(value)):
                 year, month, day = date.groups()
                 found.update((f"{year}-{month}-{day}", f"{day}.{month}.{year}", f"{month}/{day}/{year}"))
     return frozenset(value for value in found if len(value) >= SHORTEST_HIDDEN)
+
+
+def _is_number(part: str) -> bool:
+    return len(part) >= SHORTEST_NUMBER and any(letter.isdigit() for letter in part)
 
 
 def _values(dataset: Any, keyword: str) -> Iterator[str]:
@@ -122,7 +131,7 @@ def _part_pattern(text: str) -> str:
     length = sum(map(len, words))
     if length < SHORTEST_HIDDEN:
         return ""
-    pattern = r"[\W_]*".join(map(re.escape, words))
+    pattern = _BETWEEN_WORDS.join(map(re.escape, words))
     if length >= SHORTEST_WITHIN_WORDS:
         return pattern
     first, last = (r"\d" if letter.isdigit() else r"[^\W\d_]" for letter in (words[0][0], words[-1][-1]))
