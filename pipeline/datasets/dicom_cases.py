@@ -145,8 +145,9 @@ def _label_notes(
         if len(objects.get(series.key, ())) > 1
     ]
     elsewhere = Counter(series.first.modality for series in volumes if series.key not in used and series.key in objects)
-    for modality, count in sorted(elsewhere.items()):
-        text = f"labels of {count} {modality} series are not used, as cases are made of {channel}"
+    if elsewhere:
+        counts = " and ".join(f"{count} {modality}" for modality, count in sorted(elsewhere.items()))
+        text = f"labels of {counts} series are not used, as cases are made of {channel}"
         notes.append(f"{text}; name the series that labels were drawn on first in --channels")
     return tuple(notes)
 

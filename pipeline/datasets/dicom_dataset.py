@@ -10,7 +10,15 @@ from pathlib import Path
 from pipeline.artifacts import write_text
 from pipeline.datasets.class_names import BACKGROUND
 from pipeline.datasets.dicom_cases import DicomCase, DicomCases, find_dicom_cases, shown_root
-from pipeline.datasets.dicom_classes import StructureName, class_notes, classes_of, names_of, objects_with, some
+from pipeline.datasets.dicom_classes import (
+    CLASSES_FORM,
+    StructureName,
+    class_notes,
+    classes_of,
+    names_of,
+    objects_with,
+    some,
+)
 from pipeline.datasets.dicom_scan import Scan
 from pipeline.errors import InputError
 from pipeline.io.dicom.references import (
@@ -78,7 +86,8 @@ def write_dicom_dataset(
     names = names_of(found)
     chosen = tuple(classes) or classes_of(names)
     if not any(objects_with(case, chosen) for case in found.cases):
-        raise InputError("holds no case with a label of these classes", where=shown_root(scan), fix=_help(found, names))
+        what = "holds no case with a label of these classes" if names else "holds no case with a label"
+        raise InputError(what, where=shown_root(scan), fix=_help(found, names))
     entries = [_write_case(case, path, chosen, threshold, allow_tilt) for case in found.cases]
     training = [entry for entry in entries if "label" in entry]
     tests = [entry for entry in entries if "label" not in entry]
@@ -118,8 +127,9 @@ def _check_ours(path: Path) -> None:
 def _help(found: DicomCases, names: Mapping[str, StructureName]) -> str:
     """What there is where no structure is of the classes that are wanted."""
     if names:
-        return f"Names found: {some(list(dict.fromkeys(name.shown for name in names.values())))}"
-    return ". ".join(("No structure set or segmentation refers to them", *found.notes))
+        found_names = some(list(dict.fromkeys(name.shown for name in names.values())))
+        return f"Names found: {found_names}. {CLASSES_FORM}"
+    return ". ".join(("No structure set or segmentation refers to its series", *found.notes))
 
 
 def _channel_names(found: DicomCases) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def _facts(series: Series, labels: Sequence[Header], scan: Scan) -> dict[str, An
         "orientation": axis_codes(stack.grid.affine) if stack else None,
         "transfer_syntaxes": sorted({_syntax_name(header.transfer_syntax) for header in series.headers}),
         "phases": [name for name in stack.phase_names if name] if stack else [],
-        "labels": [hide(name, identity) for label in labels for name in label.structure_names],
+        "labels": list(dict.fromkeys(hide(name, identity) for label in labels for name in label.structure_names)),
         "left_out": series.left_out,
         "problems": list(series.problems),
         "notes": list(series.notes),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 
 from pipeline.datasets.dataset import is_dataset_folder
 from pipeline.datasets.folder_pair import find_folder_pair
@@ -112,6 +113,10 @@ def _read_batch(paths: Sequence[Path]) -> _Batch:
     others = 0
     for path in paths:
         try:
+            # To open a pipe would wait for ever.
+            if not S_ISREG(path.stat().st_mode):
+                others += 1
+                continue
             # A file that is called DICOM and is none belongs to a series, and something is wrong with it.
             if path.suffix.lower() != ".dcm" and not is_dicom_file(path):
                 others += 1

@@ -23,7 +23,13 @@ def may_be_dicom(path: Path) -> bool:
     A folder with NIfTI files in it is taken for these alone.
     """
     if path.is_dir():
-        return not is_volume_dataset(path) and not any(is_nifti_name(item.name) for item in path.iterdir())
+        names = [item.name for item in path.iterdir()]
+        has_nifti = any(is_nifti_name(name) for name in names)
+        if has_nifti and any(name.lower().endswith(".dcm") for name in names):
+            get_logger("predict").warning(
+                "only the NIfTI files of the input are taken, not the DICOM files beside them"
+            )
+        return not has_nifti and not is_volume_dataset(path)
     return path.is_file() and not is_nifti_name(path.name) and is_dicom_file(path)
 
 

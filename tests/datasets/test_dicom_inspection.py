@@ -187,6 +187,16 @@ def test_folders_behind_links_are_looked_through_once(tmp_path: Path, write_stud
     assert facts["problems"] == []
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes on this system")
+def test_pipes_and_links_to_nowhere_do_not_stop_the_inspection(tmp_path: Path, write_study: Any, inspect: Any) -> None:
+    write_study(tmp_path, names=())
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    shown = inspect(tmp_path)
+    assert shown["problems"] == ["link cannot be read (No such file or directory)"]
+    assert shown["num_other_files"] == 1
+
+
 def test_structures_without_their_series_are_a_problem(tmp_path: Path, write_study: Any, inspect: Any) -> None:
     study = write_study(tmp_path / "a", names=("GTV",))
     write_study(tmp_path / "b", seed=1)

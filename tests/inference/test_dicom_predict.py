@@ -329,6 +329,16 @@ def test_outputs_beside_the_images_are_no_input_of_the_next_call(
     assert read_series([file for file in dicom_files(output) if file != seg]).array.shape == (1, *study.label.shape)
 
 
+def test_of_nifti_and_dicom_in_one_folder_the_nifti_files_are_taken_and_it_is_said(
+    tmp_path: Path, run_dir: Path, write_study: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(tmp_path, names=())
+    nib.save(nib.Nifti1Image(np.ones((12, 16, 8), np.float32), np.eye(4)), study.series.folder / "a.nii.gz")
+    assert predict(run_dir, study.series.folder, tmp_path / "out") == 0
+    assert "not the DICOM files beside them" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+
+
 @pytest.mark.parametrize("content", [None, "notes.txt", "report"])
 def test_a_folder_without_images_is_one_line(
     tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture[str], content: str | None

@@ -38,8 +38,8 @@ SHORTEST_NUMBER = 4
 # Of an institution's name, words of this length: "for" and "the" tell nothing.
 SHORTEST_INSTITUTION_WORD = 5
 _SEPARATORS = re.compile(r"[\W_]+")
-# Not from one folder to the next.
-_BETWEEN_WORDS = r"(?:[^\w/\\]|_)*"
+# Not from one folder to the next; but dates have slashes.
+_BETWEEN_WORDS = r"(?:[^\w/\\]|_|(?<=\d)/(?=\d))*"
 _LETTERS_OR_DIGITS = re.compile(r"[^\W\d_]+|\d+")
 _DATE = re.compile(r"(\d{4})(\d{2})(\d{2})")
 _UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae", "œ": "oe", "ł": "l"})
