@@ -26,7 +26,7 @@ from pipeline.io.image_file import read_label
 from pipeline.io.volume import Volume
 from pipeline.plan import ChannelPlan, Plan
 from pipeline.synthetic_dicom import PlantedIdentity, SeriesOptions, WrittenSeries, write_series
-from pipeline.synthetic_dicom.faults import drop_slice
+from pipeline.synthetic_dicom.faults import drop_slice, set_attribute
 
 SPACING = (1.5, 1.25, 3.0)
 VALUES = {"organ_1": 4, "organ_2": 7}
@@ -231,6 +231,20 @@ def test_a_dicom_segmentation_of_nifti_is_one_clear_line(
     assert predict(run_dir, tmp_path / "in", tmp_path / "out", "--format", "dicom_seg") == 2
     message = capsys.readouterr().err.split("error: ")[1]
     assert message == "a DICOM segmentation refers to a DICOM series, and this is none. Use --format nifti\n"
+
+
+def test_what_no_segmentation_can_refer_to_is_told_before_anything_is_computed(
+    tmp_path: Path, run_dir: Path, write_study: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(tmp_path / "in", names=(), identity=PlantedIdentity(patient_name="Müller^Eva"))
+    files = [file.rename(file.with_name(f"Eva_Muller_{k}.dcm")) for k, file in enumerate(study.series.files)]
+    set_attribute(files, "FrameOfReferenceUID", "")
+    assert predict(run_dir, tmp_path / "in", tmp_path / "out", "--format", "both") == 2
+    text = capsys.readouterr().err
+    assert "lacks FrameOfReferenceUID" in text
+    assert "Muller" not in text
+    assert list((tmp_path / "out").iterdir()) == []
+    assert predict(run_dir, tmp_path / "in", tmp_path / "out") == 0
 
 
 def two_channels(make_plan: Callable[..., Plan], *names: str) -> Plan:

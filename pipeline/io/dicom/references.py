@@ -132,6 +132,9 @@ def anonymous_errors(files: Sequence[Path]) -> Iterator[None]:
     except InputError as error:
         identity = identity_behind(files)
         where, what = hide(error.where, identity), hide(error.what, identity)
+        if error.where in {file.name for file in files}:
+            # Whoever shows this names the reference: which of its files it is belongs to what is wrong.
+            where, what = "", f"{where}: {what}"
         raise InputError(what, where=where, fix=error.fix) from None
 
 
