@@ -13,7 +13,7 @@ from pipeline.io.dicom.headers import Header
 from pipeline.io.dicom.privacy import HIDDEN, hide, pattern_without
 from pipeline.io.dicom.structures import LabelClass, class_index
 
-CLASSES_FORM = "Write class=pattern|pattern,class=pattern as in tumour=GTV*|Mass,liver=Liver"
+CLASSES_FORM = 'Write --classes "tumour=GTV*|Mass,liver=Liver", where * stands for any letters and ? for one'
 MOST_NAMES = 10
 
 

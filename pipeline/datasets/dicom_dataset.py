@@ -114,14 +114,17 @@ def _check_ours(path: Path) -> None:
     """Refuse to replace a dataset file that was not made here."""
     if path.suffix != ".json":
         raise InputError("must end in .json", where=path)
-    if not path.exists():
-        return
+    if path.exists() and not is_made_from_dicom(path):
+        raise InputError("is another file, which would be lost", where=path, fix="Give another name")
+
+
+def is_made_from_dicom(path: Path) -> bool:
+    """Whether a file is a dataset that `write_dicom_dataset` has written."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        content = None
-    if not isinstance(content, dict) or content.get(MADE_FROM) != DICOM:
-        raise InputError("is another file, which would be lost", where=path, fix="Give another name")
+        return False
+    return isinstance(content, dict) and content.get(MADE_FROM) == DICOM
 
 
 def _help(found: DicomCases, names: Mapping[str, StructureName]) -> str:

@@ -12,11 +12,12 @@ from pipeline.config import InspectConfig
 from pipeline.datasets.case import Dataset
 from pipeline.datasets.dataset import LOOKED_FOR, TABLE_SUFFIXES, read_dataset
 from pipeline.datasets.dicom_classes import parse_classes
-from pipeline.datasets.dicom_dataset import write_dicom_dataset
+from pipeline.datasets.dicom_dataset import is_made_from_dicom, write_dicom_dataset
 from pipeline.datasets.dicom_inspection import DicomInspection, describe_dicom, inspection_facts
 from pipeline.datasets.dicom_scan import is_volume_dataset, scan_folder
 from pipeline.datasets.examination import Examined
 from pipeline.datasets.integrity import Problem, find_problems
+from pipeline.datasets.msd import DATASET_FILE
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 
@@ -48,7 +49,10 @@ def inspect_path(config: InspectConfig, *, num_workers: int) -> Inspection | Dic
         InputError: It is neither, or `write_dataset` is asked of a dataset.
     """
     path = Path(config.path)
-    if is_volume_dataset(path) or path.suffix.lower() in (".json", *TABLE_SUFFIXES) or not path.exists():
+    # A dataset that was written into the tree that it is made of is written anew.
+    is_tree = bool(config.write_dataset) and is_made_from_dicom(path / DATASET_FILE)
+    is_listed = is_volume_dataset(path) or path.suffix.lower() in (".json", *TABLE_SUFFIXES)
+    if (is_listed and not is_tree) or not path.exists():
         if config.write_dataset:
             raise InputError("is a dataset already", where=path, fix="--write_dataset takes a folder of DICOM files")
         return inspect_dataset(config.path, num_workers=num_workers, as_json=config.json)

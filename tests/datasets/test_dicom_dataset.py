@@ -197,7 +197,7 @@ def test_classes_are_patterns_and_the_value_is_the_place_in_the_list(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("=GTV*", "has no name. Write class=pattern|pattern"),
+        ("=GTV*", 'has no name. Write --classes "tumour=GTV*|Mass'),
         ("tumour=GTV,tumour=Mass", "tumour is named twice. Separate the patterns of a class with |"),
         ("Background=Body", "Background is no class of its own. What belongs to no class is background already"),
     ],
@@ -365,6 +365,19 @@ def test_the_same_tree_gives_the_same_bytes_and_a_new_study_keeps_all_ids(
     assert ids < {case.case_id for case in dataset.cases}
     after = state(out.parent)
     assert all(after[name] == content for name, content in before.items() if "_series" in name)
+
+
+def test_a_dataset_may_lie_in_its_own_tree_and_be_written_anew(tmp_path: Path, write_study: Any) -> None:
+    write_study(tmp_path / "tree" / "a")
+    out = tmp_path / "tree" / "dataset.json"
+    write(tmp_path / "tree", out)
+    before = state(tmp_path)
+    write(tmp_path / "tree", out)
+    assert state(tmp_path) == before
+    assert read_dataset(tmp_path / "tree").labels == {"background": 0, "GTV": 1, "Liver": 2}
+    out.write_text('{"training": [], "labels": {}}')
+    with pytest.raises(InputError, match="is a dataset already"):
+        write(tmp_path / "tree", tmp_path / "tree" / "other.json")
 
 
 @pytest.mark.parametrize("linked", [False, True])

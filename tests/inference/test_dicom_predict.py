@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cli import main
-from pipeline.datasets.case import Case
+from pipeline.datasets.dataset import Case, read_dataset
 from pipeline.geometry import Grid
 from pipeline.inference.dicom_inputs import find_dicom_inputs
 from pipeline.inference.predictor import Predictor
@@ -107,6 +107,22 @@ def test_a_segmentation_is_read_alike_by_highdicom_and_refers_to_its_images(
     places = {tuple(map(float, source.ImagePositionPatient)) for source in sources}
     for group in seg.PerFrameFunctionalGroupsSequence:
         assert tuple(map(float, group.PlanePositionSequence[0].ImagePositionPatient)) in places
+
+
+def test_a_segmentation_is_the_label_of_its_series_when_the_tree_becomes_a_dataset(
+    tmp_path: Path, run_dir: Path, write_study: Any
+) -> None:
+    write_study(tmp_path / "tree", names=())
+    assert predict(run_dir, tmp_path / "tree", tmp_path / "tree" / "out", "--format", "both") == 0
+    dataset = tmp_path / "set" / "again.json"
+    words = ["--write_dataset", str(dataset), "--classes", "one=organ_1,two=organ_2"]
+    assert main(["inspect", str(tmp_path / "tree"), *words]) == 0
+    (case,) = read_dataset(dataset).cases
+    assert case.label is not None
+    label = read_label(case.label)
+    (nifti,) = (tmp_path / "tree" / "out").glob("*.nii.gz")
+    np.testing.assert_array_equal(np.array([0, 4, 7])[label.array], read_label(nifti).array)
+    assert label.array.any()
 
 
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy is not installed (Debian: dicom3tools)")
