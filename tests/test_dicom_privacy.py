@@ -366,6 +366,28 @@ def test_refusals_of_a_dataset_whose_files_have_changed_tell_nothing(
     assert told_by_files(tmp_path / "out", but=[".dcm"]) == {}
 
 
+def test_a_frame_that_cannot_be_decoded_tells_nothing(
+    tmp_path: Path, show: Callable[..., str], write_study: Callable[..., Any], run_dir: Path
+) -> None:
+    options = {"names": ("GTV Ségolène",), "series_description": "Thorax Zörbiger", "transfer_syntax": "jpeg_ls"}
+    study = write_study(tmp_path / "tree" / FOLDER, identity=PATIENT, **options)
+    dataset = tmp_path / "set" / "d.json"
+    rename_after_patient(study.series.folder, study.series.files)
+    file = sorted(study.series.folder.iterdir())[4]
+    show("inspect", tmp_path / "tree", "--write_dataset", dataset, code=0)
+    data = bytearray(file.read_bytes())
+    start = data.rindex(b"\xff\xd8\xff") + 2
+    data[start : start + 20] = bytes(20)
+    file.write_bytes(data)
+    predict = ("predict", "--run_dir", run_dir, "--accelerator", "cpu", "--num_threads", "1")
+    shown = [
+        show("inspect", dataset, "--num_workers", "1", code=0),
+        show(*predict, "--input", tmp_path / "tree", "--output", tmp_path / "out", code=2),
+    ]
+    assert all("cannot be decoded" in text for text in shown), shown
+    assert told("\n".join(shown)) == []
+
+
 # ---- the search finds what it is for
 
 

@@ -10,7 +10,7 @@ from pipeline.datasets.class_names import BACKGROUND, IGNORE
 from pipeline.datasets.dicom_cases import DicomCase, DicomCases
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import Header
-from pipeline.io.dicom.privacy import HIDDEN, hide, pattern_without
+from pipeline.io.dicom.privacy import HIDDEN, SHORTEST_NUMBER, hide, pattern_without
 from pipeline.io.dicom.structures import LabelClass, class_index
 
 CLASSES_FORM = 'Write --classes "tumour=GTV*|Mass,liver=Liver", where * stands for any letters and ? for one'
@@ -58,11 +58,16 @@ def names_of(found: DicomCases) -> dict[str, StructureName]:
     names: dict[str, StructureName] = {}
     for case in found.cases:
         for label in case.label_objects:
-            identity = case.series[0].identity | label.identity
+            identity = _telling(case.series[0].identity | label.identity)
             for name in map(str.strip, label.structure_names):
                 if name and name.casefold() != BACKGROUND:
                     names.setdefault(name.casefold(), _structure_name(name, identity))
     return {key: names[key] for key in sorted(names)}
+
+
+def _telling(identity: frozenset[str]) -> frozenset[str]:
+    """Without numbers of few digits: where a patient is number 12, "rib 12" must stay the class that others have."""
+    return frozenset(text for text in identity if not (text.isdigit() and len(text) < SHORTEST_NUMBER))
 
 
 def _structure_name(name: str, identity: frozenset[str]) -> StructureName:

@@ -234,6 +234,15 @@ def test_a_structure_named_after_the_patient_is_a_class_of_its_own(tmp_path: Pat
     assert not any("nobody" in path.read_text().casefold() for path in out.parent.rglob("*.json"))
 
 
+def test_a_patient_with_a_short_number_has_the_classes_of_the_others(
+    tmp_path: Path, out: Path, write_study: Any
+) -> None:
+    for seed, patient in enumerate(("12", "A-4711")):
+        write_study(tmp_path / "tree" / str(seed), seed=seed, names=("Rib 12", "GTV"), patient=patient)
+    _, dataset = write(tmp_path / "tree", out)
+    assert dataset.labels == {"background": 0, "GTV": 1, "Rib 12": 2}
+
+
 def test_several_observers_of_one_series_are_taken_together_and_told(
     tmp_path: Path, out: Path, write_study: Any
 ) -> None:
