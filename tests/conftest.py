@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+from pipeline.geometry import Grid
+from pipeline.io.volume import Volume
+from pipeline.synthetic import make_synthetic_case
+from pipeline.synthetic_dicom import (
+    PlantedIdentity,
+    SeriesOptions,
+    WrittenSeries,
+    label_polygons,
+    write_series,
+    write_structures,
+)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,3 +41,68 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("real volumes are not beside the project (../shared/data)")
     return SHARED_DATA
+
+
+@dataclass(frozen=True, eq=False)
+class DicomStudy:
+    """A synthetic series with the structures drawn on it, and what a label should be.
+
+    Attributes:
+        series: The images.
+        structures: The RTSTRUCT; None where none was asked for.
+        label: (I, J, K) class values in RAS order, 1 for the first name.
+        image: As it was before it was written.
+    """
+
+    series: WrittenSeries
+    structures: Path | None
+    label: NDArray[Any]
+    image: Volume
+
+
+def _write_study(
+    folder: Path,
+    *,
+    seed: int = 0,
+    names: Sequence[str] = ("GTV", "Liver"),
+    patient: str = "",
+    shape: tuple[int, int, int] = (16, 14, 10),
+    shear: float = 0.0,
+    num_channels: int = 1,
+    observer: str = "observer",
+    identity: PlantedIdentity | None = None,
+    **options: Any,
+) -> DicomStudy:
+    """Write `folder/image` and, where there are names, `folder/structures/<observer>.dcm`.
+
+    Args:
+        folder: Of the study.
+        seed: Of image, study and series.
+        names: Of the structures; none writes no structures.
+        patient: PatientID; by default one for each seed.
+        shape: Voxels.
+        shear: Forward shift per mm of slice, as of a tilted gantry.
+        num_channels: Phases.
+        observer: Name of the file of structures.
+        identity: Instead of one with `patient` alone.
+        options: As in `SeriesOptions`.
+    """
+    case = make_synthetic_case(seed, shape=shape, spacing=(1.5, 1.25, 3.0), num_classes=max(2, len(names) + 1))
+    affine = case.image.grid.affine.copy()
+    affine[:3, 2] += affine[:3, 1] / 1.25 * shear * 3.0
+    array = np.concatenate([case.image.array + 100 * n for n in range(num_channels)])
+    image = Volume(array, Grid(shape, affine))
+    who = identity or PlantedIdentity(patient_id=patient or f"FAKE-{seed:04d}")
+    settings = {"seed": seed, "study_seed": seed, "identity": who, "series_description": "thorax", **options}
+    series = write_series(folder / "image", image, SeriesOptions(**settings))
+    structures = None
+    if names:
+        polygons = label_polygons(series, case.label.array[0], dict(enumerate(names, start=1)))
+        structures = write_structures(folder / "structures" / f"{observer}.dcm", series, polygons, label=observer)
+    return DicomStudy(series, structures, case.label.array[0], image)
+
+
+@pytest.fixture(scope="session")
+def write_study() -> Callable[..., DicomStudy]:
+    """Write a synthetic DICOM study: (folder, *, seed, names, patient, shape, ...) -> DicomStudy."""
+    return _write_study

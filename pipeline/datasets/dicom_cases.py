@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from pipeline.datasets.dicom_objects import objects_of
 from pipeline.datasets.dicom_scan import Scan
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import Header
+from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.reader import refusal_of
 from pipeline.io.dicom.series import MODALITIES, Series
 
@@ -63,25 +65,27 @@ def matches(series: Series, channel: str) -> bool:
     return MODALITY_WORDS.get(wanted, wanted) == modality or bool(description and fnmatchcase(description, wanted))
 
 
-def find_dicom_cases(scan: Scan, channels: Sequence[str] = ()) -> DicomCases:
+def find_dicom_cases(scan: Scan, channels: Sequence[str] = (), *, num_channels: int | None = None) -> DicomCases:
     """Cases of a tree; each series of the first channel makes one.
 
     Args:
         scan: The tree.
         channels: A modality (CT, MR, PT) or a pattern for SeriesDescription for each; none takes the one modality
             that has the most labels, or the most series where there are none.
+        num_channels: That each case must have, where the phases of a single series are channels; None takes what most
+            cases have.
 
     Raises:
         InputError: No series is of the first channel.
     """
     volumes = [series for series in scan.series if not series.left_out]
-    objects = _objects_by_series(scan, volumes)
+    objects = objects_of(scan)
     chosen, notes = (tuple(channels), ()) if channels else _default_channel(volumes, objects)
     firsts = [series for series in volumes if matches(series, chosen[0])]
     if not firsts:
         found = ", ".join(sorted({series.first.modality for series in volumes})) or "none"
         fix = f"Name one that is there (modalities found: {found}) with --channels"
-        raise InputError(f"holds no series of images for {chosen[0]}", where=scan.root.name, fix=fix)
+        raise InputError(f"holds no series of images for {chosen[0]}", where=shown_root(scan), fix=fix)
     patients = _patients(firsts)
     cases, failures = [], {}
     for first in firsts:
@@ -99,7 +103,53 @@ def find_dicom_cases(scan: Scan, channels: Sequence[str] = ()) -> DicomCases:
         )
         cases.append(own)
     cases.sort(key=lambda case: case.case_id)
-    return DicomCases(channels=chosen, cases=tuple(cases), failures=failures, notes=notes)
+    cases, others = _with_equal_channels(cases, num_channels)
+    notes = (*notes, *_label_notes(firsts, volumes, objects, chosen[0]))
+    return DicomCases(channels=chosen, cases=tuple(cases), failures={**failures, **others}, notes=notes)
+
+
+def shown_root(scan: Scan) -> str:
+    """The name of the folder for messages."""
+    return hide(scan.root.name, scan.identity)
+
+
+def _with_equal_channels(cases: Sequence[DicomCase], wanted: int | None) -> tuple[list[DicomCase], dict[str, str]]:
+    """The cases with the right number of channels, by default that of most, and why the others are none."""
+    num_phases = {case.case_id: [_num_phases(series) for series in case.series] for case in cases}
+    counts = Counter(sum(phases) for phases in num_phases.values())
+    usual = wanted or max(counts, key=lambda count: (counts[count], -count), default=0)
+    failures = {}
+    for case in cases:
+        phases = num_phases[case.case_id]
+        if len(phases) > 1 and max(phases) > 1:
+            name = case.series[phases.index(max(phases))].name
+            failures[case.case_id] = f"{name} holds {max(phases)} phases, where one channel is expected"
+        elif sum(phases) != usual:
+            needed = f"{usual} are needed" if wanted else f"most of the others hold {usual}"
+            failures[case.case_id] = f"{case.series[0].name} holds {sum(phases)} channel(s), {needed}"
+    return [case for case in cases if case.case_id not in failures], failures
+
+
+def _num_phases(series: Series) -> int:
+    return len(series.stack.frames) if series.stack is not None else 0
+
+
+def _label_notes(
+    firsts: Sequence[Series], volumes: Sequence[Series], objects: Mapping[str, Sequence[Header]], channel: str
+) -> tuple[str, ...]:
+    """What a person should know of labels: those that are united, and those that are left aside."""
+    used = {series.key for series in firsts}
+    notes = [
+        f"{case_id_of(series)}: {len(objects[series.key])} structure sets or segmentations are taken together"
+        for series in firsts
+        if len(objects.get(series.key, ())) > 1
+    ]
+    elsewhere = Counter(series.first.modality for series in volumes if series.key not in used and series.key in objects)
+    if elsewhere:
+        counts = " and ".join(f"{count} {modality}" for modality, count in sorted(elsewhere.items()))
+        text = f"labels of {counts} series are not used, as cases are made of {channel}"
+        notes.append(f"{text}; name the series that labels were drawn on first in --channels")
+    return tuple(notes)
 
 
 def _default_channel(
@@ -123,6 +173,8 @@ def _partner(first: Series, volumes: Sequence[Series], channel: str) -> Series:
     Raises:
         InputError: There is none, or there are several.
     """
+    if not first.first.frame_of_reference:
+        raise InputError(f"{first.name} has no frame of reference, so no other series is known to lie where it does")
     same_space = [
         series
         for series in volumes
@@ -132,10 +184,11 @@ def _partner(first: Series, volumes: Sequence[Series], channel: str) -> Series:
         and series.first.study_uid == first.first.study_uid
     ]
     if not same_space:
-        raise InputError(f"no series of its study and frame of reference is of channel {channel}")
+        raise InputError(f"{first.name}: no series of its study and frame of reference is of channel {channel}")
     if len(same_space) > 1:
         names = ", ".join(series.name for series in same_space[:3])
-        raise InputError(f"{len(same_space)} series are of channel {channel} ({names})")
+        fix = "choose one by a pattern for its SeriesDescription"
+        raise InputError(f"{first.name}: {len(same_space)} series are of channel {channel} ({names}): {fix}")
     return same_space[0]
 
 
@@ -143,47 +196,6 @@ def _check_readable(series: Sequence[Series]) -> None:
     for one in series:
         if one.stack is None:
             raise InputError(f"{one.name}: {refusal_of(one)}")
-
-
-def _objects_by_series(scan: Scan, volumes: Sequence[Series]) -> dict[str, tuple[Header, ...]]:
-    """Structure sets and segmentations by the key of the series that they were drawn on.
-
-    Where the same series lies in several folders, an object belongs to the nearest copy.
-    """
-    found: dict[str, list[Header]] = defaultdict(list)
-    for label in scan.label_objects:
-        drawn_on = [series for series in volumes if series.first.series_uid in label.referenced_series]
-        if not label.referenced_series:
-            drawn_on = _only(series for series in volumes if _same_space(series, label))
-        if drawn_on:
-            nearest = max(drawn_on, key=lambda series: _shared_parts(series.first, label))
-            found[nearest.key].append(label)
-    return {key: tuple(labels) for key, labels in found.items()}
-
-
-def unplaced_objects(scan: Scan) -> tuple[Header, ...]:
-    """Structure sets and segmentations whose series is not in the tree."""
-    placed = _objects_by_series(scan, [series for series in scan.series if not series.left_out])
-    used = {label.path for labels in placed.values() for label in labels}
-    return tuple(label for label in scan.label_objects if label.path not in used)
-
-
-def objects_of(scan: Scan) -> dict[str, tuple[Header, ...]]:
-    """Structure sets and segmentations by the key of their series."""
-    return _objects_by_series(scan, [series for series in scan.series if not series.left_out])
-
-
-def _only(series: object) -> list[Series]:
-    found = list(series)  # type: ignore[call-overload]
-    return found if len(found) == 1 else []
-
-
-def _same_space(series: Series, label: Header) -> bool:
-    return bool(label.frame_of_reference) and series.first.frame_of_reference == label.frame_of_reference
-
-
-def _shared_parts(image: Header, label: Header) -> int:
-    return sum(a == b for a, b in zip(image.path.parts, label.path.parts, strict=False))
 
 
 def _patients(firsts: Sequence[Series]) -> dict[str, str]:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifacts import write_text
 from pipeline.datasets.class_names import BACKGROUND
-from pipeline.datasets.dicom_cases import DicomCase, DicomCases, find_dicom_cases
+from pipeline.datasets.dicom_cases import DicomCase, DicomCases, find_dicom_cases, shown_root
+from pipeline.datasets.dicom_classes import (
+    CLASSES_FORM,
+    StructureName,
+    class_notes,
+    classes_of,
+    names_of,
+    objects_with,
+    some,
+)
 from pipeline.datasets.dicom_scan import Scan
 from pipeline.errors import InputError
-from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.references import (
     SERIES_SUFFIX,
     STRUCTURES_SUFFIX,
     write_series_file,
     write_structures_file,
 )
-from pipeline.io.dicom.structures import LabelClass, class_index
+from pipeline.io.dicom.structures import LabelClass
 
 MADE_FROM = "made_from"
 DICOM = "dicom"
@@ -43,24 +51,6 @@ class WrittenDataset:
     num_test: int
     failures: dict[str, str]
     notes: tuple[str, ...]
-
-
-def parse_classes(text: str) -> tuple[LabelClass, ...]:
-    """Classes from `tumour=GTV*|Mass, liver=Liver`; the value of a class is its place in the list.
-
-    Raises:
-        InputError: A part has no name or no pattern.
-    """
-    found = []
-    for value, part in enumerate(filter(None, (part.strip() for part in text.split(","))), start=1):
-        name, _, patterns = (piece.strip() for piece in part.partition("="))
-        names = tuple(filter(None, (pattern.strip() for pattern in patterns.split("|")))) or (name,)
-        if not name:
-            raise InputError(f"{part!r} has no name", where="classes", fix="Write class=pattern|pattern, class=pattern")
-        found.append(LabelClass(name=name, value=value, patterns=names))
-    if len({label_class.name for label_class in found}) < len(found):
-        raise InputError("a class is named twice", where="classes", fix="Separate its patterns with |")
-    return tuple(found)
 
 
 def write_dicom_dataset(
@@ -91,13 +81,15 @@ def write_dicom_dataset(
     _check_ours(path)
     found = find_dicom_cases(scan, channels)
     if not found.cases:
-        reasons = "; ".join(found.failures.values())
-        raise InputError(f"holds no case that can be read ({reasons})", where=scan.root.name)
-    chosen = tuple(classes) or _classes_of(found)
+        reasons = "; ".join(dict.fromkeys(found.failures.values()))
+        raise InputError(f"holds no case that can be read ({reasons})", where=shown_root(scan))
+    names = names_of(found)
+    chosen = tuple(classes) or classes_of(names)
+    if not any(objects_with(case, chosen) for case in found.cases):
+        what = "holds no case with a label of these classes" if names else "holds no case with a label"
+        raise InputError(what, where=shown_root(scan), fix=_help(found, names))
     entries = [_write_case(case, path, chosen, threshold, allow_tilt) for case in found.cases]
     training = [entry for entry in entries if "label" in entry]
-    if not training:
-        raise InputError("holds no case with a label of these classes", where=scan.root.name, fix=_names_found(found))
     tests = [entry for entry in entries if "label" not in entry]
     content = {
         "name": path.stem,
@@ -114,7 +106,7 @@ def write_dicom_dataset(
         num_training=len(training),
         num_test=len(tests),
         failures=found.failures,
-        notes=found.notes,
+        notes=(*found.notes, *class_notes(names, chosen)),
     )
 
 
@@ -122,32 +114,25 @@ def _check_ours(path: Path) -> None:
     """Refuse to replace a dataset file that was not made here."""
     if path.suffix != ".json":
         raise InputError("must end in .json", where=path)
-    if not path.exists():
-        return
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        content = None
-    if not isinstance(content, dict) or content.get(MADE_FROM) != DICOM:
+    if path.exists() and not is_made_from_dicom(path):
         raise InputError("is another file, which would be lost", where=path, fix="Give another name")
 
 
-def _classes_of(found: DicomCases) -> tuple[LabelClass, ...]:
-    """A class for every name of a structure, in the order of the alphabet; names that differ in case are one."""
-    names: dict[str, str] = {}
-    for case in found.cases:
-        for label in case.label_objects:
-            for name in label.structure_names:
-                shown = hide(name.strip(), label.identity)
-                if shown and shown.casefold() != BACKGROUND:
-                    names.setdefault(shown.casefold(), shown)
-    ordered = [names[key] for key in sorted(names)]
-    return tuple(LabelClass(name=name, value=value, patterns=(name,)) for value, name in enumerate(ordered, start=1))
+def is_made_from_dicom(path: Path) -> bool:
+    """Whether a file is a dataset that `write_dicom_dataset` has written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return False
+    return isinstance(content, dict) and content.get(MADE_FROM) == DICOM
 
 
-def _names_found(found: DicomCases) -> str:
-    names = [label_class.name for label_class in _classes_of(found)]
-    return f"Names found: {', '.join(names[:10])}" if names else "No structure set or segmentation refers to them"
+def _help(found: DicomCases, names: Mapping[str, StructureName]) -> str:
+    """What there is where no structure is of the classes that are wanted."""
+    if names:
+        found_names = some(list(dict.fromkeys(name.shown for name in names.values())))
+        return f"Names found: {found_names}. {CLASSES_FORM}"
+    return ". ".join(("No structure set or segmentation refers to its series", *found.notes))
 
 
 def _channel_names(found: DicomCases) -> tuple[str, ...]:
@@ -169,14 +154,9 @@ def _write_case(
     images = [f"{folder.name}/{file.name}" for file in files]
     entry: dict[str, object] = {"case_id": case.case_id, "patient": case.patient}
     entry["image"] = images if len(images) > 1 else images[0]
-    labels = [
-        label
-        for label in case.label_objects
-        if any(class_index(name, classes) is not None for name in label.structure_names)
-    ]
-    if labels:
+    objects = [label.path for label in objects_with(case, classes)]
+    if objects:
         label_file = folder / f"{case.case_id}{STRUCTURES_SUFFIX}"
-        objects = [label.path for label in labels]
         write_structures_file(label_file, files[0], objects, classes, threshold=threshold)
         entry["label"] = f"{folder.name}/{label_file.name}"
     return entry

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.datasets.dicom_cases import case_id_of, objects_of, unplaced_objects
+from pipeline.datasets.dicom_cases import case_id_of
 from pipeline.datasets.dicom_dataset import WrittenDataset
+from pipeline.datasets.dicom_objects import objects_of, unplaced_objects
 from pipeline.datasets.dicom_scan import Scan
 from pipeline.geometry import axis_codes, format_shape, format_spacing
 from pipeline.io.dicom.headers import Header
@@ -75,7 +76,7 @@ def _facts(series: Series, labels: Sequence[Header], scan: Scan) -> dict[str, An
         "orientation": axis_codes(stack.grid.affine) if stack else None,
         "transfer_syntaxes": sorted({_syntax_name(header.transfer_syntax) for header in series.headers}),
         "phases": [name for name in stack.phase_names if name] if stack else [],
-        "labels": [hide(name, identity) for label in labels for name in label.structure_names],
+        "labels": list(dict.fromkeys(hide(name, identity) for label in labels for name in label.structure_names)),
         "left_out": series.left_out,
         "problems": list(series.problems),
         "notes": list(series.notes),
@@ -88,17 +89,19 @@ def tree_problems(scan: Scan) -> Iterator[str]:
     for path, reason in scan.unreadable:
         yield f"{hide(_place(path, scan.root), identity)} {reason}"
     for label in unplaced_objects(scan):
-        names = ", ".join(label.structure_names[:3])
-        text = f"{_place(label.path, scan.root)} ({label.modality}: {names}) refers to a series that is not here"
-        yield hide(text, identity)
+        names = ", ".join(hide(name, identity) for name in label.structure_names[:3])
+        place = hide(_place(label.path, scan.root), identity)
+        yield f"{place} ({label.modality}: {names}) refers to a series that is not here"
 
 
 def describe_dicom(inspection: DicomInspection) -> RenderableType:
     """The inspection as a table with the problems below it."""
     from rich.console import Group
+    from rich.text import Text
 
     facts = inspection_facts(inspection)
-    lines = [*_problem_lines(facts), *_dataset_lines(inspection.written)]
+    # As plain text: what files say may look like markup.
+    lines = [Text(line) for line in (*_problem_lines(facts), *_dataset_lines(inspection.written))]
     num_volumes = sum(one["size"] is not None for one in facts["series"])
     text = f"{len(facts['series'])} series, {num_volumes} of them volumes; {facts['num_other_files']} other files"
     return Group(_table(facts["series"]), text, *lines)
@@ -106,6 +109,7 @@ def describe_dicom(inspection: DicomInspection) -> RenderableType:
 
 def _table(series: Sequence[dict[str, Any]]) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for column in (
@@ -122,7 +126,7 @@ def _table(series: Sequence[dict[str, Any]]) -> RenderableType:
     ):
         table.add_column(column, overflow="fold")
     for one in series:
-        table.add_row(
+        cells = (
             one["case_id"].removeprefix("case_"),
             one["modality"],
             one["description"],
@@ -134,6 +138,7 @@ def _table(series: Sequence[dict[str, Any]]) -> RenderableType:
             ", ".join(one["labels"]),
             ", ".join(one["transfer_syntaxes"]),
         )
+        table.add_row(*map(Text, cells))
     return table
 
 

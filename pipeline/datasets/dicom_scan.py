@@ -6,7 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 
+from pipeline.datasets.dataset import is_dataset_folder
+from pipeline.datasets.folder_pair import find_folder_pair
+from pipeline.datasets.listing import nifti_files
+from pipeline.datasets.msd import DATASET_FILE
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import Header, is_dicom_file, read_header
 from pipeline.io.dicom.series import (
@@ -55,6 +60,14 @@ class _Batch:
     num_other_files: int
 
 
+def is_volume_dataset(path: Path) -> bool:
+    """Whether a folder is a dataset of files of its own, and not a tree of DICOM with folders of the same names."""
+    if not is_dataset_folder(path):
+        return False
+    pair = find_folder_pair(path)
+    return (path / DATASET_FILE).is_file() or any(nifti_files(folder) for folder in pair or ())
+
+
 def scan_folder(root: Path, *, num_workers: int, allow_tilt: bool = False) -> Scan:
     """Read the headers of all files under `root`.
 
@@ -63,11 +76,11 @@ def scan_folder(root: Path, *, num_workers: int, allow_tilt: bool = False) -> Sc
         num_workers: Processes.
         allow_tilt: Take series whose slices are shifted evenly against each other.
     """
-    files = sorted(_files_under(root)) if root.is_dir() else [root]
+    unreadable: list[tuple[Path, str]] = []
+    files = sorted(_files_under(root, unreadable)) if root.is_dir() else [root]
     tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
     workers = num_workers if len(files) > FEW_FILES else 1
     headers: list[Header] = []
-    unreadable: list[tuple[Path, str]] = []
     num_other_files = 0
     for outcome in map_unordered(_read_batch, tasks, num_workers=workers):
         if outcome.result is None:
@@ -78,9 +91,20 @@ def scan_folder(root: Path, *, num_workers: int, allow_tilt: bool = False) -> Sc
     return _as_scan(root, headers, sorted(unreadable), num_other_files, allow_tilt=allow_tilt)
 
 
-def _files_under(root: Path) -> Iterable[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+def _files_under(root: Path, unreadable: list[tuple[Path, str]]) -> Iterable[Path]:
+    """All files, through links to folders as well, each folder once; folders that cannot be listed are `unreadable`."""
+
+    def note(error: OSError) -> None:
+        unreadable.append((Path(error.filename), f"cannot be read ({error.strerror})"))
+
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, onerror=note, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (Path(folder, name) for name in names if not name.startswith(".") and name.upper() != "DICOMDIR")
 
 
@@ -89,6 +113,10 @@ def _read_batch(paths: Sequence[Path]) -> _Batch:
     others = 0
     for path in paths:
         try:
+            # To open a pipe would wait for ever.
+            if not S_ISREG(path.stat().st_mode):
+                others += 1
+                continue
             # A file that is called DICOM and is none belongs to a series, and something is wrong with it.
             if path.suffix.lower() != ".dcm" and not is_dicom_file(path):
                 others += 1

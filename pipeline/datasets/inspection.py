@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import InspectConfig
 from pipeline.datasets.case import Dataset
-from pipeline.datasets.dataset import LOOKED_FOR, TABLE_SUFFIXES, is_dataset_folder, read_dataset
-from pipeline.datasets.dicom_dataset import parse_classes, write_dicom_dataset
+from pipeline.datasets.dataset import LOOKED_FOR, TABLE_SUFFIXES, read_dataset
+from pipeline.datasets.dicom_classes import parse_classes
+from pipeline.datasets.dicom_dataset import is_made_from_dicom, write_dicom_dataset
 from pipeline.datasets.dicom_inspection import DicomInspection, describe_dicom, inspection_facts
-from pipeline.datasets.dicom_scan import scan_folder
+from pipeline.datasets.dicom_scan import is_volume_dataset, scan_folder
 from pipeline.datasets.examination import Examined
 from pipeline.datasets.integrity import Problem, find_problems
+from pipeline.datasets.msd import DATASET_FILE
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 
@@ -47,7 +49,10 @@ def inspect_path(config: InspectConfig, *, num_workers: int) -> Inspection | Dic
         InputError: It is neither, or `write_dataset` is asked of a dataset.
     """
     path = Path(config.path)
-    if is_dataset_folder(path) or path.suffix.lower() in (".json", *TABLE_SUFFIXES) or not path.exists():
+    # A dataset that was written into the tree that it is made of is written anew.
+    is_tree = bool(config.write_dataset) and is_made_from_dicom(path / DATASET_FILE)
+    is_listed = is_volume_dataset(path) or path.suffix.lower() in (".json", *TABLE_SUFFIXES)
+    if (is_listed and not is_tree) or not path.exists():
         if config.write_dataset:
             raise InputError("is a dataset already", where=path, fix="--write_dataset takes a folder of DICOM files")
         return inspect_dataset(config.path, num_workers=num_workers, as_json=config.json)
@@ -55,6 +60,12 @@ def inspect_path(config: InspectConfig, *, num_workers: int) -> Inspection | Dic
 
 
 def _inspect_dicom(path: Path, config: InspectConfig, *, num_workers: int) -> DicomInspection:
+    for name in ("channels", "classes"):
+        if getattr(config, name) and not config.write_dataset:
+            raise InputError(
+                "says what goes into a dataset", where=name, fix="Give --write_dataset dataset.json as well"
+            )
+    classes = parse_classes(config.classes)
     scan = scan_folder(path, num_workers=num_workers, allow_tilt=config.allow_tilt)
     if not (scan.series or scan.label_objects or scan.unreadable):
         raise InputError("holds neither a dataset nor DICOM files", where=path, fix=LOOKED_FOR)
@@ -64,7 +75,7 @@ def _inspect_dicom(path: Path, config: InspectConfig, *, num_workers: int) -> Di
         scan,
         Path(config.write_dataset),
         channels=[part.strip() for part in config.channels.split(",") if part.strip()],
-        classes=parse_classes(config.classes),
+        classes=classes,
         threshold=config.threshold,
         allow_tilt=config.allow_tilt,
     )

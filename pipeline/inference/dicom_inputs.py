@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pipeline.datasets.case import Case
-from pipeline.datasets.dataset import is_dataset_folder
-from pipeline.datasets.dicom_cases import case_id_of, find_dicom_cases, matches
-from pipeline.datasets.dicom_scan import Scan, scan_folder
+from pipeline.datasets.dicom_cases import DicomCases, case_id_of, find_dicom_cases, matches, shown_root
+from pipeline.datasets.dicom_scan import Scan, is_volume_dataset, scan_folder
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import is_dicom_file
 from pipeline.io.dicom.references import SERIES_SUFFIX, write_series_file
@@ -18,9 +18,18 @@ from pipeline.log import get_logger
 
 
 def may_be_dicom(path: Path) -> bool:
-    """Whether an input is to be looked through for DICOM: a DICOM file, or a folder that is nothing else we know."""
+    """Whether an input is to be looked through for DICOM: a DICOM file, or a folder that is nothing else we know.
+
+    A folder with NIfTI files in it is taken for these alone.
+    """
     if path.is_dir():
-        return not is_dataset_folder(path) and not any(is_nifti_name(item.name) for item in path.iterdir())
+        names = [item.name for item in path.iterdir()]
+        has_nifti = any(is_nifti_name(name) for name in names)
+        if has_nifti and any(name.lower().endswith(".dcm") for name in names):
+            get_logger("predict").warning(
+                "only the NIfTI files of the input are taken, not the DICOM files beside them"
+            )
+        return not has_nifti and not is_volume_dataset(path)
     return path.is_file() and not is_nifti_name(path.name) and is_dicom_file(path)
 
 
@@ -54,22 +63,25 @@ def find_dicom_inputs(
     scan = scan_folder(path, num_workers=num_workers, allow_tilt=allow_tilt)
     volumes = [series for series in scan.series if not series.left_out]
     if not volumes:
-        raise InputError("holds no DICOM series of images", where=path, fix="Look at it with `voxfit inspect`")
+        what = "holds neither NIfTI files nor a DICOM series of images"
+        raise InputError(what, where=shown_root(scan), fix="Look at it with `voxfit inspect`")
     chosen = tuple(channels) or _channels_of(volumes, channel_names)
-    if len(chosen) != len(channel_names):
-        raise InputError(f"channels: {len(chosen)} are named, the network takes {len(channel_names)}")
-    found = {case.case_id: case for case in _as_cases(scan, chosen, references, allow_tilt=allow_tilt)}
-    for problem in sorted({str(reason) for _, reason in scan.unreadable}):
-        count = sum(reason == problem for _, reason in scan.unreadable)
+    # The phases of a single series may be all the channels.
+    if len(chosen) not in (1, len(channel_names)):
+        what = f"{len(chosen)} are named, the network takes {len(channel_names)} ({', '.join(channel_names)})"
+        raise InputError(what, where="channels", fix="Name one for each, in this order")
+    cases = find_dicom_cases(scan, chosen, num_channels=len(channel_names))
+    found = {case.case_id: case for case in _as_cases(scan, cases, references, allow_tilt=allow_tilt)}
+    for problem, count in sorted(Counter(reason for _, reason in scan.unreadable).items()):
         get_logger("predict").warning("%d file(s) of the input: %s", count, problem)
     missing = sorted(set(case_ids or ()) - set(found))
     if missing:
-        raise InputError(f"has no case {', '.join(missing)}", where=path)
+        raise InputError(f"has no case {', '.join(missing)}", where=shown_root(scan))
     return tuple(found[case_id] for case_id in sorted(found) if case_ids is None or case_id in case_ids)
 
 
 def _channels_of(volumes: Sequence[Series], channel_names: Sequence[str]) -> tuple[str, ...]:
-    """The names of the network's channels where they choose series; one channel may also be the only modality.
+    """The names of the network's channels where they choose series; otherwise the only modality there is.
 
     Raises:
         InputError: It cannot be told which series the network is for.
@@ -77,7 +89,8 @@ def _channels_of(volumes: Sequence[Series], channel_names: Sequence[str]) -> tup
     if all(any(matches(series, name) for series in volumes) for name in channel_names):
         return tuple(channel_names)
     modalities = sorted({series.first.modality for series in volumes})
-    if len(channel_names) == 1 and len(modalities) == 1:
+    has_phases = any(series.stack is not None and len(series.stack.frames) > 1 for series in volumes)
+    if len(modalities) == 1 and (len(channel_names) == 1 or has_phases):
         return (modalities[0],)
     raise InputError(
         f"it cannot be told which series are the channels {', '.join(channel_names)} (found: {', '.join(modalities)})",
@@ -86,18 +99,21 @@ def _channels_of(volumes: Sequence[Series], channel_names: Sequence[str]) -> tup
     )
 
 
-def _as_cases(scan: Scan, channels: Sequence[str], references: Path, *, allow_tilt: bool) -> list[Case]:
-    found = find_dicom_cases(scan, channels)
+def _as_cases(scan: Scan, found: DicomCases, references: Path, *, allow_tilt: bool) -> list[Case]:
+    """All cases with the files that stand for their series; those that cannot be read say why when it is tried."""
     cases = []
     for case in found.cases:
-        files = [references / f"{case.case_id}_{index:04d}{SERIES_SUFFIX}" for index in range(len(case.series))]
+        files = _series_files(case.case_id, references, len(case.series))
         for file, series in zip(files, case.series, strict=True):
             write_series_file(file, series.paths, allow_tilt=allow_tilt)
-        cases.append(Case(case_id=case.case_id, images=tuple(files), label=None, patient=case.patient))
-    for series in scan.series:
-        case_id = case_id_of(series)
-        if case_id in found.failures:
-            file = references / f"{case_id}_0000{SERIES_SUFFIX}"
-            write_series_file(file, series.paths, allow_tilt=allow_tilt)
-            cases.append(Case(case_id=case_id, images=(file,), label=None))
+        cases.append(Case(case_id=case.case_id, images=files, label=None, patient=case.patient))
+    paths = {case_id_of(series): series.paths for series in scan.series}
+    for case_id, reason in found.failures.items():
+        files = _series_files(case_id, references, 1)
+        write_series_file(files[0], paths[case_id], allow_tilt=allow_tilt, problem=reason)
+        cases.append(Case(case_id=case_id, images=files, label=None))
     return cases
+
+
+def _series_files(case_id: str, folder: Path, count: int) -> tuple[Path, ...]:
+    return tuple(folder / f"{case_id}_{index:04d}{SERIES_SUFFIX}" for index in range(count))

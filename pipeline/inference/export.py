@@ -8,6 +8,7 @@ from typing import Literal
 
 from pipeline.errors import InputError
 from pipeline.io.dicom.frames import Stack
+from pipeline.io.dicom.references import anonymous_errors
 from pipeline.io.dicom.tilt import back_to_slices
 from pipeline.io.image_file import write_label
 from pipeline.io.volume import Volume
@@ -31,10 +32,18 @@ def check_formats(image: Volume, formats: Iterable[OutputFormat]) -> None:
     """Refuse, before anything is computed, what cannot be written of an image.
 
     Raises:
-        InputError: A DICOM segmentation is asked of an image that is no DICOM series.
+        InputError: A DICOM segmentation is asked of an image that is no DICOM series, or of one that lacks what a
+            segmentation refers to.
     """
-    if "dicom_seg" in formats and (image.source is None or not isinstance(image.source.header, Stack)):
+    if "dicom_seg" not in formats:
+        return
+    stack = image.source.header if image.source is not None else None
+    if not isinstance(stack, Stack):
         raise InputError("a DICOM segmentation refers to a DICOM series, and this is none", fix="Use --format nifti")
+    from pipeline.io.dicom.seg_source import read_segmentation_source
+
+    with anonymous_errors(_files_of(stack)):
+        read_segmentation_source(stack)
 
 
 def write_outputs(label: Volume, files: Mapping[OutputFormat, Path], plan: Plan) -> None:
@@ -61,4 +70,11 @@ def _write_dicom(path: Path, label: Volume, plan: Plan) -> None:
     if on_slices.source is None:
         raise ValueError("a segmentation of a series has a source")
     classes = dict(list(plan.labels.items())[1:])
-    write_segmentation(path, on_slices.array[0], on_slices.source, classes=classes, codes=plan.segment_codes)
+    stack = on_slices.source.header
+    with anonymous_errors(_files_of(stack) if isinstance(stack, Stack) else ()):
+        write_segmentation(path, on_slices.array[0], on_slices.source, classes=classes, codes=plan.segment_codes)
+
+
+def _files_of(stack: Stack) -> list[Path]:
+    """The files of a series, each once."""
+    return list(dict.fromkeys(frame.path for phase in stack.frames for frame in phase))

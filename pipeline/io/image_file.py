@@ -8,7 +8,13 @@ from pathlib import Path
 from pipeline.errors import InputError
 from pipeline.geometry import Grid
 from pipeline.io import nifti
-from pipeline.io.dicom.references import SERIES_SUFFIX, STRUCTURES_SUFFIX, files_behind, read_series_file
+from pipeline.io.dicom.references import (
+    SERIES_SUFFIX,
+    STRUCTURES_SUFFIX,
+    anonymous_errors,
+    files_behind,
+    read_series_file,
+)
 from pipeline.io.volume import SourceGrid, Volume
 
 
@@ -43,7 +49,7 @@ def source_files(path: Path) -> tuple[Path, ...]:
     """All files that the voxels behind `path` come from.
 
     Raises:
-        InputError: A reference is wrong.
+        InputError: A reference is wrong, or a file that it lists is not there.
     """
     if path.is_dir():
         from pipeline.io.dicom.reader import dicom_files
@@ -73,7 +79,8 @@ def read_layout(path: Path) -> Layout:
     from pipeline.io.dicom.reader import read_stack_of, source_of
     from pipeline.io.dicom.tilt import upright_grid
 
-    stack = read_stack_of(series[0], allow_tilt=series[1])
+    with anonymous_errors(series[0]):
+        stack = read_stack_of(series[0], allow_tilt=series[1])
     return Layout(upright_grid(source_of(stack)), len(stack.frames))
 
 
@@ -94,7 +101,8 @@ def read_volume(path: Path) -> Volume:
         return nifti.read_volume(path)
     from pipeline.io.dicom.reader import read_series
 
-    return read_series(series[0], allow_tilt=series[1])
+    with anonymous_errors(series[0]):
+        return read_series(series[0], allow_tilt=series[1])
 
 
 def read_label(path: Path) -> Volume:

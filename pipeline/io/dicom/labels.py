@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from logging import LogRecord
 from pathlib import Path
 
 from pipeline.artifacts import read_artifact
 from pipeline.errors import InputError
 from pipeline.geometry import Grid
 from pipeline.io.dicom.headers import read_header
+from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.reader import read_stack_of, source_of
-from pipeline.io.dicom.references import StructuresFile, read_series_file
+from pipeline.io.dicom.references import StructuresFile, anonymous_errors, identity_behind, read_series_file
 from pipeline.io.dicom.rtstruct import iter_structures
 from pipeline.io.dicom.seg_reader import iter_segments
 from pipeline.io.dicom.series import SEGMENTATION_CLASSES, STRUCTURE_SET_CLASS
@@ -36,19 +40,21 @@ def read_structures(path: Path) -> Volume:
     """
     content = read_artifact(path, StructuresFile)
     files, allow_tilt = read_series_file(path.parent / content.series)
-    source = source_of(read_stack_of(files, allow_tilt=allow_tilt))
     objects = [path.parent / name for name in content.objects]
+    with anonymous_errors(files):
+        source = source_of(read_stack_of(files, allow_tilt=allow_tilt))
 
     def wanted(name: str) -> bool:
         return class_index(name, content.classes) is not None
 
     structures = _all_structures(objects, source.grid, wanted, content.threshold)
     try:
-        composed = compose_label(structures, content.classes, source.grid.shape)
+        with _anonymous_log([files[0], *objects]), anonymous_errors([files[0], *objects]):
+            composed = compose_label(structures, content.classes, source.grid.shape)
     except InputError as error:
         raise InputError(
             f"{error.where}: {error.what}" if error.where else error.what, where=path, fix=error.fix
-        ) from error
+        ) from None
     _report(path, composed)
     array = source.order.to_ras(composed.array)[None]
     return upright(Volume(array, source.order.grid_to_ras(source.grid), source), order=0)
@@ -75,6 +81,23 @@ def _all_structures(
 ) -> Iterator[Structure]:
     for path in objects:
         yield from iter_object(path, grid, wanted=wanted, threshold=threshold)
+
+
+@contextmanager
+def _anonymous_log(files: Sequence[Path]) -> Iterator[None]:
+    """Within, what is logged of structures does not tell whom `files` show."""
+    identity = cache(lambda: identity_behind(files))
+
+    def hidden(record: LogRecord) -> bool:
+        record.msg, record.args = hide(record.getMessage(), identity()), ()
+        return True
+
+    logger = get_logger("rtstruct")
+    logger.addFilter(hidden)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hidden)
 
 
 def _report(path: Path, composed: ComposedLabel) -> None:

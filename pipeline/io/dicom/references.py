@@ -1,18 +1,23 @@
 """Small JSON files that stand for DICOM in a dataset: the files of a series, and the structures that label it.
 
 They let a series be named by one path that tells nobody's identity, whatever the folders of the archive are called.
+What they hold are the places of files: where folders or files are named after patients, so are these lines, and such
+references belong where the files themselves do. No message quotes them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.errors import InputError
+from pipeline.io.dicom.headers import read_header
+from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.structures import LabelClass
 from pipeline.plan import Record
 
@@ -28,6 +33,8 @@ class SeriesFile(Record):
         schema_version: Version of this file's format.
         files: Relative to the folder of this file.
         allow_tilt: Resample slices that are shifted evenly against each other.
+        problem: Why it is not to be read; "" where nothing stands against it. Files alone do not show everything: a
+            slice that cannot be read at all is not among them.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -35,6 +42,7 @@ class SeriesFile(Record):
     schema_version: int = 1
     files: tuple[str, ...]
     allow_tilt: bool = False
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +70,20 @@ class StructuresFile(Record):
             raise InputError(f"threshold: must be above 0 and at most 1, got {self.threshold}")
 
 
-def write_series_file(path: Path, files: Sequence[Path], *, allow_tilt: bool = False) -> None:
-    """Write which files make up a series."""
-    write_artifact(path, SeriesFile(files=_relative(files, path), allow_tilt=allow_tilt))
+def write_series_file(path: Path, files: Sequence[Path], *, allow_tilt: bool = False, problem: str = "") -> None:
+    """Write which files make up a series; with a problem, reading ends with it."""
+    write_artifact(path, SeriesFile(files=_relative(files, path), allow_tilt=allow_tilt, problem=problem))
 
 
 def read_series_file(path: Path) -> tuple[tuple[Path, ...], bool]:
     """The files of a series, and whether it may be tilted.
 
     Raises:
-        InputError: The file is wrong, or lists nothing.
+        InputError: The file is wrong, lists nothing, or says what stands against reading the series.
     """
     content = read_artifact(path, SeriesFile)
+    if content.problem:
+        raise InputError(content.problem, fix="Look at it with `voxfit inspect`")
     if not content.files:
         raise InputError("lists no files", where=path)
     return tuple(path.parent / name for name in content.files), content.allow_tilt
@@ -96,16 +106,49 @@ def files_behind(path: Path) -> tuple[Path, ...]:
     """All files that a reference stands for, itself among them; a path that is no reference stands for itself.
 
     Raises:
-        InputError: A reference is wrong.
+        InputError: A reference is wrong, or a file that it lists is not there.
     """
     if path.name.endswith(SERIES_SUFFIX):
-        return path, *read_series_file(path)[0]
-    if path.name.endswith(STRUCTURES_SUFFIX):
+        files = read_series_file(path)[0]
+    elif path.name.endswith(STRUCTURES_SUFFIX):
         content = read_artifact(path, StructuresFile)
-        return path, *(path.parent / name for name in (content.series, *content.objects))
-    return (path,)
+        files = tuple(path.parent / name for name in (content.series, *content.objects))
+    else:
+        return (path,)
+    missing = [number for number, file in enumerate(files, start=1) if not file.is_file()]
+    if missing:
+        text = (
+            f"{len(missing)} of the {len(files)} files that it lists are not there (the first is number {missing[0]})"
+        )
+        raise InputError(text, where=path.name, fix="Put them back, or write the dataset anew with `voxfit inspect`")
+    return (path, *files)
+
+
+@contextmanager
+def anonymous_errors(files: Sequence[Path]) -> Iterator[None]:
+    """Within, errors do not tell whom `files` show: their names, and those of structures, may hold a patient's."""
+    try:
+        yield
+    except InputError as error:
+        identity = identity_behind(files)
+        where, what = hide(error.where, identity), hide(error.what, identity)
+        if error.where in {file.name for file in files}:
+            # Whoever shows this names the reference: which of its files it is belongs to what is wrong.
+            where, what = "", f"{where}: {what}"
+        raise InputError(what, where=where, fix=error.fix) from None
+
+
+def identity_behind(files: Sequence[Path]) -> frozenset[str]:
+    """What tells the patient in the headers of files; where none can be read, what their names hold."""
+    found: frozenset[str] = frozenset()
+    for file in files:
+        with suppress(InputError):
+            found |= read_header(file).identity
+    return found or frozenset(file.stem for file in files)
 
 
 def _relative(files: Sequence[Path], path: Path) -> tuple[str, ...]:
-    folder = path.absolute().parent
-    return tuple(Path(os.path.relpath(file.absolute(), folder)).as_posix() for file in files)
+    """Places of files as seen from the folder of `path`; through links, `..` leads to where they point."""
+    folder = path.parent.resolve()
+    parents = {parent: os.path.relpath(parent.resolve(), folder) for parent in {file.parent for file in files}}
+    return tuple((Path(parents[file.parent]) / file.name).as_posix() for file in files)

@@ -1,0 +1,43 @@
+"""Which series of a tree its structure sets and segmentations were drawn on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from pipeline.datasets.dicom_scan import Scan
+from pipeline.io.dicom.headers import Header
+from pipeline.io.dicom.series import Series
+
+
+def objects_of(scan: Scan) -> dict[str, tuple[Header, ...]]:
+    """Structure sets and segmentations by the key of the series that they were drawn on.
+
+    Where the same series lies in several folders, an object belongs to the nearest copy. One that names no series
+    belongs to the only one in its frame of reference.
+    """
+    volumes = [series for series in scan.series if not series.left_out]
+    found: dict[str, list[Header]] = defaultdict(list)
+    for label in scan.label_objects:
+        if label.referenced_series:
+            drawn_on = [series for series in volumes if series.first.series_uid in label.referenced_series]
+        else:
+            drawn_on = [series for series in volumes if _is_same_space(series, label)]
+            drawn_on = drawn_on if len(drawn_on) == 1 else []
+        if drawn_on:
+            nearest = max(drawn_on, key=lambda series: _shared_parts(series.first, label))
+            found[nearest.key].append(label)
+    return {key: tuple(labels) for key, labels in found.items()}
+
+
+def unplaced_objects(scan: Scan) -> tuple[Header, ...]:
+    """Structure sets and segmentations whose series is not in the tree."""
+    used = {label.path for labels in objects_of(scan).values() for label in labels}
+    return tuple(label for label in scan.label_objects if label.path not in used)
+
+
+def _is_same_space(series: Series, label: Header) -> bool:
+    return bool(label.frame_of_reference) and series.first.frame_of_reference == label.frame_of_reference
+
+
+def _shared_parts(image: Header, label: Header) -> int:
+    return sum(a == b for a, b in zip(image.path.parts, label.path.parts, strict=False))
