@@ -146,6 +146,18 @@ class AxisOrder:
         return view
 
 
+def boxes_touch(one: Grid, other: Grid) -> bool:
+    """Whether the boxes along the axes of space that hold the voxel centres of both grids have a point in common."""
+    boxes = [_box(grid) for grid in (one, other)]
+    return bool((boxes[0][0] <= boxes[1][1]).all() and (boxes[1][0] <= boxes[0][1]).all())
+
+
+def _box(grid: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    corners = np.array(np.meshgrid(*[[0, n - 1] for n in grid.shape], indexing="ij")).reshape(3, -1)
+    world = grid.affine[:3, :3] @ corners + grid.affine[:3, 3:]
+    return world.min(axis=1), world.max(axis=1)
+
+
 def cropped_grid(grid: Grid, start: Sequence[int], shape: Shape3) -> Grid:
     """The part of `grid` that begins at voxel `start` and has `shape`."""
     affine = grid.affine.copy()

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from pipeline.datasets.dicom_objects import objects_of
+from pipeline.datasets.dicom_objects import objects_of, shared_parts
 from pipeline.datasets.dicom_scan import Scan
 from pipeline.errors import InputError
+from pipeline.geometry import boxes_touch
 from pipeline.io.dicom.headers import Header
 from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.reader import refusal_of
@@ -17,6 +18,9 @@ from pipeline.io.dicom.series import MODALITIES, Series
 
 # What people write for DICOM's own words.
 MODALITY_WORDS = {"pet": "pt", "mri": "mr"}
+# Names of channels that only one modality has.
+CHANNEL_MODALITY = {word: "MR" for word in ("mr", "mri", "t1", "t1w", "t1ce", "t1gd", "t2", "t2w", "flair", "dwi", "adc", "pd")}
+CHANNEL_MODALITY |= {"ct": "CT", "pt": "PT", "pet": "PT"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,7 +131,27 @@ def _with_equal_channels(cases: Sequence[DicomCase], wanted: int | None) -> tupl
         elif sum(phases) != usual:
             needed = f"{usual} are needed" if wanted else f"most of the others hold {usual}"
             failures[case.case_id] = f"{case.series[0].name} holds {sum(phases)} channel(s), {needed}"
-    return [case for case in cases if case.case_id not in failures], failures
+    same = [case for case in cases if case.case_id not in failures]
+    failures |= _with_other_phases(same)
+    return [case for case in same if case.case_id not in failures], failures
+
+
+def _with_other_phases(cases: Sequence[DicomCase]) -> dict[str, str]:
+    """Cases whose channels are told apart by something else than those of most."""
+    kinds = {case.case_id: _phase_kinds(case.series[0]) for case in cases}
+    usual = max(Counter(kinds.values()).items(), key=lambda item: item[1], default=((), 0))[0]
+    return {
+        case.case_id: f"{case.series[0].name} holds phases by {', '.join(kinds[case.case_id]) or 'nothing'}, "
+        f"most of the others by {', '.join(usual) or 'nothing'}"
+        for case in cases
+        if kinds[case.case_id] != usual
+    }
+
+
+def _phase_kinds(series: Series) -> tuple[str, ...]:
+    """What tells the phases of a series apart, such as EchoTime."""
+    names = series.stack.phase_names if series.stack is not None else ()
+    return tuple(part.split(" ")[0] for part in names[0].split(", ")) if names and names[0] else ()
 
 
 def _num_phases(series: Series) -> int:
@@ -149,6 +173,9 @@ def _label_notes(
         counts = " and ".join(f"{count} {modality}" for modality, count in sorted(elsewhere.items()))
         text = f"labels of {counts} series are not used, as cases are made of {channel}"
         notes.append(f"{text}; name the series that labels were drawn on first in --channels")
+    patients = {series.first.patient_id for series in firsts}
+    if len(firsts) > 1 and len({series.first.study_uid for series in firsts}) > 1 and len(patients) == 1 and "" not in patients:
+        notes.append("all cases carry one patient's id: if they are several patients, remove `patient` from the dataset")
     return tuple(notes)
 
 
@@ -178,13 +205,13 @@ def _partner(first: Series, volumes: Sequence[Series], channel: str) -> Series:
     same_space = [
         series
         for series in volumes
-        if series is not first
-        and matches(series, channel)
-        and series.first.frame_of_reference == first.first.frame_of_reference
-        and series.first.study_uid == first.first.study_uid
+        if series is not first and matches(series, channel) and _is_same_space(series, first)
     ]
     if not same_space:
         raise InputError(f"{first.name}: no series of its study and frame of reference is of channel {channel}")
+    if len({series.first.series_uid for series in same_space}) == 1:
+        # Copies of one series.
+        return max(same_space, key=lambda series: shared_parts(series.first, first.first))
     if len(same_space) > 1:
         names = ", ".join(series.name for series in same_space[:3])
         fix = "choose one by a pattern for its SeriesDescription"
@@ -192,10 +219,32 @@ def _partner(first: Series, volumes: Sequence[Series], channel: str) -> Series:
     return same_space[0]
 
 
+def _is_same_space(series: Series, first: Series) -> bool:
+    """Whether two series lie in the same space of the same patient and, where it can be told, at the same place."""
+    mine, other = first.first, series.first
+    if (mine.frame_of_reference, mine.study_uid, mine.patient_id) != (
+        other.frame_of_reference,
+        other.study_uid,
+        other.patient_id,
+    ):
+        return False
+    return first.stack is None or series.stack is None or boxes_touch(first.stack.grid, series.stack.grid)
+
+
 def _check_readable(series: Sequence[Series]) -> None:
     for one in series:
         if one.stack is None:
             raise InputError(f"{one.name}: {refusal_of(one)}")
+        if any(not str(path).isprintable() and not _is_text(str(path)) for path in one.paths):
+            raise InputError(f"{one.name}: the name of a file or folder is not valid text (UTF-8), rename it")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _patients(firsts: Sequence[Series]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.datasets.dicom_cases import case_id_of
 from pipeline.datasets.dicom_dataset import WrittenDataset
-from pipeline.datasets.dicom_objects import objects_of, unplaced_objects
+from pipeline.datasets.dicom_objects import num_in_space, objects_of, unplaced_objects
 from pipeline.datasets.dicom_scan import Scan
 from pipeline.geometry import axis_codes, format_shape, format_spacing
 from pipeline.io.dicom.headers import Header
@@ -91,7 +91,9 @@ def tree_problems(scan: Scan) -> Iterator[str]:
     for label in unplaced_objects(scan):
         names = ", ".join(hide(name, identity) for name in label.structure_names[:3])
         place = hide(_place(label.path, scan.root), identity)
-        yield f"{place} ({label.modality}: {names}) refers to a series that is not here"
+        several = num_in_space(scan, label)
+        why = f"names no series, and {several} lie in its space" if several else "refers to a series that is not here"
+        yield f"{place} ({label.modality}: {names}) {why}"
 
 
 def describe_dicom(inspection: DicomInspection) -> RenderableType:

@@ -136,7 +136,7 @@ def _as_scan(
     is_label = {header.path: header.sop_class in (*SEGMENTATION_CLASSES, STRUCTURE_SET_CLASS) for header in headers}
     images = [header for header in headers if not is_label[header.path]]
     found = [
-        _with_folder_problems(examine_series(part, allow_tilt=allow_tilt), unreadable)
+        _with_folder_problems(_examine(part, allow_tilt=allow_tilt), unreadable)
         for group in group_by_series(images)
         for part in _apart_or_together(group)
     ]
@@ -150,15 +150,36 @@ def _as_scan(
     )
 
 
+def _examine(headers: tuple[Header, ...], *, allow_tilt: bool) -> Series:
+    """A series, without what repeats a file of another of its folders."""
+    folder_of: dict[object, Path] = {}
+    kept = tuple(
+        header
+        for header in headers
+        if not header.instance_uid or folder_of.setdefault(_identical(header), header.path.parent) == header.path.parent
+    )
+    series = examine_series(kept, allow_tilt=allow_tilt)
+    if len(kept) == len(headers):
+        return series
+    note = f"{len(headers) - len(kept)} file(s) that lie in another of its folders as well are left aside"
+    return replace(series, notes=(*series.notes, note))
+
+
+def _identical(header: Header) -> object:
+    """Equal for copies of a file."""
+    return header.instance_uid, tuple((frame.index, frame.position, frame.phase) for frame in header.frames)
+
+
 def _apart_or_together(headers: tuple[Header, ...]) -> list[tuple[Header, ...]]:
-    """A series that lies in several folders: its parts together, or its copies apart when they repeat places."""
+    """A series that lies in several folders: whole copies apart, anything else together, so that no part is missed."""
     by_folder: dict[Path, list[Header]] = {}
     for header in headers:
         by_folder.setdefault(header.path.parent, []).append(header)
-    places = [
-        {(frame.position, frame.phase) for header in part for frame in header.frames} for part in by_folder.values()
-    ]
-    if sum(map(len, places)) == len(set[object]().union(*places)):
+    places = {
+        frozenset((frame.position, frame.phase) for header in part for frame in header.frames)
+        for part in by_folder.values()
+    }
+    if len(by_folder) == 1 or len(places) > 1:
         return [headers]
     return [tuple(part) for part in by_folder.values()]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pipeline.datasets.case import Case
-from pipeline.datasets.dicom_cases import DicomCases, case_id_of, find_dicom_cases, matches, shown_root
+from pipeline.datasets.dicom_cases import CHANNEL_MODALITY, DicomCases, case_id_of, find_dicom_cases, matches, shown_root
 from pipeline.datasets.dicom_scan import Scan, is_volume_dataset, scan_folder
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import is_dicom_file
@@ -89,6 +89,10 @@ def _channels_of(volumes: Sequence[Series], channel_names: Sequence[str]) -> tup
     if all(any(matches(series, name) for series in volumes) for name in channel_names):
         return tuple(channel_names)
     modalities = sorted({series.first.modality for series in volumes})
+    expected = {CHANNEL_MODALITY.get(name.strip().casefold(), modalities[0]) for name in channel_names}
+    if expected != {modalities[0]} and len(modalities) == 1:
+        what = f"the network is for {', '.join(channel_names)}, and all series are {modalities[0]}"
+        raise InputError(what, where="channels", fix=f"If that is meant, say so with --channels {modalities[0]}")
     has_phases = any(series.stack is not None and len(series.stack.frames) > 1 for series in volumes)
     if len(modalities) == 1 and (len(channel_names) == 1 or has_phases):
         return (modalities[0],)
