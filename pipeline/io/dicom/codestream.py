@@ -1,0 +1,174 @@
+"""Compressed frames looked at before they are decoded: whole, of the size that the header says, and well formed.
+
+A decoder of damaged data may fill in what is missing, take minutes, or end the whole process, which no exception
+handler can stop. So only one decoder is asked for each transfer syntax, and only for data that stand up to this look.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+from pipeline.io.dicom.frames import PixelFormat
+
+# gdcm aborts on damaged JPEG-LS and JPEG 2000, and pylibjpeg's RLE panics; it is asked only where nothing else decodes.
+PLUGINS = {
+    "1.2.840.10008.1.2.5": "pydicom",
+    "1.2.840.10008.1.2.4.50": "pillow",
+    "1.2.840.10008.1.2.4.51": "pillow",
+    "1.2.840.10008.1.2.4.57": "gdcm",
+    "1.2.840.10008.1.2.4.70": "gdcm",
+    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",
+    "1.2.840.10008.1.2.4.201": "pylibjpeg",
+    "1.2.840.10008.1.2.4.202": "pylibjpeg",
+    "1.2.840.10008.1.2.4.203": "pylibjpeg",
+}
+RLE = "1.2.840.10008.1.2.5"
+# Start-of-frame markers that the syntaxes of JPEG may hold.
+_BASELINE, _LOSSLESS, _JPEG_LS = (0xC0, 0xC1), (0xC3,), (0xF7,)
+_STARTS = {"50": _BASELINE, "51": _BASELINE, "57": _LOSSLESS, "70": _LOSSLESS, "80": _JPEG_LS, "81": _JPEG_LS}
+_END_OF_IMAGE = b"\xff\xd9"
+_HUFFMAN_TABLES, _START_OF_SCAN, _RESTART_INTERVAL = 0xC4, 0xDA, 0xDD
+_RESTARTS = range(0xD0, 0xD8)
+# What stands in the entropy-coded data of JPEG, and of JPEG-LS, only where a marker is; bytes of ones may go before it.
+_JPEG_MARKER, _JPEG_LS_MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL), re.compile(rb"\xff+[\x80-\xfe]")
+_JP2_SIGNATURE, _J2K_START = b"\x00\x00\x00\x0cjP", b"\xff\x4f\xff\x51"
+# A run of 128 bytes takes two.
+_LARGEST_RLE_RATIO = 64
+
+
+class DamagedFrameError(ValueError):
+    """A compressed frame that is not what its header says, or not whole; the message holds nothing of the file."""
+
+
+def check_frame(data: bytes, syntax: str, pixels: PixelFormat) -> None:
+    """Look at a compressed frame without decoding it.
+
+    Args:
+        data: All bytes of the frame.
+        syntax: Transfer syntax UID.
+        pixels: What the header says of it.
+
+    Raises:
+        DamagedFrameError: It must not be given to a decoder.
+    """
+    if syntax == RLE:
+        _check_rle(data, pixels)
+    elif syntax.removeprefix("1.2.840.10008.1.2.4.") in _STARTS:
+        _check_jpeg(data.rstrip(b"\0"), _STARTS[syntax.rpartition(".")[2]], pixels)
+    elif syntax in PLUGINS:
+        _check_jpeg_2000(data.rstrip(b"\0"), pixels)
+
+
+def _require(is_so: bool, what: str) -> None:
+    if not is_so:
+        raise DamagedFrameError(what)
+
+
+def _check_rle(data: bytes, pixels: PixelFormat) -> None:
+    _require(len(data) >= 64, "is truncated")
+    count, *offsets = struct.unpack("<16L", data[:64])
+    _require(count == pixels.bits_allocated // 8 * pixels.samples, "holds another number of bytes per pixel")
+    bounds = [*offsets[:count], len(data)]
+    _require(bounds[0] == 64 and all(a < b for a, b in zip(bounds, bounds[1:], strict=False)), "has damaged segments")
+    shortest = min(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    _require(shortest * _LARGEST_RLE_RATIO >= pixels.rows * pixels.columns, "holds fewer pixels than its size needs")
+
+
+def _check_size(rows: int, columns: int, components: int, bits: int, pixels: PixelFormat) -> None:
+    _require((rows, columns) == (pixels.rows, pixels.columns), "has another size than the header says")
+    _require(components == pixels.samples, "has another number of samples than the header says")
+    is_fitting = bits <= 8 if pixels.bits_allocated == 8 else 1 < bits <= pixels.bits_allocated
+    _require(is_fitting, "has other bits per pixel than the header says")
+
+
+def _check_jpeg(data: bytes, starts: tuple[int, ...], pixels: PixelFormat) -> None:
+    """Go from marker to marker: the frame, its tables, one scan, the end."""
+    _require(data.startswith(b"\xff\xd8"), "does not begin as JPEG")
+    _require(data.endswith(_END_OF_IMAGE), "is truncated")
+    place, tables, restarts = 2, set[int](), False
+    frame = b""
+    while True:
+        marker, content, place = _segment(data, place)
+        if marker in starts:
+            _require(not frame and len(content) == 9, "has a damaged start")
+            bits, rows, columns, components = struct.unpack(">BHHB", content[:6])
+            _check_size(rows, columns, components, bits, pixels)
+            frame = content
+        elif marker == _HUFFMAN_TABLES:
+            tables |= _huffman_tables(content, is_lossless=starts == _LOSSLESS)
+        elif marker == _RESTART_INTERVAL:
+            restarts = any(content)
+        elif marker == _START_OF_SCAN:
+            break
+        else:
+            # Quantisation, thresholds of JPEG-LS, application data, comments.
+            _require(marker in (0xDB, 0xF8, 0xFE, *range(0xE0, 0xF0)), "has an unknown part")
+    _require(bool(frame) and len(content) == 6 and content[:2] == b"\x01" + frame[6:7], "has a damaged scan")
+    if starts == _LOSSLESS:
+        _check_lossless_scan(content, frame, tables, pixels)
+    # A JPEG-LS scan may hold zero bits after a byte of ones.
+    pattern = _JPEG_LS_MARKER if starts == _JPEG_LS else _JPEG_MARKER
+    for found in pattern.finditer(data, place):
+        is_restart = restarts and data[found.end() - 1] in _RESTARTS
+        _require(is_restart or found.end() == len(data), "has damaged pixels")
+
+
+def _check_lossless_scan(scan: bytes, frame: bytes, tables: set[int], pixels: PixelFormat) -> None:
+    """What gdcm relies on without looking."""
+    bits = frame[0]
+    _require((bits > 8) == (pixels.bits_allocated > 8) and bits <= 16, "has other bits per pixel than the header says")
+    _require(frame[7] == 0x11, "has subsampled pixels")
+    table, predictor, last, shift = scan[2], scan[3], scan[4], scan[5]
+    _require(table >> 4 in tables and 1 <= predictor <= 7 and last == 0 and shift < bits, "has a damaged scan")
+
+
+def _segment(data: bytes, place: int) -> tuple[int, bytes, int]:
+    """Marker, content and end of the part that begins at `place`."""
+    while data[place : place + 2] == b"\xff\xff":
+        place += 1
+    _require(place + 4 <= len(data) and data[place] == 0xFF, "has damaged parts")
+    marker, length = struct.unpack(">xBH", data[place : place + 4])
+    end = place + 2 + length
+    _require(length >= 2 and end <= len(data), "has damaged parts")
+    return marker, data[place + 4 : end], end
+
+
+def _huffman_tables(content: bytes, *, is_lossless: bool) -> set[int]:
+    """Which tables a part defines; each has to be a code that can be read."""
+    found, place = set[int](), 0
+    while place < len(content):
+        counts = content[place + 1 : place + 17]
+        _require(len(counts) == 16 and content[place] & 0xEF < 4, "has a damaged table")
+        symbols = content[place + 17 : place + 17 + sum(counts)]
+        room = sum(count / 2**length for length, count in enumerate(counts, 1))
+        _require(0 < sum(counts) == len(symbols) and room <= 1, "has a damaged table")
+        _require(not is_lossless or max(symbols) <= 16, "has a damaged table")
+        found.add(content[place])
+        place += 17 + len(symbols)
+    return found
+
+
+def _check_jpeg_2000(data: bytes, pixels: PixelFormat) -> None:
+    """The size, then from tile part to tile part to the end."""
+    if data.startswith(_JP2_SIGNATURE):
+        data = data[max(0, data.find(_J2K_START)) :]
+    _require(data.startswith(_J2K_START) and len(data) > 44, "does not begin as JPEG 2000")
+    _require(data.endswith(_END_OF_IMAGE), "is truncated")
+    right, bottom, left, top, width, height = struct.unpack(">6L", data[8:32])
+    components, depth, *sampling = struct.unpack(">HBBB", data[40:45])
+    _check_size(bottom - top, right - left, components, (depth & 0x7F) + 1, pixels)
+    _require(sampling == [1, 1], "has subsampled pixels")
+    # Decoders get lost in a great many small tiles.
+    _require(min(width, height) >= min(32, pixels.rows, pixels.columns), "has damaged tiles")
+    place = 2
+    while data[place : place + 2] != b"\xff\x90":
+        place = _segment(data, place)[2]
+    while data[place : place + 2] == b"\xff\x90" and place + 12 <= len(data):
+        length = struct.unpack(">L", data[place + 6 : place + 10])[0] or len(data) - 2 - place
+        _require(length >= 14, "has damaged tiles")
+        place += length
+    _require(place == len(data) - 2, "is truncated")
