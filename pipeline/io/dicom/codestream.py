@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from itertools import pairwise
 
 from pipeline.io.dicom.frames import PixelFormat
 
@@ -73,8 +74,8 @@ def _check_rle(data: bytes, pixels: PixelFormat) -> None:
     count, *offsets = struct.unpack("<16L", data[:64])
     _require(count == pixels.bits_allocated // 8 * pixels.samples, "holds another number of bytes per pixel")
     bounds = [*offsets[:count], len(data)]
-    _require(bounds[0] == 64 and all(a < b for a, b in zip(bounds, bounds[1:], strict=False)), "has damaged segments")
-    shortest = min(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    _require(bounds[0] == 64 and all(a < b for a, b in pairwise(bounds)), "has damaged segments")
+    shortest = min(b - a for a, b in pairwise(bounds))
     _require(shortest * _LARGEST_RLE_RATIO >= pixels.rows * pixels.columns, "holds fewer pixels than its size needs")
 
 

@@ -29,6 +29,12 @@ def value_of(dataset: Any, keyword: str) -> Any:
         return None
 
 
+def is_damaged(dataset: Any, keyword: str) -> bool:
+    """Whether the element is there and cannot be read, so that its being optional does not excuse it."""
+    tag = tag_of(keyword)
+    return tag in dataset.keys() and value_of(dataset, keyword) is None and bool(dataset.get_item(tag).value)  # noqa: SIM118 - as above
+
+
 @cache
 def _is_plain(keyword: str) -> bool:
     """Whether the values are letters of the default character set in the file as well, separated by backslashes."""
@@ -79,7 +85,8 @@ def numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...]:
     if not found:
         raise InputError(f"has no {keyword}")
     try:
-        values = tuple(float(item) for item in found)
+        # Python takes 1_000 for a number, which in a file is damage.
+        values = tuple(float(item.replace("_", "?")) for item in found)
     except ValueError:
         raise InputError(f"holds a {keyword} that is no number") from None
     if len(values) != count or not all(math.isfinite(value) for value in values):
@@ -94,6 +101,8 @@ def number(dataset: Any, keyword: str, default: float | None = None) -> float:
         InputError: It is missing and there is no default, or it is no finite number.
     """
     if default is not None and not words(dataset, keyword):
+        if is_damaged(dataset, keyword):
+            raise InputError(f"has an unusable {keyword} (it cannot be read)")
         return float(default)
     return numbers(dataset, keyword, 1)[0]
 

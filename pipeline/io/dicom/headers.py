@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.io.dicom.elements import items, tag_of, text, whole_number, words
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat
 from pipeline.io.dicom.phases import PHASE_KEYWORDS
-from pipeline.io.dicom.pixel_location import PixelDataMissingError, locate_pixel_data, missing_bytes
+from pipeline.io.dicom.pixel_location import PixelDataMissingError, locate_pixel_data, missing_bytes, surplus_bytes
 from pipeline.io.dicom.placement import CSA_TAGS, read_frames, read_pixel_format
 from pipeline.io.dicom.privacy import IDENTITY_KEYWORDS, identity_of
 from pipeline.io.dicom.quiet import quiet_dicom
@@ -138,6 +138,8 @@ def _read(path: Path, stream: BinaryIO) -> Header:
         data = replace(data, num_frames=whole_number(dataset, "NumberOfFrames", 1))
         if missing_bytes(pixels, data):
             raise PixelDataMissingError("is truncated (it holds fewer pixels than its size needs)")
+        if surplus_bytes(pixels, data):
+            raise PixelDataMissingError("holds more pixels than its size says")
         if header.structure_names:
             return header
         frames = read_frames(dataset, path, data, pixels)

@@ -62,6 +62,16 @@ def missing_bytes(pixels: PixelFormat, data: PixelData) -> int:
     return max(0, (num_bits + 7) // 8 - data.length)
 
 
+def surplus_bytes(pixels: PixelFormat, data: PixelData) -> int:
+    """How many bytes there are beyond the uncompressed pixels; a row or a column of them is no padding."""
+    if data.length is None:
+        return 0
+    num_bits = pixels.rows * pixels.columns * pixels.samples * data.num_frames * pixels.bits_allocated
+    padding = max(1, min(pixels.rows, pixels.columns) * pixels.bits_allocated // 8 - 1)
+    surplus = data.length - (num_bits + 7) // 8
+    return surplus if surplus > padding else 0
+
+
 def fragments_of(stream: BinaryIO) -> list[tuple[int, int]]:
     """Offset and length of the fragments of compressed pixels, without the table of offsets before them.
 

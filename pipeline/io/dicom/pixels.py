@@ -120,6 +120,15 @@ class FrameReader:
         )[0]
         return array
 
+    def _decode_whole_file(self, frame: Frame) -> NDArray[Any]:
+        from pydicom import dcmread
+        from pydicom.pixels.utils import pixel_array
+
+        if self._inflated is None or self._inflated[0] != frame.path:
+            self._inflated = (frame.path, dcmread(frame.path, force=True))
+        array: NDArray[Any] = pixel_array(self._inflated[1], index=frame.index, raw=True)
+        return array
+
     def _stream(self, path: Path) -> BinaryIO:
         if self._open is None or self._open[0] != path:
             self.close()

@@ -130,6 +130,9 @@ def reason_to_leave_out(headers: Sequence[Header]) -> str:
 
 
 def _is_screen(header: Header) -> bool:
+    # A scanner's own slices are none, whatever other words ("LOW_DOSE") it has for them.
+    if header.image_type[:2] == ("ORIGINAL", "PRIMARY"):
+        return False
     return any(word in value for value in header.image_type for word in SCREEN_WORDS)
 
 
