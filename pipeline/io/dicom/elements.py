@@ -25,7 +25,8 @@ def value_of(dataset: Any, keyword: str) -> Any:
         return None
     try:
         return dataset[tag].value
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError):
+    except Exception:
+        # Any of dozens of types; pydicom's own for a wrong length is none of the built-in ones.
         return None
 
 
@@ -60,6 +61,14 @@ def text(dataset: Any, keyword: str) -> str:
     plain = _plain_text(dataset, keyword)
     value = plain if plain is not None else value_of(dataset, keyword)
     return "" if value is None else str(value).strip().strip("\0")
+
+
+def shown(value: str, longest: int = 64) -> str:
+    """A value that people may see, "" where it is none: where a length is damaged, it holds the elements behind it.
+
+    Those begin with a tag, whose bytes are no letters.
+    """
+    return value[:longest] if value.isprintable() else ""
 
 
 def words(dataset: Any, keyword: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, combinations
 from typing import Any, NamedTuple
 
-from pipeline.io.dicom.elements import words
+from pipeline.io.dicom.elements import shown, words
 from pipeline.io.dicom.frames import Frame
 
 # Functional group -> keywords, in the order they are tried: what is set on purpose before what merely counts.
@@ -56,7 +56,7 @@ def phase_of(holder: Callable[[str, str], Any], image_type: Sequence[str]) -> tu
     found: dict[str, str] = {}
     for group, keywords in _PHASE_GROUPS:
         for keyword in keywords:
-            value = "/".join(words(holder(group, keyword), keyword))
+            value = shown("/".join(words(holder(group, keyword), keyword)))
             if value:
                 found.setdefault(keyword, value)
     part = next((word.upper() for word in image_type[2:] if word.upper() in _COMPLEX_PARTS), "")

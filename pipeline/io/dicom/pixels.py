@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.codestream import PLUGINS, DamagedFrameError, check_frame
+from pipeline.io.dicom.codestream import PLUGINS, RLE, DamagedFrameError, check_frame
 from pipeline.io.dicom.frames import Frame, PixelFormat, Stack
-from pipeline.io.dicom.headers import PARSER_ERRORS
 from pipeline.io.dicom.pixel_location import fragments_of
 from pipeline.io.dicom.quiet import quiet_dicom
 
@@ -55,7 +54,7 @@ class FrameReader:
         except DamagedFrameError as error:
             what = f"frame {frame.index} cannot be decoded (it {error})"
             raise InputError(what, where=frame.path.name, fix="Replace the file") from None
-        except PARSER_ERRORS:
+        except Exception:
             # What decoders say may quote the file; the reason that a person can act on is that it is broken.
             fix = "Replace the file"
             raise InputError(f"frame {frame.index} cannot be decoded", where=frame.path.name, fix=fix) from None
@@ -98,7 +97,7 @@ class FrameReader:
         if self._fragments is None or self._fragments[0] != frame.path:
             self._fragments = (frame.path, fragments_of(source))
         found = self._fragments[1]
-        if frame.data.num_frames == 1:
+        if frame.data.num_frames == 1 and (len(found) == 1 or frame.data.transfer_syntax != RLE):
             return b"".join(_part(source, *fragment) for fragment in found)
         if len(found) == frame.data.num_frames:
             return _part(source, *found[frame.index])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.elements import is_damaged, items, number, numbers, text, value_of, whole_number, words
+from pipeline.io.dicom.elements import is_damaged, items, number, numbers, shown, text, value_of, whole_number, words
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat, Tile, Vector
 from pipeline.io.dicom.phases import phase_of
 
@@ -39,7 +39,7 @@ def read_pixel_format(dataset: Any) -> PixelFormat:
         high_bit=whole_number(dataset, "HighBit", bits_stored - 1),
         is_signed=sign == 1,
         samples=whole_number(dataset, "SamplesPerPixel", 1),
-        photometric=text(dataset, "PhotometricInterpretation"),
+        photometric=shown(text(dataset, "PhotometricInterpretation"), 16),
     )
     if sign not in (0, 1):
         raise InputError("has an unusable PixelRepresentation (0 or 1 is needed)")
@@ -80,7 +80,7 @@ class _ByGroup:
 
 
 def _enhanced_frames(dataset: Any, path: Path, data: PixelData | None, per_frame: Sequence[Any]) -> tuple[Frame, ...]:
-    count = whole_number(dataset, "NumberOfFrames", len(per_frame))
+    count = whole_number(dataset, "NumberOfFrames")
     if count != len(per_frame):
         raise InputError(f"holds {count} frames, but says of {len(per_frame)} where they lie")
     shared = items(dataset, "SharedFunctionalGroupsSequence")
