@@ -24,8 +24,8 @@ DIRECTION_TOLERANCE = 1e-4
 SAME_PLACE_SHARE = 0.02
 # A slice may lie this share of the slice distance away from its even place, at least so many millimetres.
 PLACE_TOLERANCE_SHARE = 0.02
-# Two positions that were rounded to a hundredth of a millimetre, and the last bit of a float.
-PLACE_TOLERANCE_MM = 0.0101
+# Two positions, each rounded to a hundredth of a millimetre along three axes: 2 x 0.005 x the root of 3.
+PLACE_TOLERANCE_MM = 0.0175
 # The steps of a stack may lean this much against the normal: headers are rounded, and the affine follows the lean.
 LARGEST_LEAN_DEGREES = 0.25
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

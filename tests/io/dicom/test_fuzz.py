@@ -51,13 +51,14 @@ VARIANTS: dict[str, tuple[tuple[int, int, int], SeriesOptions]] = {
     "enhanced_rle": (SMALL, replace(PLAIN, enhanced=True, transfer_syntax="rle")),
     "enhanced_jpeg_lossless": (LARGE, replace(PLAIN, enhanced=True, transfer_syntax="jpeg_lossless", is_signed=False)),
 }
-KEYWORDS = """
+KEYWORDS_TEXT = """
 ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept Rows Columns BitsAllocated
-BitsStored HighBit PixelRepresentation SamplesPerPixel PhotometricInterpretation PixelData SOPClassUID SOPInstanceUID
-SeriesInstanceUID StudyInstanceUID FrameOfReferenceUID Modality ImageType NumberOfFrames InstanceNumber SliceThickness
-SpacingBetweenSlices SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence PatientID EchoTime
-AcquisitionNumber SpecificCharacterSet
-""".split()
+BitsStored HighBit PixelRepresentation SamplesPerPixel PhotometricInterpretation PixelData SOPClassUID
+SOPInstanceUID SeriesInstanceUID StudyInstanceUID FrameOfReferenceUID Modality ImageType NumberOfFrames
+InstanceNumber SliceThickness SpacingBetweenSlices SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
+PatientID EchoTime AcquisitionNumber SpecificCharacterSet
+"""
+KEYWORDS = KEYWORDS_TEXT.split()
 WRONG = ["", "nan", "1e999", "-1", "0", "abc", "1\\2", "65535", "2147483648", "1e-300", "1_0", "7", "999999999999999"]
 SECONDS_EACH, LARGEST_GIB = 20, 1.5
 VOXEL_SHARE = 0.05
@@ -218,6 +219,14 @@ def judge(folder: Path, truth: WrittenSeries, done: Damage) -> str:
     try:
         values, affine = oracle(dicom_files(folder))
     except Exception as error:
+        # pydicom asks for more than is needed; then the other slices have to be what they were.
+        if (
+            done.is_in_one
+            and array.shape == expected.shape
+            and is_same_place
+            and len(changed_slices(array, expected)) < 2
+        ):
+            return "as damaged"
         return f"WRONG only we can read it ({type(error).__name__}: {error})"
     if values.shape != array.shape or not np.array_equal(values.astype(np.float32), array):
         return "WRONG voxels"
@@ -232,13 +241,17 @@ def contradicts(done: Damage, array: np.ndarray, expected: np.ndarray, is_same_p
         return False
     if not is_same_place or array.shape != expected.shape:
         return True
-    changed = [k for k in range(len(array)) if not np.array_equal(array[k], expected[k].astype(np.float32))]
+    changed = changed_slices(array, expected)
     if len(changed) != 1:
         return True
     # A slope and an intercept are a slice's own: what is left is a straight line from one to the other.
     before, after = expected[changed[0]].ravel(), array[changed[0]].ravel().astype(float)
     line = np.polynomial.Polynomial.fit(before, after, 1)
     return not np.allclose(line(before), after, rtol=1e-3, atol=1e-3 * max(1.0, np.abs(after).max()))
+
+
+def changed_slices(array: np.ndarray, expected: np.ndarray) -> list[int]:
+    return [k for k in range(len(array)) if not np.array_equal(array[k], expected[k].astype(np.float32))]
 
 
 def run_batch(name: str, seed: int, count: int, log: Path) -> None:
