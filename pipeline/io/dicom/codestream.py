@@ -12,9 +12,9 @@ from itertools import pairwise
 
 from pipeline.io.dicom.frames import PixelFormat
 
-# gdcm aborts on damaged JPEG-LS and JPEG 2000, and pylibjpeg's RLE panics; it is asked only where nothing else decodes.
+# gdcm aborts on damaged JPEG-LS and JPEG 2000; it is asked only where nothing else decodes.
 PLUGINS = {
-    "1.2.840.10008.1.2.5": "pydicom",
+    "1.2.840.10008.1.2.5": "pylibjpeg",
     "1.2.840.10008.1.2.4.50": "pillow",
     "1.2.840.10008.1.2.4.51": "pillow",
     "1.2.840.10008.1.2.4.57": "gdcm",
@@ -75,8 +75,26 @@ def _check_rle(data: bytes, pixels: PixelFormat) -> None:
     _require(count == pixels.bits_allocated // 8 * pixels.samples, "holds another number of bytes per pixel")
     bounds = [*offsets[:count], len(data)]
     _require(bounds[0] == 64 and all(a < b for a, b in pairwise(bounds)), "has damaged segments")
+    num_pixels = pixels.rows * pixels.columns
     shortest = min(b - a for a, b in pairwise(bounds))
-    _require(shortest * _LARGEST_RLE_RATIO >= pixels.rows * pixels.columns, "holds fewer pixels than its size needs")
+    _require(shortest * _LARGEST_RLE_RATIO >= num_pixels, "holds fewer pixels than its size needs")
+    for start, end in pairwise(bounds):
+        _check_runs(data[start:end], num_pixels)
+
+
+def _check_runs(segment: bytes, num_pixels: int) -> None:
+    """Runs that hold exactly all pixels and a byte of padding at most: pylibjpeg panics at any other."""
+    place = count = 0
+    while count < num_pixels and place < len(segment):
+        head = segment[place]
+        if head < 128:
+            count += head + 1
+            place += head + 2
+        else:
+            # 128 stands for nothing.
+            count += 257 - head if head > 128 else 0
+            place += 2 if head > 128 else 1
+    _require(count == num_pixels and len(segment) - 1 <= place <= len(segment), "has another size than the header says")
 
 
 def _check_size(rows: int, columns: int, components: int, bits: int, pixels: PixelFormat) -> None:

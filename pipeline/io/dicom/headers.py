@@ -105,6 +105,7 @@ def _read(path: Path, stream: BinaryIO) -> Header:
         raise ValueError("no SOPClassUID")
     if tag_of("Rows") not in dataset:
         return header
+    pixels = None
     try:
         pixels = read_pixel_format(dataset)
         data = _pixel_data(path, stream, dataset, header.transfer_syntax)
@@ -118,7 +119,7 @@ def _read(path: Path, stream: BinaryIO) -> Header:
         frames = read_frames(dataset, path, data, pixels)
     except (InputError, PixelDataMissingError) as error:
         problem = error.what if isinstance(error, InputError) else str(error)
-        return replace(header, problem=problem)
+        return replace(header, pixels=pixels, problem=problem)
     return replace(header, pixels=pixels, frames=frames)
 
 

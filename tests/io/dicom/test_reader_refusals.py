@@ -86,7 +86,7 @@ FAULTS: dict[str, tuple[Callable[[WrittenSeries], object], str]] = {
     "changed duplicate": (lambda s: duplicate_slice(s.paths[0][2], changes_pixels=True), r"more than one slice"),
     "copy": (lambda s: copy_file(s.paths[0][2], "again.dcm"), r"1 slice\(s\) are there more than once"),
     "shifted": (lambda s: shift_in_plane(s.paths[0][2], 0.8), r"slice 3 of 7 \(InstanceNumber \d+\) lies 0.8 mm away"),
-    "jitter": (lambda s: jitter_spacing(s.paths[0], 0.5), r"unevenly spaced, .* mm apart \(tolerance 0.05 mm\)"),
+    "jitter": (lambda s: jitter_spacing(s.paths[0], 0.5), r"unevenly spaced, .* mm apart \(tolerance 0.0\d+ mm\)"),
     "orientations": (lambda s: mix_orientations(s.paths[0][:2]), r"2 different orientations"),
     "few degrees": (lambda s: mix_orientations(s.paths[0][:2], 0.5), r"2 different orientations"),
     "truncated": (lambda s: truncate_file(s.paths[0][1], 0.9), r"1 of 7 files \(S004_\d+.dcm\): is truncated"),
@@ -201,7 +201,7 @@ def test_a_missing_frame_of_an_enhanced_file_is_named(tmp_path: Path):
 def test_truncated_files_are_refused_in_every_syntax(syntax, fraction: float, tmp_path: Path):
     series = write_series(tmp_path, make_volume((36, 33, 3)), SeriesOptions(**plain_options(), transfer_syntax=syntax))
     truncate_file(series.files[1], fraction)
-    assert re.search(r"truncated|damaged|no pixel data|2 series", refusal(tmp_path))
+    assert re.search(r"truncated|damaged|no pixel data|no image|2 series", refusal(tmp_path))
 
 
 @pytest.mark.parametrize("syntax", ["rle", "jpeg_lossless_sv1", "jpeg_ls", "jpeg_2000"])
