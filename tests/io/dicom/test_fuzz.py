@@ -220,13 +220,11 @@ def judge(folder: Path, truth: WrittenSeries, done: Damage) -> str:
         values, affine = oracle(dicom_files(folder))
     except Exception as error:
         # pydicom asks for more than is needed; then the other slices have to be what they were.
-        if (
-            done.is_in_one
-            and array.shape == expected.shape
-            and is_same_place
-            and len(changed_slices(array, expected)) < 2
-        ):
-            return "as damaged"
+        if done.is_in_one and array.shape == expected.shape and is_same_place:
+            return "unjudged" if len(changed_slices(array, expected)) < 2 else "WRONG in several slices"
+        # A letter of a VR that is wrong, and wrong pixels: the number behind it is as it was.
+        if done.place == "pixels" and "Value Representation" in str(error):
+            return "unjudged"
         return f"WRONG only we can read it ({type(error).__name__}: {error})"
     if values.shape != array.shape or not np.array_equal(values.astype(np.float32), array):
         return "WRONG voxels"
@@ -289,6 +287,7 @@ def check_batch(name: str, seed: int, count: int, folder: Path) -> dict[str, int
     result = json.loads(summary)
     assert result["peak_gib"] < LARGEST_GIB
     assert sum(result["outcomes"].values()) == count
+    assert result["outcomes"].get("unjudged", 0) <= max(1, 0.02 * count)
     return dict(result["outcomes"])
 
 
