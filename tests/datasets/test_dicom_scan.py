@@ -222,6 +222,20 @@ def test_nobody_is_named_but_everybody_is_known(tmp_path: Path):
     assert not any(secret.lower() in f"{series.key} {series.first!r}".lower() for secret in ("wibble", "wxyz"))
 
 
+def test_a_scale_that_changes_within_ct_and_a_scout_are_noted(tmp_path: Path):
+    series = write(tmp_path)
+    set_attribute(series.files[2:3], "RescaleIntercept", "-1025")
+    (found,) = scan(tmp_path).series
+    assert found.stack is not None
+    assert "changes from slice to slice" in found.notes[0]
+    scout = write_scout(tmp_path, make_volume(), SeriesOptions(seed=1))
+    set_attribute(scout.files, "SeriesInstanceUID", series.options.series_uid)
+    set_attribute(scout.files, "PatientID", WHO.patient_id)
+    (found,) = scan(tmp_path).series
+    assert "1 scout image(s) in the series are left out" in found.notes
+    assert scout.files[0] not in found.paths
+
+
 def test_a_single_file_may_be_scanned(tmp_path: Path):
     series = write(tmp_path, enhanced=True)
     (found,) = scan(series.files[0]).series

@@ -6,9 +6,11 @@ handler can stop. So only one decoder is asked for each transfer syntax, and onl
 
 from __future__ import annotations
 
-import re
 import struct
 from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.io.dicom.frames import PixelFormat
 
@@ -34,8 +36,6 @@ _STARTS = {"50": _BASELINE, "51": _BASELINE, "57": _LOSSLESS, "70": _LOSSLESS, "
 _END_OF_IMAGE = b"\xff\xd9"
 _HUFFMAN_TABLES, _START_OF_SCAN, _RESTART_INTERVAL = 0xC4, 0xDA, 0xDD
 _RESTARTS = range(0xD0, 0xD8)
-# What stands in the entropy-coded data of JPEG, and of JPEG-LS, only where a marker is; bytes of ones may go before it.
-_JPEG_MARKER, _JPEG_LS_MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL), re.compile(rb"\xff+[\x80-\xfe]")
 _JP2_SIGNATURE, _J2K_START = b"\x00\x00\x00\x0cjP", b"\xff\x4f\xff\x51"
 # A run of 128 bytes takes two.
 _LARGEST_RLE_RATIO = 64
@@ -129,11 +129,18 @@ def _check_jpeg(data: bytes, starts: tuple[int, ...], pixels: PixelFormat) -> No
     _require(bool(frame) and len(content) == 6 and content[:2] == b"\x01" + frame[6:7], "has a damaged scan")
     if starts == _LOSSLESS:
         _check_lossless_scan(content, frame, tables, pixels)
-    # A JPEG-LS scan may hold zero bits after a byte of ones.
-    pattern = _JPEG_LS_MARKER if starts == _JPEG_LS else _JPEG_MARKER
-    for found in pattern.finditer(data, place):
-        is_restart = restarts and data[found.end() - 1] in _RESTARTS
-        _require(is_restart or found.end() == len(data), "has damaged pixels")
+    _check_scan(np.frombuffer(data, np.uint8)[place:], is_jpeg_ls=starts == _JPEG_LS, has_restarts=restarts)
+
+
+def _check_scan(scan: NDArray[np.uint8], *, is_jpeg_ls: bool, has_restarts: bool) -> None:
+    """Whether entropy-coded data hold no marker but restarts and, at their end, that of the end."""
+    ones = np.flatnonzero(scan[:-1] == 0xFF)
+    after = scan[ones + 1]
+    # A byte of ones is followed by zero bits: eight in JPEG, one in JPEG-LS. Another byte of ones only fills up.
+    is_marker = ((after >= 0x80) if is_jpeg_ls else (after != 0)) & (after != 0xFF)
+    *inner, last = after[is_marker].tolist()
+    is_at_end = bool(is_marker[-1]) and last == _END_OF_IMAGE[1]
+    _require(is_at_end and (has_restarts or not inner) and set(inner) <= set(_RESTARTS), "has damaged pixels")
 
 
 def _check_lossless_scan(scan: bytes, frame: bytes, tables: set[int], pixels: PixelFormat) -> None:

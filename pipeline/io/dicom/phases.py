@@ -27,8 +27,9 @@ _PHASE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("FrameContentSequence", ("AcquisitionNumber",)),
 )
 PHASE_KEYWORDS = tuple(dict.fromkeys(keyword for _, keywords in _PHASE_GROUPS for keyword in keywords))
-# Magnitude, phase, real and imaginary part of one acquisition in the third value of ImageType.
-_COMPLEX_PARTS = frozenset({"M", "P", "R", "I", "MAGNITUDE", "PHASE", "REAL", "IMAGINARY"})
+# Magnitude, phase, real and imaginary part of one acquisition in ImageType; water, fat and their sums, of Dixon's.
+_PARTS_TEXT = "M P R I MAGNITUDE PHASE REAL IMAGINARY W F IP OP WATER FAT IN_PHASE OUT_PHASE OPP_PHASE"
+_PARTS = frozenset(_PARTS_TEXT.split())
 MOST_KEYS = 3
 # What one volume has one value of; the others may change from slice to slice, or count the slices.
 _NEVER_WITHIN_A_VOLUME = ("EchoTime", "EffectiveEchoTime", "DiffusionBValue", "ComplexImageComponent", "ImageType")
@@ -59,7 +60,7 @@ def phase_of(holder: Callable[[str, str], Any], image_type: Sequence[str]) -> tu
             value = shown("/".join(words(holder(group, keyword), keyword)))
             if value:
                 found.setdefault(keyword, value)
-    part = next((word.upper() for word in image_type[2:] if word.upper() in _COMPLEX_PARTS), "")
+    part = next((word.upper() for word in image_type[2:] if word.upper() in _PARTS), "")
     return (*found.items(), *((("ImageType", part),) if part else ()))
 
 

@@ -105,6 +105,8 @@ def examine_series(headers: Sequence[Header], *, allow_tilt: bool = False) -> Se
     if problems:
         return Series(key=key, headers=headers, problems=problems, notes=notes)
     frames = [frame for header in images for frame in header.frames]
+    if images[0].modality == "CT" and len({(frame.slope, frame.intercept) for frame in frames}) > 1:
+        notes = (*notes, "RescaleSlope or RescaleIntercept changes from slice to slice, which is rare in CT")
     pixels = images[0].pixels
     if pixels is None:
         raise ValueError("a series without problems has pixels")

@@ -293,7 +293,7 @@ def check_batch(name: str, seed: int, count: int, folder: Path) -> dict[str, int
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_damaged_series_end_in_the_right_volume_or_one_line(name: str, tmp_path: Path):
-    outcomes = check_batch(name, 0, 30, tmp_path)
+    outcomes = check_batch(name, 0, 60, tmp_path)
     assert outcomes.get("refused", 0) >= 5
 
 

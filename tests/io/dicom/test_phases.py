@@ -110,6 +110,15 @@ def test_magnitude_and_phase_become_channels(tmp_path: Path):
     np.testing.assert_array_equal(volume.array, series.array[::-1])
 
 
+@pytest.mark.parametrize("words", [("W", "F"), ("FAT", "WATER"), ("IN_PHASE", "OUT_PHASE")])
+def test_water_and_fat_become_channels(words: tuple[str, str], tmp_path: Path):
+    series = write(tmp_path, "AcquisitionNumber")
+    set_by_place(series, "AcquisitionNumber", lambda c, k: 1)
+    set_by_place(series, "ImageType", lambda c, k: ["DERIVED", "PRIMARY", "DIXON", words[c]])
+    order = np.argsort(words)
+    np.testing.assert_array_equal(read_series(series.files).array, series.array[order])
+
+
 def test_directions_of_one_weighting_become_channels(tmp_path: Path):
     """One image without weighting, which has no direction, and three directions of one b-value."""
     series = write(tmp_path, "DiffusionBValue", (0.0, 1000.0, 1001.0, 1002.0))
