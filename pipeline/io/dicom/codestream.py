@@ -57,7 +57,7 @@ def check_frame(data: bytes, syntax: str, pixels: PixelFormat) -> None:
         DamagedFrameError: It must not be given to a decoder.
     """
     if syntax == RLE:
-        _check_rle(data, pixels)
+        _rle_segments(data, pixels)
     elif syntax.removeprefix("1.2.840.10008.1.2.4.") in _STARTS:
         _check_jpeg(data.rstrip(b"\0"), _STARTS[syntax.rpartition(".")[2]], pixels)
     elif syntax in PLUGINS:
@@ -69,7 +69,8 @@ def _require(is_so: bool, what: str) -> None:
         raise DamagedFrameError(what)
 
 
-def _check_rle(data: bytes, pixels: PixelFormat) -> None:
+def _rle_segments(data: bytes, pixels: PixelFormat) -> list[bytes]:
+    """The bytes of all pixels, highest first, each packed."""
     _require(len(data) >= 64, "is truncated")
     count, *offsets = struct.unpack("<16L", data[:64])
     _require(count == pixels.bits_allocated // 8 * pixels.samples, "holds another number of bytes per pixel")
@@ -78,23 +79,26 @@ def _check_rle(data: bytes, pixels: PixelFormat) -> None:
     num_pixels = pixels.rows * pixels.columns
     shortest = min(b - a for a, b in pairwise(bounds))
     _require(shortest * _LARGEST_RLE_RATIO >= num_pixels, "holds fewer pixels than its size needs")
-    for start, end in pairwise(bounds):
-        _check_runs(data[start:end], num_pixels)
+    return [data[start:end] for start, end in pairwise(bounds)]
 
 
-def _check_runs(segment: bytes, num_pixels: int) -> None:
-    """Runs that hold exactly all pixels and a byte of padding at most: pylibjpeg panics at any other."""
-    place = count = 0
-    while count < num_pixels and place < len(segment):
-        head = segment[place]
-        if head < 128:
-            count += head + 1
-            place += head + 2
-        else:
-            # 128 stands for nothing.
-            count += 257 - head if head > 128 else 0
-            place += 2 if head > 128 else 1
-    _require(count == num_pixels and len(segment) - 1 <= place <= len(segment), "has another size than the header says")
+def unpack_rle(data: bytes, pixels: PixelFormat) -> bytes:
+    """The pixels of an RLE frame as little endian words; of damaged frames, pylibjpeg's own function for them panics.
+
+    Raises:
+        DamagedFrameError: The frame holds another number of pixels.
+    """
+    from rle.rle import decode_segment  # type: ignore[import-not-found]
+
+    segments = _rle_segments(data, pixels)
+    words = np.empty((pixels.rows * pixels.columns, len(segments)), np.uint8)
+    for place, segment in enumerate(reversed(segments)):
+        found = np.frombuffer(decode_segment(segment), np.uint8)
+        # A byte of padding makes a segment even.
+        is_padded = len(found) == len(words) + 1 and segment[-1] == 0
+        _require(len(found) == len(words) or is_padded, "has another size than the header says")
+        words[:, place] = found[: len(words)]
+    return words.tobytes()
 
 
 def _check_size(rows: int, columns: int, components: int, bits: int, pixels: PixelFormat) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.codestream import PLUGINS, RLE, DamagedFrameError, check_frame
+from pipeline.io.dicom.codestream import PLUGINS, RLE, DamagedFrameError, check_frame, unpack_rle
 from pipeline.io.dicom.frames import Frame, PixelFormat, Stack
 from pipeline.io.dicom.pixel_location import fragments_of
 from pipeline.io.dicom.quiet import quiet_dicom
@@ -107,8 +107,12 @@ class FrameReader:
     def _decode_compressed(self, data: bytes, syntax: str) -> NDArray[Any]:
         from pydicom.encaps import encapsulate
         from pydicom.pixels.decoders.base import get_decoder
-        from pydicom.uid import UID
+        from pydicom.uid import UID, ExplicitVRLittleEndian
 
+        if syntax == RLE:
+            decoder, words = get_decoder(ExplicitVRLittleEndian), unpack_rle(data, self._pixels)
+            unpacked: NDArray[Any] = decoder.as_array(words, index=0, raw=True, **self._options(num_frames=1))[0]
+            return unpacked
         check_frame(data, syntax, self._pixels)
         array: NDArray[Any] = get_decoder(UID(syntax)).as_array(
             encapsulate([data], has_bot=False),
