@@ -74,6 +74,7 @@ def _rle_segments(data: bytes, pixels: PixelFormat) -> list[bytes]:
     _require(len(data) >= 64, "is truncated")
     count, *offsets = struct.unpack("<16L", data[:64])
     _require(count == pixels.bits_allocated // 8 * pixels.samples, "holds another number of bytes per pixel")
+    _require(not any(offsets[count:]), "has damaged segments")
     bounds = [*offsets[:count], len(data)]
     _require(bounds[0] == 64 and all(a < b for a, b in pairwise(bounds)), "has damaged segments")
     num_pixels = pixels.rows * pixels.columns
