@@ -25,8 +25,15 @@ def value_of(dataset: Any, keyword: str) -> Any:
         return None
     try:
         return dataset[tag].value
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError):
+    except Exception:
+        # Any of dozens of types; pydicom's own for a wrong length is none of the built-in ones.
         return None
+
+
+def is_damaged(dataset: Any, keyword: str) -> bool:
+    """Whether the element is there and cannot be read, so that its being optional does not excuse it."""
+    tag = tag_of(keyword)
+    return tag in dataset.keys() and value_of(dataset, keyword) is None and bool(dataset.get_item(tag).value)  # noqa: SIM118 - as above
 
 
 @cache
@@ -56,6 +63,14 @@ def text(dataset: Any, keyword: str) -> str:
     return "" if value is None else str(value).strip().strip("\0")
 
 
+def shown(value: str, longest: int = 64) -> str:
+    """A value that people may see, "" where it is none: where a length is damaged, it holds the elements behind it.
+
+    Those begin with a tag, whose bytes are no letters.
+    """
+    return value[:longest] if value.isprintable() else ""
+
+
 def words(dataset: Any, keyword: str) -> tuple[str, ...]:
     """The values of an element with several, as text; none where it is missing, empty or cannot be read."""
     plain = _plain_text(dataset, keyword)
@@ -79,7 +94,8 @@ def numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...]:
     if not found:
         raise InputError(f"has no {keyword}")
     try:
-        values = tuple(float(item) for item in found)
+        # Python takes 1_000 for a number, which in a file is damage.
+        values = tuple(float(item.replace("_", "?")) for item in found)
     except ValueError:
         raise InputError(f"holds a {keyword} that is no number") from None
     if len(values) != count or not all(math.isfinite(value) for value in values):
@@ -94,6 +110,8 @@ def number(dataset: Any, keyword: str, default: float | None = None) -> float:
         InputError: It is missing and there is no default, or it is no finite number.
     """
     if default is not None and not words(dataset, keyword):
+        if is_damaged(dataset, keyword):
+            raise InputError(f"has an unusable {keyword} (it cannot be read)")
         return float(default)
     return numbers(dataset, keyword, 1)[0]
 

@@ -77,6 +77,7 @@ class Frame:
         column_direction: Unit vector down a column of pixels (j rises).
         row_spacing, column_spacing: Distance between rows (along j), and between columns (along i), in mm.
         slope, intercept: Stored value to intensity.
+        has_rescale: Whether the header gives the slope, and the intercept.
         phase: What tells frames at one position apart, by DICOM keyword, in the order it is looked at.
         thickness: Extent of the slice along the normal in mm, for a slice that has no neighbour; 0 where unknown.
         tile: Part of the stored frame, None for all of it.
@@ -94,6 +95,7 @@ class Frame:
     column_spacing: float
     slope: float = 1.0
     intercept: float = 0.0
+    has_rescale: tuple[bool, bool] = (False, False)
     phase: tuple[tuple[str, str], ...] = ()
     thickness: float = 0.0
     tile: Tile | None = None

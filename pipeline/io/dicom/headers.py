@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from dataclasses import dataclass, field, replace
 from functools import cache
 from io import BytesIO
@@ -11,34 +9,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.elements import items, tag_of, text, whole_number, words
+from pipeline.io.dicom.elements import items, shown, tag_of, text, whole_number, words
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat
 from pipeline.io.dicom.phases import PHASE_KEYWORDS
-from pipeline.io.dicom.pixel_location import PixelDataMissingError, locate_pixel_data, missing_bytes
+from pipeline.io.dicom.pixel_location import PixelDataMissingError, locate_pixel_data, missing_bytes, surplus_bytes
 from pipeline.io.dicom.placement import CSA_TAGS, read_frames, read_pixel_format
 from pipeline.io.dicom.privacy import IDENTITY_KEYWORDS, identity_of
-from pipeline.io.dicom.quiet import quiet_dicom
+from pipeline.io.dicom.quiet import errors_named
 
 PREAMBLE_BYTES = 128
 # Pixel data, and its float kinds, which no CT, MR or PET image has.
 PIXEL_TAGS = frozenset({0x7FE00010, 0x7FE00008, 0x7FE00009})
 DEFLATED = "1.2.840.10008.1.2.1.99"
-# What a damaged file makes pydicom, or what it calls, raise.
-PARSER_ERRORS = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    EOFError,
-    NotImplementedError,
-    RecursionError,
-    MemoryError,
-    RuntimeError,
-    AssertionError,
-    struct.error,
-    zlib.error,
-)
 _TEXT = """
 SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality SeriesDescription StudyInstanceUID SeriesInstanceUID
 SeriesNumber InstanceNumber FrameOfReferenceUID NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit
@@ -109,17 +91,8 @@ def read_header(path: Path) -> Header:
     Raises:
         InputError: The file cannot be read as DICOM at all. What is only wrong with its frames is in `problem`.
     """
-    from pydicom.errors import InvalidDicomError
-
-    with quiet_dicom():
-        try:
-            with path.open("rb") as stream:
-                return _read(path, stream)
-        except OSError as error:
-            raise InputError(f"cannot be read ({error.strerror})", where=path.name) from None
-        except (InvalidDicomError, *PARSER_ERRORS):
-            # Their texts may quote the file.
-            raise InputError("is damaged, or no DICOM file", where=path.name, fix="Replace the file") from None
+    with errors_named(path, "is damaged, or no DICOM file", fix="Replace the file"), path.open("rb") as stream:
+        return _read(path, stream)
 
 
 def _read(path: Path, stream: BinaryIO) -> Header:
@@ -132,18 +105,21 @@ def _read(path: Path, stream: BinaryIO) -> Header:
         raise ValueError("no SOPClassUID")
     if tag_of("Rows") not in dataset:
         return header
+    pixels = None
     try:
         pixels = read_pixel_format(dataset)
         data = _pixel_data(path, stream, dataset, header.transfer_syntax)
         data = replace(data, num_frames=whole_number(dataset, "NumberOfFrames", 1))
         if missing_bytes(pixels, data):
             raise PixelDataMissingError("is truncated (it holds fewer pixels than its size needs)")
+        if surplus_bytes(pixels, data):
+            raise PixelDataMissingError("holds more pixels than its size says")
         if header.structure_names:
             return header
         frames = read_frames(dataset, path, data, pixels)
     except (InputError, PixelDataMissingError) as error:
         problem = error.what if isinstance(error, InputError) else str(error)
-        return replace(header, problem=problem)
+        return replace(header, pixels=pixels, problem=problem)
     return replace(header, pixels=pixels, frames=frames)
 
 
@@ -166,9 +142,9 @@ def _identified(path: Path, dataset: Any) -> Header:
         study_uid=text(dataset, "StudyInstanceUID"),
         frame_of_reference=text(dataset, "FrameOfReferenceUID"),
         patient_id=text(dataset, "PatientID"),
-        modality=text(dataset, "Modality").upper(),
-        series_number=text(dataset, "SeriesNumber"),
-        description=text(dataset, "SeriesDescription"),
+        modality=shown(text(dataset, "Modality").upper(), 16),
+        series_number=shown(text(dataset, "SeriesNumber"), 16),
+        description=shown(text(dataset, "SeriesDescription")),
         image_type=tuple(word.upper() for word in words(dataset, "ImageType")),
         transfer_syntax=text(dataset.file_meta, "TransferSyntaxUID"),
         referenced_series=_referenced_series(dataset),
@@ -178,8 +154,8 @@ def _identified(path: Path, dataset: Any) -> Header:
 
 
 def _structure_names(dataset: Any) -> tuple[str, ...]:
-    rois = [text(item, "ROIName") for item in items(dataset, "StructureSetROISequence")]
-    return (*rois, *(text(item, "SegmentLabel") for item in items(dataset, "SegmentSequence")))
+    rois = [shown(text(item, "ROIName")) for item in items(dataset, "StructureSetROISequence")]
+    return (*rois, *(shown(text(item, "SegmentLabel")) for item in items(dataset, "SegmentSequence")))
 
 
 def _referenced_series(dataset: Any) -> tuple[str, ...]:

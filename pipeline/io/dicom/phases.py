@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, combinations
 from typing import Any, NamedTuple
 
-from pipeline.io.dicom.elements import words
+from pipeline.io.dicom.elements import shown, words
 from pipeline.io.dicom.frames import Frame
 
 # Functional group -> keywords, in the order they are tried: what is set on purpose before what merely counts.
@@ -27,9 +27,16 @@ _PHASE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("FrameContentSequence", ("AcquisitionNumber",)),
 )
 PHASE_KEYWORDS = tuple(dict.fromkeys(keyword for _, keywords in _PHASE_GROUPS for keyword in keywords))
-# Magnitude, phase, real and imaginary part of one acquisition in the third value of ImageType.
-_COMPLEX_PARTS = frozenset({"M", "P", "R", "I", "MAGNITUDE", "PHASE", "REAL", "IMAGINARY"})
+# Magnitude, phase, real and imaginary part of one acquisition in ImageType; water, fat and their sums, of Dixon's.
+_PARTS_TEXT = "M P R I MAGNITUDE PHASE REAL IMAGINARY W F IP OP WATER FAT IN_PHASE OUT_PHASE OPP_PHASE"
+_PARTS = frozenset(_PARTS_TEXT.split())
 MOST_KEYS = 3
+# What one volume has one value of; the others may change from slice to slice, or count the slices.
+_NEVER_WITHIN_A_VOLUME = ("EchoTime", "EffectiveEchoTime", "DiffusionBValue", "ComplexImageComponent", "ImageType")
+# Scanners write the echo time that a slice really had.
+LARGEST_JITTER = 0.01
+# Keyword to value.
+Told = dict[str, str]
 
 
 class Division(NamedTuple):
@@ -50,10 +57,10 @@ def phase_of(holder: Callable[[str, str], Any], image_type: Sequence[str]) -> tu
     found: dict[str, str] = {}
     for group, keywords in _PHASE_GROUPS:
         for keyword in keywords:
-            value = "/".join(words(holder(group, keyword), keyword))
+            value = shown("/".join(words(holder(group, keyword), keyword)))
             if value:
                 found.setdefault(keyword, value)
-    part = next((word.upper() for word in image_type[2:] if word.upper() in _COMPLEX_PARTS), "")
+    part = next((word.upper() for word in image_type[2:] if word.upper() in _PARTS), "")
     return (*found.items(), *((("ImageType", part),) if part else ()))
 
 
@@ -69,44 +76,80 @@ def divide(frames: Sequence[Frame], places: Sequence[int]) -> Division:
         phase is incomplete.
     """
     num_places = max(places) + 1
+    told = [_told(frame) for frame in frames]
     if len(frames) == num_places:
-        return Division((_by_place(range(len(frames)), places),), ("",))
+        problem = _mixture(told, range(len(frames)), ())
+        return Division(problem=problem) if problem else Division((_by_place(range(len(frames)), places),), ("",))
     if num_places == 1:
         return Division(problem=f"all {len(frames)} slices lie at one place, which is no volume")
     best = ""
-    for keys in _candidate_keys(frames):
-        groups = _groups(frames, keys)
+    for keys in _candidate_keys(told):
+        groups = _groups(told, keys)
         if any(count > 1 for indices in groups.values() for count in Counter(places[i] for i in indices).values()):
             continue
         incomplete = {values: indices for values, indices in groups.items() if len(indices) < num_places}
         if not incomplete:
             order = sorted(groups, key=_sort_key)
             phases = tuple(_by_place(groups[values], places) for values in order)
+            mixture = next(filter(None, (_mixture(told, groups[values], keys) for values in order)), "")
+            if mixture:
+                best = best or mixture
+                continue
             return Division(phases, tuple(_name(keys, values) for values in order))
         best = best or _describe_incomplete(keys, groups, incomplete, num_places)
     return Division(problem=best or _describe_doubles(frames, places))
 
 
-def _candidate_keys(frames: Sequence[Frame]) -> Iterator[tuple[str, ...]]:
+def _told(frame: Frame) -> Told:
+    """What a frame's header says, numbers in one spelling: 2.4 and 2.40 are one echo."""
+    return {keyword: "/".join(map(_spelled, value.split("/"))) for keyword, value in frame.phase}
+
+
+def _spelled(value: str) -> str:
+    try:
+        return f"{float(value):.7g}"
+    except ValueError:
+        return value
+
+
+def _mixture(told: Sequence[Told], indices: Sequence[int], keys: tuple[str, ...]) -> str:
+    """Whether slices of one phase differ in what cannot change within a volume."""
+    for keyword in _NEVER_WITHIN_A_VOLUME:
+        values = sorted({told[index].get(keyword, "") for index in indices}, key=lambda value: _sort_key((value,)))
+        if keyword not in keys and len(values) > 1 and not _is_close(values):
+            counts = Counter(told[index].get(keyword, "") for index in indices)
+            shown = ", ".join(f"{value or 'none'} in {counts[value]}" for value in values[:MOST_KEYS])
+            return f"slices of one volume differ in {keyword} ({shown})"
+    return ""
+
+
+def _is_close(values: Sequence[str]) -> bool:
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return False
+    return max(numbers) - min(numbers) <= LARGEST_JITTER * max(map(abs, numbers))
+
+
+def _candidate_keys(told: Sequence[Told]) -> Iterator[tuple[str, ...]]:
     """Keywords that take several values over the series: each alone, then together."""
     values: dict[str, set[str]] = defaultdict(set)
-    for frame in frames:
-        for keyword, value in frame.phase:
+    for own in told:
+        for keyword, value in own.items():
             values[keyword].add(value)
     keys = [keyword for keyword in (*PHASE_KEYWORDS, "ImageType") if len(values[keyword]) > 1]
-    partial = [key for key in (*PHASE_KEYWORDS, "ImageType") if key not in keys and _is_partial(frames, key)]
+    partial = [key for key in (*PHASE_KEYWORDS, "ImageType") if key not in keys and _is_partial(told, key)]
     usable = [*keys, *partial]
     yield from chain.from_iterable(combinations(usable, count) for count in range(1, MOST_KEYS + 1))
 
 
-def _is_partial(frames: Sequence[Frame], keyword: str) -> bool:
-    return 0 < sum(keyword in dict(frame.phase) for frame in frames) < len(frames)
+def _is_partial(told: Sequence[Told], keyword: str) -> bool:
+    return 0 < sum(keyword in own for own in told) < len(told)
 
 
-def _groups(frames: Sequence[Frame], keys: tuple[str, ...]) -> dict[tuple[str, ...], list[int]]:
+def _groups(told: Sequence[Told], keys: tuple[str, ...]) -> dict[tuple[str, ...], list[int]]:
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for index, frame in enumerate(frames):
-        own = dict(frame.phase)
+    for index, own in enumerate(told):
         groups[tuple(own.get(key, "") for key in keys)].append(index)
     return groups
 

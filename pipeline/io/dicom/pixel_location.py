@@ -6,11 +6,13 @@ import os
 import struct
 from typing import BinaryIO
 
+from pipeline.io.dicom.codestream import PLUGINS
 from pipeline.io.dicom.frames import PixelData, PixelFormat
 
 _LONG_VRS = (b"OB", b"OW", b"UN", b"OF", b"OD", b"OL", b"OV")
 _UNDEFINED = 0xFFFFFFFF
 _PIXEL_DATA = (0x7FE0, 0x0010)
+_PLAIN_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _ITEM, _SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 
 
@@ -41,8 +43,11 @@ def locate_pixel_data(stream: BinaryIO, syntax: str, *, is_implicit: bool, is_li
     else:
         raise PixelDataMissingError("has damaged pixel data")
     offset = stream.tell()
+    if (length == _UNDEFINED) != (syntax in PLUGINS) or syntax not in (*PLUGINS, *_PLAIN_SYNTAXES):
+        raise PixelDataMissingError("has pixel data in an encoding that is damaged or not supported")
     if length == _UNDEFINED:
-        _walk_fragments(stream)
+        if not fragments_of(stream):
+            raise PixelDataMissingError("has no pixel data")
         return PixelData(transfer_syntax=syntax, offset=offset, length=None)
     if offset + length > _size(stream):
         raise PixelDataMissingError("is truncated (the file ends within its pixel data)")
@@ -57,17 +62,36 @@ def missing_bytes(pixels: PixelFormat, data: PixelData) -> int:
     return max(0, (num_bits + 7) // 8 - data.length)
 
 
-def _walk_fragments(stream: BinaryIO) -> None:
-    """Go from fragment to fragment to the end of the sequence; they are little endian in every compressed syntax."""
-    size = _size(stream)
+def surplus_bytes(pixels: PixelFormat, data: PixelData) -> int:
+    """How many bytes there are beyond the uncompressed pixels; a row or a column of them is no padding."""
+    if data.length is None:
+        return 0
+    num_bits = pixels.rows * pixels.columns * pixels.samples * data.num_frames * pixels.bits_allocated
+    padding = max(1, min(pixels.rows, pixels.columns) * pixels.bits_allocated // 8 - 1)
+    surplus = data.length - (num_bits + 7) // 8
+    return surplus if surplus > padding else 0
+
+
+def fragments_of(stream: BinaryIO) -> list[tuple[int, int]]:
+    """Offset and length of the fragments of compressed pixels, without the table of offsets before them.
+
+    Args:
+        stream: At the first byte of the element's value. They are little endian in every compressed syntax.
+
+    Raises:
+        PixelDataMissingError: The file ends among them, or they are damaged.
+    """
+    size, found = _size(stream), list[tuple[int, int]]()
     while True:
         group, element, length = struct.unpack("<HHL", _exactly(stream, 8))
         if (group, element) == _SEQUENCE_END:
-            return
+            return found[1:]
         if (group, element) != _ITEM or length == _UNDEFINED:
             raise PixelDataMissingError("has damaged compressed pixel data")
-        if stream.tell() + length > size:
+        offset = stream.tell()
+        if offset + length > size:
             raise PixelDataMissingError("is truncated (the file ends within its pixel data)")
+        found.append((offset, length))
         stream.seek(length, os.SEEK_CUR)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat, Stack
-from pipeline.io.dicom.headers import PARSER_ERRORS
+from pipeline.io.dicom.codestream import PLUGINS, RLE, DamagedFrameError, check_frame, unpack_rle
+from pipeline.io.dicom.frames import Frame, PixelFormat, Stack
+from pipeline.io.dicom.pixel_location import fragments_of
 from pipeline.io.dicom.quiet import quiet_dicom
 
 # Neighbouring slices share cache lines of the volume, so that a thread takes a run of them.
@@ -31,6 +32,7 @@ class FrameReader:
         self._pixels = pixels
         self._open: tuple[Path, BinaryIO] | None = None
         self._inflated: tuple[Path, Any] | None = None
+        self._fragments: tuple[Path, list[tuple[int, int]]] | None = None
         self._sheet: tuple[Path, int, NDArray[Any]] | None = None
 
     def close(self) -> None:
@@ -49,7 +51,10 @@ class FrameReader:
             sheet = self._decoded(frame)
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})", where=frame.path.name) from None
-        except PARSER_ERRORS:
+        except DamagedFrameError as error:
+            what = f"frame {frame.index} cannot be decoded (it {error})"
+            raise InputError(what, where=frame.path.name, fix="Replace the file") from None
+        except Exception:
             # What decoders say may quote the file; the reason that a person can act on is that it is broken.
             fix = "Replace the file"
             raise InputError(f"frame {frame.index} cannot be decoded", where=frame.path.name, fix=fix) from None
@@ -73,10 +78,49 @@ class FrameReader:
 
         if frame.data is None or frame.data.offset is None:
             return self._decode_whole_file(frame)
-        decoder = get_decoder(UID(frame.data.transfer_syntax))
-        source = self._stream(frame.path)
+        syntax, source = frame.data.transfer_syntax, self._stream(frame.path)
+        if frame.data.length is None:
+            return self._decode_compressed(self._compressed(source, frame), syntax)
+        decoder = get_decoder(UID(syntax))
         source.seek(frame.data.offset)
-        array: NDArray[Any] = decoder.as_array(source, index=frame.index, raw=True, **self._options(frame.data))[0]
+        options = self._options(frame.data.num_frames)
+        array: NDArray[Any] = decoder.as_array(source, index=frame.index, raw=True, **options)[0]
+        return array
+
+    def _compressed(self, source: BinaryIO, frame: Frame) -> bytes:
+        """All bytes of a compressed frame; fragments are counted, since a table of offsets may be wrong or missing."""
+        from pydicom.encaps import get_frame
+
+        if frame.data is None or frame.data.offset is None:
+            raise ValueError("no place of the pixels is known")
+        source.seek(frame.data.offset)
+        if self._fragments is None or self._fragments[0] != frame.path:
+            self._fragments = (frame.path, fragments_of(source))
+        found = self._fragments[1]
+        if frame.data.num_frames == 1 and (len(found) == 1 or frame.data.transfer_syntax != RLE):
+            return b"".join(_part(source, *fragment) for fragment in found)
+        if len(found) == frame.data.num_frames:
+            return _part(source, *found[frame.index])
+        source.seek(frame.data.offset)
+        return get_frame(source, frame.index, number_of_frames=frame.data.num_frames)
+
+    def _decode_compressed(self, data: bytes, syntax: str) -> NDArray[Any]:
+        from pydicom.encaps import encapsulate
+        from pydicom.pixels.decoders.base import get_decoder
+        from pydicom.uid import UID, ExplicitVRLittleEndian
+
+        if syntax == RLE:
+            decoder, words = get_decoder(ExplicitVRLittleEndian), unpack_rle(data, self._pixels)
+            unpacked: NDArray[Any] = decoder.as_array(words, index=0, raw=True, **self._options(num_frames=1))[0]
+            return unpacked
+        check_frame(data, syntax, self._pixels)
+        array: NDArray[Any] = get_decoder(UID(syntax)).as_array(
+            encapsulate([data], has_bot=False),
+            index=0,
+            raw=True,
+            decoding_plugin=PLUGINS[syntax],
+            **self._options(num_frames=1),
+        )[0]
         return array
 
     def _decode_whole_file(self, frame: Frame) -> NDArray[Any]:
@@ -94,7 +138,7 @@ class FrameReader:
             self._open = (path, path.open("rb"))
         return self._open[1]
 
-    def _options(self, data: PixelData) -> dict[str, Any]:
+    def _options(self, num_frames: int) -> dict[str, Any]:
         pixels = self._pixels
         return {
             "rows": pixels.rows,
@@ -106,8 +150,13 @@ class FrameReader:
             "pixel_representation": int(pixels.is_signed),
             "pixel_keyword": "PixelData",
             "pixel_vr": "OW" if pixels.bits_allocated > 8 else "OB",
-            "number_of_frames": data.num_frames,
+            "number_of_frames": num_frames,
         }
+
+
+def _part(source: BinaryIO, offset: int, length: int) -> bytes:
+    source.seek(offset)
+    return source.read(length)
 
 
 def read_stack(stack: Stack, array: NDArray[np.float32], *, num_threads: int) -> None:

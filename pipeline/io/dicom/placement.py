@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.elements import items, number, numbers, text, value_of, whole_number, words
+from pipeline.io.dicom.elements import is_damaged, items, number, numbers, shown, text, value_of, whole_number, words
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat, Tile, Vector
 from pipeline.io.dicom.phases import phase_of
 
 CSA_CREATOR = "SIEMENS CSA HEADER"
 CSA_TAGS = [0x00290010, 0x00291010]
+# A float32 of intensities holds no more; no scanner comes near.
+LARGEST_RESCALE = 1e30
 # Cosines are written with six digits or more; beyond this, directions are no rectangle of pixels.
 DIRECTION_TOLERANCE = 1e-3
 
@@ -27,17 +29,20 @@ def read_pixel_format(dataset: Any) -> PixelFormat:
         InputError: An element is missing, or has an impossible value.
     """
     sizes = {key: whole_number(dataset, key) for key in ("Rows", "Columns", "BitsAllocated")}
-    bits_stored = whole_number(dataset, "BitsStored", sizes["BitsAllocated"])
+    bits_stored = whole_number(dataset, "BitsStored")
+    sign = whole_number(dataset, "PixelRepresentation")
     found = PixelFormat(
         rows=sizes["Rows"],
         columns=sizes["Columns"],
         bits_allocated=sizes["BitsAllocated"],
         bits_stored=bits_stored,
         high_bit=whole_number(dataset, "HighBit", bits_stored - 1),
-        is_signed=whole_number(dataset, "PixelRepresentation", 0) == 1,
+        is_signed=sign == 1,
         samples=whole_number(dataset, "SamplesPerPixel", 1),
-        photometric=text(dataset, "PhotometricInterpretation"),
+        photometric=shown(text(dataset, "PhotometricInterpretation"), 16),
     )
+    if sign not in (0, 1):
+        raise InputError("has an unusable PixelRepresentation (0 or 1 is needed)")
     if min(found.rows, found.columns) < 1 or not 0 < found.bits_stored <= found.bits_allocated:
         raise InputError(f"has {found.rows} x {found.columns} pixels of {found.bits_stored} bits")
     return found
@@ -75,7 +80,7 @@ class _ByGroup:
 
 
 def _enhanced_frames(dataset: Any, path: Path, data: PixelData | None, per_frame: Sequence[Any]) -> tuple[Frame, ...]:
-    count = whole_number(dataset, "NumberOfFrames", len(per_frame))
+    count = whole_number(dataset, "NumberOfFrames")
     if count != len(per_frame):
         raise InputError(f"holds {count} frames, but says of {len(per_frame)} where they lie")
     shared = items(dataset, "SharedFunctionalGroupsSequence")
@@ -91,7 +96,7 @@ def _frame(found: _ByGroup, path: Path, index: int, data: PixelData | None) -> F
     if min(row_spacing, column_spacing) <= 0:
         raise InputError("has an unusable PixelSpacing (it must be positive)")
     rescale = found.holder("PixelValueTransformationSequence", "RescaleSlope")
-    if items(dataset, "ModalityLUTSequence"):
+    if items(dataset, "ModalityLUTSequence") or is_damaged(dataset, "ModalityLUTSequence"):
         raise InputError("holds a table of intensities (ModalityLUTSequence), which is not supported")
     row, column = _directions(cosines)
     return Frame(
@@ -104,19 +109,22 @@ def _frame(found: _ByGroup, path: Path, index: int, data: PixelData | None) -> F
         column_direction=column,
         row_spacing=row_spacing,
         column_spacing=column_spacing,
-        slope=_slope(rescale),
-        intercept=number(rescale, "RescaleIntercept", 0.0),
+        slope=_rescale(rescale, "RescaleSlope", 1.0),
+        intercept=_rescale(rescale, "RescaleIntercept", 0.0),
+        has_rescale=(bool(words(rescale, "RescaleSlope")), bool(words(rescale, "RescaleIntercept"))),
         phase=phase_of(found.holder, words(dataset, "ImageType")),
         thickness=max(0.0, number(measures, "SliceThickness", 0.0)),
         data=data,
     )
 
 
-def _slope(rescale: Any) -> float:
-    slope = number(rescale, "RescaleSlope", 1.0)
-    if slope == 0:
+def _rescale(rescale: Any, keyword: str, default: float) -> float:
+    value = number(rescale, keyword, default)
+    if value == 0 and keyword == "RescaleSlope":
         raise InputError("has an unusable RescaleSlope (it is 0)")
-    return slope
+    if abs(value) > LARGEST_RESCALE:
+        raise InputError(f"has an unusable {keyword} (it is larger than intensities can be)")
+    return value
 
 
 def _instance_number(dataset: Any) -> int | None:
@@ -147,6 +155,8 @@ def _mosaic_frames(dataset: Any, sheet: Frame, pixels: PixelFormat) -> tuple[Fra
     """
     count, normal = _mosaic_layout(dataset)
     across = int(np.ceil(np.sqrt(count)))
+    if pixels.rows % across or pixels.columns % across:
+        raise InputError(f"is a mosaic of {count} slices by its Siemens header, which its size does not hold")
     rows, columns = pixels.rows // across, pixels.columns // across
     spacing = number(dataset, "SpacingBetweenSlices")
     row, column = np.array(sheet.row_direction), np.array(sheet.column_direction)
@@ -168,9 +178,13 @@ def _mosaic_layout(dataset: Any) -> tuple[int, Any]:
     creator, content = (dataset.get(tag) for tag in CSA_TAGS)
     if content is None or creator is None or str(creator.value).strip() != CSA_CREATOR:
         raise InputError("is a mosaic without the Siemens header that says how many slices it holds")
-    csa = csareader.read(content.value)  # type: ignore[no-untyped-call]
-    count = csareader.get_n_mosaic(csa)  # type: ignore[no-untyped-call]
-    normal = csareader.get_slice_normal(csa)  # type: ignore[no-untyped-call]
-    if not count or normal is None or not np.all(np.isfinite(normal)):
+    try:
+        csa = csareader.read(content.value)  # type: ignore[no-untyped-call]
+        count = csareader.get_n_mosaic(csa)  # type: ignore[no-untyped-call]
+        normal = csareader.get_slice_normal(csa)  # type: ignore[no-untyped-call]
+    except Exception:
+        # Any of a dozen types, and one of its own that is none of the built-in ones.
+        raise InputError("is a mosaic whose Siemens header is damaged") from None
+    if not count or count < 0 or normal is None or not np.all(np.isfinite(normal)):
         raise InputError("is a mosaic whose Siemens header does not say how many slices it holds")
     return int(count), np.asarray(normal, float)

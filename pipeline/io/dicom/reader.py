@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from pipeline.allocation import allotted_cpus
 from pipeline.errors import InputError
-from pipeline.geometry import AxisOrder
+from pipeline.geometry import AxisOrder, format_shape
 from pipeline.io.dicom.frames import Stack
 from pipeline.io.dicom.headers import is_dicom_file, read_header
 from pipeline.io.dicom.pixels import read_stack
+from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.series import MOST_NAMED, Series, examine_series, group_by_series, name_of
 from pipeline.io.dicom.tilt import upright
 from pipeline.io.volume import SourceGrid, Volume
@@ -42,7 +43,8 @@ def read_series(paths: Sequence[Path], *, allow_tilt: bool = False, num_threads:
     Raises:
         InputError: The files are not one whole series of slices; the message names the series and what is wrong.
     """
-    stack = read_stack_of(paths, allow_tilt=allow_tilt)
+    series = _whole_series(paths, allow_tilt=allow_tilt)
+    stack = _stack_of(series)
     source = source_of(stack)
     ras = source.order.grid_to_ras(source.grid)
     array = _empty(len(stack.frames), source)
@@ -50,14 +52,20 @@ def read_series(paths: Sequence[Path], *, allow_tilt: bool = False, num_threads:
         threads = allotted_cpus() if num_threads is None else num_threads
         read_stack(stack, source.order.from_ras(array), num_threads=threads)
     except InputError as error:
-        raise InputError(f"{error.where}: {error.what}", where=stack.name, fix=error.fix) from None
+        # People name files after patients.
+        file = hide(error.where, series.identity)
+        raise InputError(f"{file}: {error.what}", where=stack.name, fix=error.fix) from None
     return upright(Volume(array, ras, source))
 
 
 def _empty(num_channels: int, source: SourceGrid) -> NDArray[np.float32]:
     """(C, I, J, K) in RAS order, whose memory is in the order of slices, rows and columns, without reversed axes."""
     columns, rows, slices = source.grid.shape
-    voxels = np.empty((num_channels, slices, rows, columns), np.float32)
+    try:
+        voxels = np.empty((num_channels, slices, rows, columns), np.float32)
+    except (MemoryError, ValueError):
+        size = format_shape(source.grid.shape)
+        raise InputError(f"has {size} voxels, for which there is no memory", where=source.header.name) from None
     # Memory axes of i, j, k in file order, taken in the order of RAS.
     axes = [(3, 2, 1)[axis] for axis in source.order.source_axis]
     view: NDArray[np.float32] = voxels.transpose(0, *axes)
@@ -70,6 +78,10 @@ def read_stack_of(paths: Sequence[Path], *, allow_tilt: bool = False) -> Stack:
     Raises:
         InputError: As `read_series`.
     """
+    return _stack_of(_whole_series(paths, allow_tilt=allow_tilt))
+
+
+def _whole_series(paths: Sequence[Path], *, allow_tilt: bool) -> Series:
     headers = [read_header(path) for path in paths]
     if not headers:
         raise InputError("no files of a series are given")
@@ -77,7 +89,10 @@ def read_stack_of(paths: Sequence[Path], *, allow_tilt: bool = False) -> Stack:
     if len(several) > 1:
         names = ", ".join(name_of(group) for group in several[:MOST_NAMED])
         raise InputError(f"the files belong to {len(several)} series ({names})", fix=LOOK)
-    series = examine_series(headers, allow_tilt=allow_tilt)
+    return examine_series(headers, allow_tilt=allow_tilt)
+
+
+def _stack_of(series: Series) -> Stack:
     if series.stack is None:
         raise InputError(refusal_of(series), where=series.name, fix=LOOK)
     return series.stack

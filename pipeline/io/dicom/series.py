@@ -105,6 +105,8 @@ def examine_series(headers: Sequence[Header], *, allow_tilt: bool = False) -> Se
     if problems:
         return Series(key=key, headers=headers, problems=problems, notes=notes)
     frames = [frame for header in images for frame in header.frames]
+    if images[0].modality == "CT" and len({(frame.slope, frame.intercept) for frame in frames}) > 1:
+        notes = (*notes, "RescaleSlope or RescaleIntercept changes from slice to slice, which is rare in CT")
     pixels = images[0].pixels
     if pixels is None:
         raise ValueError("a series without problems has pixels")
@@ -130,6 +132,9 @@ def reason_to_leave_out(headers: Sequence[Header]) -> str:
 
 
 def _is_screen(header: Header) -> bool:
+    # A scanner's own slices are none, whatever other words ("LOW_DOSE") it has for them.
+    if header.image_type[:2] == ("ORIGINAL", "PRIMARY"):
+        return False
     return any(word in value for value in header.image_type for word in SCREEN_WORDS)
 
 

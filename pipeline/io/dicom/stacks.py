@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.geometry import Grid, format_spacing
+from pipeline.errors import InputError
+from pipeline.geometry import Grid, check_affine, format_spacing
 from pipeline.io.dicom.frames import Frame, PixelFormat, Stack
 from pipeline.io.dicom.phases import divide
 
@@ -23,7 +24,8 @@ DIRECTION_TOLERANCE = 1e-4
 SAME_PLACE_SHARE = 0.02
 # A slice may lie this share of the slice distance away from its even place, at least so many millimetres.
 PLACE_TOLERANCE_SHARE = 0.02
-PLACE_TOLERANCE_MM = 0.01
+# Two positions, each rounded to a hundredth of a millimetre along three axes: 2 x 0.005 x the root of 3.
+PLACE_TOLERANCE_MM = 0.0175
 # The steps of a stack may lean this much against the normal: headers are rounded, and the affine follows the lean.
 LARGEST_LEAN_DEGREES = 0.25
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -74,6 +76,10 @@ def arrange(name: str, frames: Sequence[Frame], pixels: PixelFormat, *, allow_ti
     if drift_problems:
         return Arrangement(None, drift_problems, tilt)
     grid = _grid(phases[0][0], pixels, origin, step, len(values))
+    try:
+        check_affine(grid.affine, name)
+    except InputError as error:
+        return Arrangement(None, (error.what,), tilt)
     stack = Stack(name=name, frames=phases, phase_names=division.names, pixels=pixels, grid=grid)
     return Arrangement(stack, (), tilt)
 
@@ -91,6 +97,10 @@ def _plane_problems(frames: Sequence[Frame]) -> tuple[str, ...]:
         sizes = sorted({(round(row, 4), round(column, 4)) for row, column in spacings.tolist()})
         shown = ", ".join(format_spacing(size) for size in sizes[:MOST_GAPS_NAMED])
         found.append(f"the slices have different pixel sizes ({shown} mm)")
+    for position, keyword in enumerate(("RescaleSlope", "RescaleIntercept")):
+        without = sum(not frame.has_rescale[position] for frame in frames)
+        if 0 < without < len(frames):
+            found.append(f"{without} of {len(frames)} slices have no {keyword}, which the others have")
     return tuple(found)
 
 
@@ -119,7 +129,7 @@ def _gap_problems(values: NDArray[np.float64]) -> list[str]:
         return []
     usual = float(np.median(gaps))
     multiples = np.rint(gaps / usual)
-    tolerance = max(PLACE_TOLERANCE_MM, PLACE_TOLERANCE_SHARE * usual)
+    tolerance = _place_tolerance(usual)
     uneven = np.abs(gaps - usual) > tolerance
     if not uneven.any():
         return []
@@ -134,6 +144,11 @@ def _gap_problems(values: NDArray[np.float64]) -> list[str]:
         f"the slices are unevenly spaced, {low:.4g} to {high:.4g} mm apart (tolerance {tolerance:.2g} mm); "
         f"uneven between {where} along the normal"
     ]
+
+
+def _place_tolerance(spacing: float) -> float:
+    """In mm; never so much that a missing slice of a microscope's stack would pass."""
+    return max(min(PLACE_TOLERANCE_MM, spacing / 4), PLACE_TOLERANCE_SHARE * spacing)
 
 
 def _named(texts: Sequence[str]) -> str:
@@ -154,7 +169,7 @@ def _line(phases: Sequence[Sequence[Frame]], normal: NDArray[Any]) -> tuple[Any,
     even = origin + np.arange(count)[:, None] * step
     away = np.linalg.norm(positions - even, axis=2).max(axis=0)
     spacing = float(step @ normal)
-    tolerance = max(PLACE_TOLERANCE_MM, PLACE_TOLERANCE_SHARE * spacing)
+    tolerance = _place_tolerance(spacing)
     worst = int(away.argmax())
     if away[worst] <= tolerance:
         return origin, step, ()
