@@ -19,8 +19,8 @@ from pipeline.io.dicom.series import MODALITIES, Series
 # What people write for DICOM's own words.
 MODALITY_WORDS = {"pet": "pt", "mri": "mr"}
 # Names of channels that only one modality has.
-CHANNEL_MODALITY = {word: "MR" for word in ("mr", "mri", "t1", "t1w", "t1ce", "t1gd", "t2", "t2w", "flair", "dwi", "adc", "pd")}
-CHANNEL_MODALITY |= {"ct": "CT", "pt": "PT", "pet": "PT"}
+_MR_WORDS = ("mr", "mri", "t1", "t1w", "t1ce", "t1gd", "t2", "t2w", "flair", "dwi", "adc", "pd")
+CHANNEL_MODALITY = dict.fromkeys(_MR_WORDS, "MR") | {"ct": "CT", "pt": "PT", "pet": "PT"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,9 +173,10 @@ def _label_notes(
         counts = " and ".join(f"{count} {modality}" for modality, count in sorted(elsewhere.items()))
         text = f"labels of {counts} series are not used, as cases are made of {channel}"
         notes.append(f"{text}; name the series that labels were drawn on first in --channels")
-    patients = {series.first.patient_id for series in firsts}
-    if len(firsts) > 1 and len({series.first.study_uid for series in firsts}) > 1 and len(patients) == 1 and "" not in patients:
-        notes.append("all cases carry one patient's id: if they are several patients, remove `patient` from the dataset")
+    patients, studies = ({getattr(one.first, key) for one in firsts} for key in ("patient_id", "study_uid"))
+    if len(studies) > 1 and len(patients) == 1 and "" not in patients:
+        text = "all cases carry the id of one patient"
+        notes.append(f"{text}: if they are several patients, remove `patient` from the dataset")
     return tuple(notes)
 
 

@@ -54,13 +54,13 @@ class StructureName:
 
 
 def names_of(found: DicomCases) -> dict[str, StructureName]:
-    """Names of all structures, by the name in small letters, sorted; background is none."""
+    """Names of structures, by the name in small letters, sorted, without background, outlines of bodies and markers."""
     names: dict[str, StructureName] = {}
     for case in found.cases:
         for label in case.label_objects:
             identity = _telling(case.series[0].identity | label.identity)
             for name in map(str.strip, label.structure_names):
-                if name and name.casefold() != BACKGROUND:
+                if name and name.casefold() != BACKGROUND and name not in label.outline_names:
                     names.setdefault(name.casefold(), _structure_name(name, identity))
     return {key: names[key] for key in sorted(names)}
 
@@ -99,8 +99,10 @@ def objects_with(case: DicomCase, classes: Sequence[LabelClass]) -> tuple[Header
     )
 
 
-def class_notes(names: Mapping[str, StructureName], classes: Sequence[LabelClass]) -> tuple[str, ...]:
-    """What a person should know: names of no class, classes without a name, and a class that is not trained on."""
+def class_notes(
+    found: DicomCases, names: Mapping[str, StructureName], classes: Sequence[LabelClass], *, is_default: bool
+) -> tuple[str, ...]:
+    """What a person should know: names of no class, classes without a name or in some cases only, and who wins."""
     taken = {name: class_index(name, classes) for name in names}
     left = [names[name].shown for name, index in taken.items() if index is None]
     empty = [one.name for index, one in enumerate(classes) if index not in taken.values()]
@@ -113,7 +115,25 @@ def class_notes(names: Mapping[str, StructureName], classes: Sequence[LabelClass
         notes.append(f"what tells a patient in the name of a structure is {HIDDEN} in the name of its class")
     if any(one.name.casefold() == IGNORE for one in classes):
         notes.append("voxels of the class ignore are neither trained on nor scored")
-    return tuple(notes)
+    if is_default and len(classes) > 1:
+        notes.append("where classes overlap the smaller one wins; --classes in an order lets the later one win")
+    return (*notes, *_absence_notes(found, classes))
+
+
+def _absence_notes(found: DicomCases, classes: Sequence[LabelClass]) -> list[str]:
+    """Classes that some labels do not hold: there their voxels count as background, whether they were drawn or not."""
+    labelled = [objects_with(case, classes) for case in found.cases]
+    held = [
+        {class_index(name, classes) for label in labels for name in label.structure_names}
+        for labels in labelled
+        if labels
+    ]
+    absent = [
+        f"{one.name} in {count} of {len(held)}"
+        for index, one in enumerate(classes)
+        if 0 < (count := sum(index in own for own in held)) < len(held)
+    ]
+    return [f"classes that not every label holds, elsewhere they are background: {some(absent)}"] if absent else []
 
 
 def some(names: Sequence[str]) -> str:

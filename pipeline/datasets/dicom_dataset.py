@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from pipeline.artifacts import write_text
 from pipeline.datasets.class_names import BACKGROUND
@@ -31,6 +32,7 @@ from pipeline.io.dicom.structures import LabelClass
 
 MADE_FROM = "made_from"
 DICOM = "dicom"
+Overlap = Literal["later", "smaller"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,8 @@ def write_dicom_dataset(
         scan: The tree.
         path: The `dataset.json` to write.
         channels: See `find_dicom_cases`.
-        classes: Which structures make which class; none makes a class of every name that occurs.
+        classes: Which structures make which class, the later one wins where they overlap; none makes a class of every
+            name that occurs but for outlines of the body and markers, and the smaller one wins.
         threshold: Fraction from which on a voxel of a fractional segmentation is inside.
         allow_tilt: Resample series whose slices are shifted evenly against each other.
 
@@ -85,10 +88,12 @@ def write_dicom_dataset(
         raise InputError(f"holds no case that can be read ({reasons})", where=shown_root(scan))
     names = names_of(found)
     chosen = tuple(classes) or classes_of(names)
+    overlap: Overlap = "later" if classes else "smaller"
     if not any(objects_with(case, chosen) for case in found.cases):
         what = "holds no case with a label of these classes" if names else "holds no case with a label"
         raise InputError(what, where=shown_root(scan), fix=_help(found, names))
-    entries = [_write_case(case, path, chosen, threshold, allow_tilt) for case in found.cases]
+    label_options: dict[str, Any] = {"classes": chosen, "overlap": overlap, "threshold": threshold}
+    entries = [_write_case(case, path, label_options, allow_tilt=allow_tilt) for case in found.cases]
     training = [entry for entry in entries if "label" in entry]
     tests = [entry for entry in entries if "label" not in entry]
     content = {
@@ -106,7 +111,7 @@ def write_dicom_dataset(
         num_training=len(training),
         num_test=len(tests),
         failures=found.failures,
-        notes=(*found.notes, *class_notes(names, chosen)),
+        notes=(*found.notes, *class_notes(found, names, chosen, is_default=not classes)),
     )
 
 
@@ -144,7 +149,7 @@ def _channel_names(found: DicomCases) -> tuple[str, ...]:
 
 
 def _write_case(
-    case: DicomCase, path: Path, classes: Sequence[LabelClass], threshold: float, allow_tilt: bool
+    case: DicomCase, path: Path, label_options: Mapping[str, Any], *, allow_tilt: bool
 ) -> dict[str, object]:
     """Write the references of a case; returns its entry in the list of cases."""
     folder = path.with_name(f"{path.stem}_series")
@@ -154,9 +159,9 @@ def _write_case(
     images = [f"{folder.name}/{file.name}" for file in files]
     entry: dict[str, object] = {"case_id": case.case_id, "patient": case.patient}
     entry["image"] = images if len(images) > 1 else images[0]
-    objects = [label.path for label in objects_with(case, classes)]
+    objects = [label.path for label in objects_with(case, label_options["classes"])]
     if objects:
         label_file = folder / f"{case.case_id}{STRUCTURES_SUFFIX}"
-        write_structures_file(label_file, files[0], objects, classes, threshold=threshold)
+        write_structures_file(label_file, files[0], objects, **label_options)
         entry["label"] = f"{folder.name}/{label_file.name}"
     return entry

@@ -7,7 +7,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pipeline.datasets.case import Case
-from pipeline.datasets.dicom_cases import CHANNEL_MODALITY, DicomCases, case_id_of, find_dicom_cases, matches, shown_root
+from pipeline.datasets.dicom_cases import (
+    CHANNEL_MODALITY,
+    DicomCases,
+    case_id_of,
+    find_dicom_cases,
+    matches,
+    shown_root,
+)
 from pipeline.datasets.dicom_scan import Scan, is_volume_dataset, scan_folder
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import is_dicom_file

@@ -128,14 +128,24 @@ def test_copies_of_a_series_in_two_folders_are_apart(tmp_path: Path):
         np.testing.assert_array_equal(read_series(one.paths).array, series.array)
 
 
-def test_a_copy_that_lacks_a_slice_does_not_spoil_the_other(tmp_path: Path):
+def test_copies_of_some_slices_in_another_folder_are_left_aside_and_said(tmp_path: Path):
     series = write(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     drop_slice(tmp_path / "b" / series.paths[0][2].name)
-    first, second = scan(tmp_path).series
-    assert first.stack is not None
-    assert second.stack is None
-    assert "1 slice is missing" in second.problems[0]
+    (found,) = scan(tmp_path).series
+    np.testing.assert_array_equal(read_series(found.paths).array, series.array)
+    assert "lie in another of its folders as well" in found.notes[0]
+
+
+def test_parts_of_a_series_that_share_a_slice_are_one_volume(tmp_path: Path):
+    series = write(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    middle = len(series.paths[0]) // 2
+    shutil.copy(series.paths[0][middle], tmp_path / "b")
+    for path in series.paths[0][middle + 1 :]:
+        path.rename(tmp_path / "b" / path.name)
+    (found,) = scan(tmp_path).series
+    np.testing.assert_array_equal(read_series(found.paths).array, series.array)
 
 
 def test_an_unreadable_file_beside_a_series_may_be_a_slice_of_it(tmp_path: Path):

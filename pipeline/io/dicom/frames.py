@@ -73,8 +73,8 @@ class Frame:
         instance_uid: SOP instance of the file.
         instance_number: As the scanner counted; for messages only, None where it is missing.
         position: Centre of the first pixel, LPS+ mm.
-        row_direction: Unit vector along a row of pixels (i rises).
-        column_direction: Unit vector down a column of pixels (j rises).
+        row_direction: Along a row of pixels (i rises); of unit length but for the rounding of the header.
+        column_direction: Down a column of pixels (j rises); likewise.
         row_spacing, column_spacing: Distance between rows (along j), and between columns (along i), in mm.
         slope, intercept: Stored value to intensity.
         has_rescale: Whether the header gives the slope, and the intercept.
@@ -112,6 +112,7 @@ class Stack:
         phase_names: One per phase, such as "EchoTime 2.4"; ("",) for a single phase.
         pixels: Format of all files.
         grid: (columns, rows, slices) and the RAS+ affine in file order; sheared where the gantry is tilted.
+        series_uid, frame_of_reference: UIDs; "" where the files have none.
     """
 
     name: str
@@ -119,3 +120,5 @@ class Stack:
     phase_names: tuple[str, ...]
     pixels: PixelFormat
     grid: Grid
+    series_uid: str = ""
+    frame_of_reference: str = ""

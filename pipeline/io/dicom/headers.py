@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.elements import items, shown, tag_of, text, whole_number, words
+from pipeline.io.dicom.elements import items, number, shown, tag_of, text, whole_number, words
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat
 from pipeline.io.dicom.phases import PHASE_KEYWORDS
 from pipeline.io.dicom.pixel_location import PixelDataMissingError, locate_pixel_data, missing_bytes, surplus_bytes
 from pipeline.io.dicom.placement import CSA_TAGS, read_frames, read_pixel_format
 from pipeline.io.dicom.privacy import IDENTITY_KEYWORDS, identity_of
 from pipeline.io.dicom.quiet import errors_named
+from pipeline.io.dicom.seg_header import read_segments
 
 PREAMBLE_BYTES = 128
 # Pixel data, and its float kinds, which no CT, MR or PET image has.
@@ -27,9 +28,14 @@ SeriesNumber InstanceNumber FrameOfReferenceUID NumberOfFrames Rows Columns Bits
 PixelRepresentation SamplesPerPixel PhotometricInterpretation ImagePositionPatient ImageOrientationPatient PixelSpacing
 SliceThickness SpacingBetweenSlices RescaleSlope RescaleIntercept ModalityLUTSequence SharedFunctionalGroupsSequence
 PerFrameFunctionalGroupsSequence ReferencedSeriesSequence ReferencedFrameOfReferenceSequence StructureSetROISequence
-SegmentSequence BurnedInAnnotation
+SegmentSequence SegmentationType PixelPaddingValue ManufacturerModelName RTROIObservationsSequence
+ConcatenationUID InConcatenationNumber InConcatenationTotalNumber NumberOfSlices
 """
 _KEYWORDS = tuple(_TEXT.split())
+# By which segmentations of this program are known, see `pipeline.io.dicom.seg_writer`.
+OWN_MODEL_NAME = "voxfit"
+# Kinds of RT structures that show neither an organ nor a lesion.
+OUTLINE_TYPES = ("EXTERNAL", "ISOCENTER", "MARKER", "CONTROL", "REGISTRATION", "FIXATION")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,12 @@ class Header:
         pixels: None where the file is no image.
         frames: In the file's order; empty when there is a problem.
         referenced_series: Series that structures or segments were drawn on.
-        structure_names: Names of structures or segments.
+        structure_names: Names of structures or segments; the background of a label map is none.
+        outline_names: Those that are no organ or lesion: the outline of the body, markers, the isocentre.
+        is_own: A segmentation made by this program.
+        part: Number of this file in its concatenation, and how many there are; (1, 1) for a file of its own.
+        num_slices: Slices of a volume as the header counts them; 0 where it does not.
+        slice_distance: SpacingBetweenSlices in mm; 0 where the header does not say it.
         problem: Why the frames cannot be used, "" when they can.
         identity: Texts that tell who the patient is; never shown.
     """
@@ -67,6 +78,11 @@ class Header:
     frames: tuple[Frame, ...] = ()
     referenced_series: tuple[str, ...] = ()
     structure_names: tuple[str, ...] = ()
+    outline_names: tuple[str, ...] = ()
+    is_own: bool = False
+    part: tuple[int, int] = (1, 1)
+    num_slices: int = 0
+    slice_distance: float = 0.0
     problem: str = ""
     identity: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -149,13 +165,49 @@ def _identified(path: Path, dataset: Any) -> Header:
         transfer_syntax=text(dataset.file_meta, "TransferSyntaxUID"),
         referenced_series=_referenced_series(dataset),
         structure_names=_structure_names(dataset),
+        outline_names=_outline_names(dataset),
+        is_own=text(dataset, "ManufacturerModelName") == OWN_MODEL_NAME and bool(items(dataset, "SegmentSequence")),
+        part=(_count(dataset, "InConcatenationNumber", 1), _count(dataset, "InConcatenationTotalNumber", 1)),
+        num_slices=_count(dataset, "NumberOfSlices", 0),
+        slice_distance=_distance(dataset),
         identity=identity_of(dataset),
     )
 
 
+def _count(dataset: Any, keyword: str, default: int) -> int:
+    """A number that only informs; `default` where there is none that can be used."""
+    try:
+        return whole_number(dataset, keyword, default)
+    except InputError:
+        return default
+
+
+def _distance(dataset: Any) -> float:
+    try:
+        return abs(number(dataset, "SpacingBetweenSlices", 0.0))
+    except InputError:
+        return 0.0
+
+
 def _structure_names(dataset: Any) -> tuple[str, ...]:
-    rois = [shown(text(item, "ROIName")) for item in items(dataset, "StructureSetROISequence")]
-    return (*rois, *(shown(text(item, "SegmentLabel")) for item in items(dataset, "SegmentSequence")))
+    rois = tuple(shown(text(item, "ROIName")) for item in items(dataset, "StructureSetROISequence"))
+    if not items(dataset, "SegmentSequence"):
+        return rois
+    try:
+        return tuple(shown(segment.name) for segment in read_segments(dataset) if not segment.is_background)
+    except InputError:
+        # Reading it says what is wrong.
+        return ()
+
+
+def _outline_names(dataset: Any) -> tuple[str, ...]:
+    numbers = {
+        text(item, "ReferencedROINumber")
+        for item in items(dataset, "RTROIObservationsSequence")
+        if text(item, "RTROIInterpretedType").upper() in OUTLINE_TYPES
+    }
+    rois = items(dataset, "StructureSetROISequence")
+    return tuple(shown(text(roi, "ROIName")) for roi in rois if text(roi, "ROINumber") in numbers)
 
 
 def _referenced_series(dataset: Any) -> tuple[str, ...]:

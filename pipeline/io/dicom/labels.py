@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pipeline.artifacts import read_artifact
 from pipeline.errors import InputError
-from pipeline.geometry import Grid
-from pipeline.io.dicom.headers import read_header
+from pipeline.io.dicom.frames import Stack
+from pipeline.io.dicom.headers import Header, read_header
 from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.reader import read_stack_of, source_of
 from pipeline.io.dicom.references import StructuresFile, anonymous_errors, identity_behind, read_series_file
@@ -27,7 +27,7 @@ from pipeline.log import get_logger
 def read_structures(path: Path) -> Volume:
     """Read a label on the grid of its series.
 
-    Structures become classes as the file says; where classes overlap the later one wins, which the log counts.
+    Structures become classes as the file says; voxels of several classes are counted in the log.
 
     Args:
         path: A `.structures.json`.
@@ -47,10 +47,11 @@ def read_structures(path: Path) -> Volume:
     def wanted(name: str) -> bool:
         return class_index(name, content.classes) is not None
 
-    structures = _all_structures(objects, source.grid, wanted, content.threshold)
+    structures = _all_structures(objects, source.header, wanted, content.threshold)
     try:
         with _anonymous_log([files[0], *objects]), anonymous_errors([files[0], *objects]):
-            composed = compose_label(structures, content.classes, source.grid.shape)
+            smaller_wins = content.overlap == "smaller"
+            composed = compose_label(structures, content.classes, source.grid.shape, smaller_wins=smaller_wins)
     except InputError as error:
         raise InputError(
             f"{error.where}: {error.what}" if error.where else error.what, where=path, fix=error.fix
@@ -61,26 +62,38 @@ def read_structures(path: Path) -> Volume:
 
 
 def iter_object(
-    path: Path, grid: Grid, *, wanted: Callable[[str], bool], threshold: float = 0.5
+    path: Path, stack: Stack, *, wanted: Callable[[str], bool], threshold: float = 0.5
 ) -> Iterator[Structure]:
     """Structures of one object, whichever kind it is; see `iter_structures` and `iter_segments`.
 
     Raises:
-        InputError: It is neither a structure set nor a segmentation, or as these say.
+        InputError: It is neither a structure set nor a segmentation, was drawn in another space than that of the stack,
+            or as these say.
     """
-    sop_class = read_header(path).sop_class
-    if sop_class == STRUCTURE_SET_CLASS:
-        return iter_structures(path, grid, wanted=wanted)
-    if sop_class in SEGMENTATION_CLASSES:
-        return iter_segments(path, grid, wanted=wanted, threshold=threshold)
+    header = read_header(path)
+    _check_space(header, stack)
+    if header.sop_class == STRUCTURE_SET_CLASS:
+        return iter_structures(path, stack.grid, wanted=wanted)
+    if header.sop_class in SEGMENTATION_CLASSES:
+        return iter_segments(path, stack.grid, wanted=wanted, threshold=threshold)
     raise InputError("is neither a structure set nor a segmentation", where=path.name)
 
 
+def _check_space(header: Header, stack: Stack) -> None:
+    """Refuse structures of another series in another frame of reference: the same millimetres are another place."""
+    if stack.series_uid in header.referenced_series:
+        return
+    spaces = {header.frame_of_reference, stack.frame_of_reference} - {""}
+    if len(spaces) > 1:
+        fix = "Give the structures that were drawn on this series"
+        raise InputError("was drawn in another frame of reference", where=header.path.name, fix=fix)
+
+
 def _all_structures(
-    objects: Sequence[Path], grid: Grid, wanted: Callable[[str], bool], threshold: float
+    objects: Sequence[Path], stack: Stack, wanted: Callable[[str], bool], threshold: float
 ) -> Iterator[Structure]:
     for path in objects:
-        yield from iter_object(path, grid, wanted=wanted, threshold=threshold)
+        yield from iter_object(path, stack, wanted=wanted, threshold=threshold)
 
 
 @contextmanager

@@ -17,14 +17,15 @@ _PHASE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("MREchoSequence", ("EffectiveEchoTime",)),
     ("MREchoSequence", ("EchoTime", "EchoNumbers")),
     ("MRDiffusionSequence", ("DiffusionBValue", "DiffusionDirectionality")),
-    ("DiffusionGradientDirectionSequence", ("DiffusionGradientOrientation",)),
+    ("MRDiffusionSequence/DiffusionGradientDirectionSequence", ("DiffusionGradientOrientation",)),
     ("MRModifierSequence", ("InversionTimes",)),
     ("MRModifierSequence", ("InversionTime", "TriggerTime", "NominalPercentageOfCardiacPhase")),
     ("CardiacSynchronizationSequence", ("NominalPercentageOfCardiacPhase", "NominalCardiacTriggerDelayTime")),
-    ("MRImageFrameTypeSequence", ("ComplexImageComponent",)),
-    ("MRModifierSequence", ("FlipAngle", "FrameReferenceTime")),
+    ("MRImageFrameTypeSequence", ("ComplexImageComponent", "FrameType")),
+    ("MRTimingAndRelatedParametersSequence", ("FlipAngle",)),
+    ("", ("FrameReferenceTime",)),
     ("FrameContentSequence", ("FrameAcquisitionNumber",)),
-    ("FrameContentSequence", ("AcquisitionNumber",)),
+    ("", ("AcquisitionNumber", "AcquisitionTime")),
 )
 PHASE_KEYWORDS = tuple(dict.fromkeys(keyword for _, keywords in _PHASE_GROUPS for keyword in keywords))
 # Magnitude, phase, real and imaginary part of one acquisition in ImageType; water, fat and their sums, of Dixon's.

@@ -80,10 +80,10 @@ class FrameReader:
             return self._decode_whole_file(frame)
         syntax, source = frame.data.transfer_syntax, self._stream(frame.path)
         if frame.data.length is None:
-            return self._decode_compressed(self._compressed(source, frame), syntax)
+            return decode_frame(self._compressed(source, frame), syntax, self._pixels)
         decoder = get_decoder(UID(syntax))
         source.seek(frame.data.offset)
-        options = self._options(frame.data.num_frames)
+        options = _decoder_options(self._pixels, num_frames=frame.data.num_frames)
         array: NDArray[Any] = decoder.as_array(source, index=frame.index, raw=True, **options)[0]
         return array
 
@@ -104,25 +104,6 @@ class FrameReader:
         source.seek(frame.data.offset)
         return get_frame(source, frame.index, number_of_frames=frame.data.num_frames)
 
-    def _decode_compressed(self, data: bytes, syntax: str) -> NDArray[Any]:
-        from pydicom.encaps import encapsulate
-        from pydicom.pixels.decoders.base import get_decoder
-        from pydicom.uid import UID, ExplicitVRLittleEndian
-
-        if syntax == RLE:
-            decoder, words = get_decoder(ExplicitVRLittleEndian), unpack_rle(data, self._pixels)
-            unpacked: NDArray[Any] = decoder.as_array(words, index=0, raw=True, **self._options(num_frames=1))[0]
-            return unpacked
-        check_frame(data, syntax, self._pixels)
-        array: NDArray[Any] = get_decoder(UID(syntax)).as_array(
-            encapsulate([data], has_bot=False),
-            index=0,
-            raw=True,
-            decoding_plugin=PLUGINS[syntax],
-            **self._options(num_frames=1),
-        )[0]
-        return array
-
     def _decode_whole_file(self, frame: Frame) -> NDArray[Any]:
         from pydicom import dcmread
         from pydicom.pixels.utils import pixel_array
@@ -138,20 +119,45 @@ class FrameReader:
             self._open = (path, path.open("rb"))
         return self._open[1]
 
-    def _options(self, num_frames: int) -> dict[str, Any]:
-        pixels = self._pixels
-        return {
-            "rows": pixels.rows,
-            "columns": pixels.columns,
-            "samples_per_pixel": 1,
-            "photometric_interpretation": pixels.photometric or "MONOCHROME2",
-            "bits_allocated": pixels.bits_allocated,
-            "bits_stored": pixels.bits_stored,
-            "pixel_representation": int(pixels.is_signed),
-            "pixel_keyword": "PixelData",
-            "pixel_vr": "OW" if pixels.bits_allocated > 8 else "OB",
-            "number_of_frames": num_frames,
-        }
+
+def decode_frame(data: bytes, syntax: str, pixels: PixelFormat) -> NDArray[Any]:
+    """Stored values (rows, columns) of a compressed frame, which is looked at before a decoder gets it.
+
+    Args:
+        data: All bytes of the frame.
+        syntax: Transfer syntax UID, one of `PLUGINS`.
+        pixels: Format of the frame.
+
+    Raises:
+        DamagedFrameError: The frame is not what the format says; decoders raise others.
+    """
+    from pydicom.encaps import encapsulate
+    from pydicom.pixels.decoders.base import get_decoder
+    from pydicom.uid import UID, ExplicitVRLittleEndian
+
+    options = {**_decoder_options(pixels, num_frames=1), "index": 0, "raw": True}
+    if syntax == RLE:
+        unpacked: NDArray[Any] = get_decoder(ExplicitVRLittleEndian).as_array(unpack_rle(data, pixels), **options)[0]
+        return unpacked
+    check_frame(data, syntax, pixels)
+    source, plugin = encapsulate([data], has_bot=False), PLUGINS[syntax]
+    array: NDArray[Any] = get_decoder(UID(syntax)).as_array(source, decoding_plugin=plugin, **options)[0]
+    return array
+
+
+def _decoder_options(pixels: PixelFormat, *, num_frames: int) -> dict[str, Any]:
+    return {
+        "rows": pixels.rows,
+        "columns": pixels.columns,
+        "samples_per_pixel": 1,
+        "photometric_interpretation": pixels.photometric or "MONOCHROME2",
+        "bits_allocated": pixels.bits_allocated,
+        "bits_stored": pixels.bits_stored,
+        "pixel_representation": int(pixels.is_signed),
+        "pixel_keyword": "PixelData",
+        "pixel_vr": "OW" if pixels.bits_allocated > 8 else "OB",
+        "number_of_frames": num_frames,
+    }
 
 
 def _part(source: BinaryIO, offset: int, length: int) -> bytes:

@@ -71,9 +71,12 @@ class _ByGroup:
         self.dataset, self._places = dataset, (*per_frame, *shared)
 
     def holder(self, group: str, keyword: str) -> Any:
-        """The dataset that holds `keyword`, which a functional group `group` may have."""
+        """The dataset that holds `keyword`, which a functional group `group` may have; `a/b` is b within a."""
         for place in self._places:
-            for item in items(place, group):
+            inside = [place]
+            for name in group.split("/"):
+                inside = [item for outer in inside for item in items(outer, name)]
+            for item in inside:
                 if value_of(item, keyword) is not None:
                     return item
         return self.dataset
@@ -144,7 +147,7 @@ def _directions(cosines: Sequence[float]) -> tuple[Vector, Vector]:
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if max(abs(length - 1) for length in lengths) > DIRECTION_TOLERANCE or abs(row @ column) > DIRECTION_TOLERANCE:
         raise InputError("has an unusable ImageOrientationPatient (two unit vectors at a right angle are needed)")
-    row, column = row / lengths[0], column / lengths[1]
+    # As they stand there, to the digit: a segmentation gives them back.
     return (float(row[0]), float(row[1]), float(row[2])), (float(column[0]), float(column[1]), float(column[2]))
 
 

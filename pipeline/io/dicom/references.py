@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.errors import InputError
@@ -53,7 +53,8 @@ class StructuresFile(Record):
         schema_version: Version of this file's format.
         series: The `.series.json` of the image, relative to the folder of this file.
         objects: RTSTRUCT and SEG files, relative to the folder of this file.
-        classes: Which structures make which class; where classes overlap, the later one wins.
+        classes: Which structures make which class.
+        overlap: Who wins where classes overlap: the later class, or in each case the smaller one.
         threshold: Fraction from which on a voxel of a fractional segmentation is inside.
     """
 
@@ -63,6 +64,7 @@ class StructuresFile(Record):
     series: str
     objects: tuple[str, ...]
     classes: tuple[LabelClass, ...]
+    overlap: Literal["later", "smaller"] = "later"
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
@@ -90,13 +92,20 @@ def read_series_file(path: Path) -> tuple[tuple[Path, ...], bool]:
 
 
 def write_structures_file(
-    path: Path, series_file: Path, objects: Sequence[Path], classes: Sequence[LabelClass], *, threshold: float
+    path: Path,
+    series_file: Path,
+    objects: Sequence[Path],
+    classes: Sequence[LabelClass],
+    *,
+    overlap: Literal["later", "smaller"] = "later",
+    threshold: float = 0.5,
 ) -> None:
     """Write which structures label a series."""
     content = StructuresFile(
         series=_relative([series_file], path)[0],
         objects=_relative(objects, path),
         classes=tuple(classes),
+        overlap=overlap,
         threshold=threshold,
     )
     write_artifact(path, content)

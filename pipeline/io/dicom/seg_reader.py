@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.geometry import Grid
+from pipeline.io.dicom.pixels import decode_frame
+from pipeline.io.dicom.placement import read_pixel_format
 from pipeline.io.dicom.seg_header import (
     Segment,
     SegmentFrame,
@@ -193,15 +195,28 @@ def _decode(dataset: Any, placed: list[_Placed]) -> Iterator[tuple[Placement, ND
 
 
 def _pixels(dataset: Any, indices: list[int]) -> Iterator[NDArray[Any]]:
-    from pydicom.pixels.utils import iter_pixels
-
     syntax = dataset.file_meta.TransferSyntaxUID
     if dataset.BitsAllocated == 1 and not syntax.is_encapsulated:
         if not syntax.is_little_endian:
             raise InputError("has bits in big-endian words, which is not supported")
         # pydicom 3.0 reads a byte too few of frames that begin and end within bytes (5 x 7 pixels, frame 1).
         return (_unpacked(dataset, index) for index in indices)
+    if syntax.is_encapsulated:
+        return _decompressed(dataset, indices)
+    from pydicom.pixels.utils import iter_pixels
+
     return iter_pixels(dataset, indices=indices, raw=True)
+
+
+def _decompressed(dataset: Any, indices: list[int]) -> Iterator[NDArray[Any]]:
+    """Frames that were looked at before they are decoded: damaged ones can end the process."""
+    from pydicom.encaps import generate_frames
+
+    num_frames, wanted = int(dataset.NumberOfFrames), set(indices)
+    frames = enumerate(generate_frames(dataset.PixelData, number_of_frames=num_frames))
+    compressed = {index: data for index, data in frames if index in wanted}
+    pixels = read_pixel_format(dataset)
+    return (decode_frame(compressed[index], str(dataset.file_meta.TransferSyntaxUID), pixels) for index in indices)
 
 
 def _unpacked(dataset: Any, index: int) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.io.dicom.frames import Stack
@@ -65,8 +65,9 @@ class Series:
 
 
 def key_of(headers: Sequence[Header]) -> str:
-    """The pseudonym of a series; of its first instance where de-identification blanked the series."""
-    return pseudonym(headers[0].series_uid or min(header.instance_uid for header in headers))
+    """The pseudonym of a series; of its first instance, or of its places, where de-identification blanked the UIDs."""
+    uid = headers[0].series_uid or min(header.instance_uid for header in headers)
+    return pseudonym(uid or repr(sorted(frame.position for header in headers for frame in header.frames)))
 
 
 def name_of(headers: Sequence[Header]) -> str:
@@ -78,11 +79,16 @@ def name_of(headers: Sequence[Header]) -> str:
 
 
 def group_by_series(headers: Iterable[Header]) -> list[tuple[Header, ...]]:
-    """Files by series, in the order of the first of each; where UIDs were blanked, by the number of the series."""
-    groups: dict[tuple[str, str, str], list[Header]] = {}
+    """Files by series, in the order of the first of each.
+
+    Where de-identification blanked the UIDs, files of one folder, patient, study and number are a series.
+    """
+    groups: dict[tuple[object, ...], list[Header]] = {}
     for header in headers:
-        number = "" if header.series_uid else header.series_number
-        groups.setdefault((header.series_uid, number, header.modality), []).append(header)
+        key: tuple[object, ...] = (header.series_uid, header.modality)
+        if not header.series_uid:
+            key = (*key, header.path.parent, header.patient_id, header.study_uid, header.series_number)
+        groups.setdefault(key, []).append(header)
     return [tuple(group) for group in groups.values()]
 
 
@@ -111,7 +117,25 @@ def examine_series(headers: Sequence[Header], *, allow_tilt: bool = False) -> Se
     if pixels is None:
         raise ValueError("a series without problems has pixels")
     found = arrange(name, frames, pixels, allow_tilt=allow_tilt)
-    return Series(key=key, headers=headers, problems=found.problems, notes=notes, stack=found.stack)
+    stack = found.stack
+    if stack is not None:
+        notes = (*notes, *_count_notes(images, stack))
+        first = images[0]
+        stack = replace(stack, series_uid=first.series_uid, frame_of_reference=first.frame_of_reference)
+    return Series(key=key, headers=headers, problems=found.problems, notes=notes, stack=stack)
+
+
+def _count_notes(headers: Sequence[Header], stack: Stack) -> list[str]:
+    """Where the header counts other slices than there are: part of the series may not have been exported."""
+    found, num_slices = [], stack.grid.shape[2]
+    counted = max(header.num_slices for header in headers)
+    if counted > num_slices:
+        found.append(f"the header counts {counted} slices, of which {num_slices} are here")
+    said = headers[0].slice_distance
+    if num_slices > 1 and said and stack.grid.spacing[2] > 1.5 * said:
+        apart = stack.grid.spacing[2]
+        found.append(f"the header says that slices are {said:.4g} mm apart, and they are {apart:.4g} mm")
+    return found
 
 
 def reason_to_leave_out(headers: Sequence[Header]) -> str:
@@ -168,6 +192,10 @@ def _mixture_problems(headers: Sequence[Header]) -> list[str]:
             found.append(f"the files belong to {count} different {what}")
     instances = Counter(header.instance_uid for header in headers if header.instance_uid)
     doubled = sum(count > 1 for count in instances.values())
+    parts = {header.part for header in headers}
+    total = max(count for _, count in parts)
+    if len({number for number, _ in parts}) < total:
+        found.append(f"{total - len(parts)} of the {total} files that it was split into are missing")
     if doubled:
         found.append(f"{doubled} slice(s) are there more than once, as copies of the same file")
     return found

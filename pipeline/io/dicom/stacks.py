@@ -60,7 +60,7 @@ def arrange(name: str, frames: Sequence[Frame], pixels: PixelFormat, *, allow_ti
     if problems:
         return Arrangement(None, problems)
     first = frames[0]
-    normal = np.cross(first.row_direction, first.column_direction)
+    normal = _unit(np.cross(first.row_direction, first.column_direction))
     positions = np.array([frame.position for frame in frames])
     places, values = _places(positions @ normal, SAME_PLACE_SHARE * min(first.row_spacing, first.column_spacing))
     division = divide(frames, places)
@@ -102,6 +102,12 @@ def _plane_problems(frames: Sequence[Frame]) -> tuple[str, ...]:
         if 0 < without < len(frames):
             found.append(f"{without} of {len(frames)} slices have no {keyword}, which the others have")
     return tuple(found)
+
+
+def _unit(vector: Any) -> NDArray[np.float64]:
+    """`vector` with length 1; headers round."""
+    unit: NDArray[np.float64] = np.asarray(vector, float) / np.linalg.norm(vector)
+    return unit
 
 
 def _num_distinct(rows: NDArray[np.float64], tolerance: float) -> int:
@@ -186,8 +192,8 @@ def _lean_degrees(step: NDArray[Any], normal: NDArray[Any]) -> float:
 
 def _grid(first: Frame, pixels: PixelFormat, origin: NDArray[Any], step: NDArray[Any], num_slices: int) -> Grid:
     affine = np.eye(4)
-    affine[:3, 0] = np.array(first.row_direction) * first.column_spacing
-    affine[:3, 1] = np.array(first.column_direction) * first.row_spacing
+    affine[:3, 0] = _unit(first.row_direction) * first.column_spacing
+    affine[:3, 1] = _unit(first.column_direction) * first.row_spacing
     affine[:3, 2] = step
     affine[:3, 3] = origin
     rows = first.tile.rows if first.tile else pixels.rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import combinations
@@ -64,8 +64,8 @@ class ComposedLabel:
 
     Attributes:
         array: (i, j, k) in the smallest integer type that holds the values of all classes.
-        overlaps: Voxels that two classes claim, by their names in the order of the classes; the second has won over
-            the first. A voxel of three classes counts for each of the three pairs.
+        overlaps: Voxels that two classes claim, by their names; the second has won over the first. A voxel of three
+            classes counts for each of the three pairs.
         unmatched: Names of the structures that belong to no class, in the order they came.
     """
 
@@ -79,8 +79,10 @@ def class_index(structure_name: str, classes: Sequence[LabelClass]) -> int | Non
     return next((index for index, label_class in enumerate(classes) if label_class.matches(structure_name)), None)
 
 
-def compose_label(structures: Iterable[Structure], classes: Sequence[LabelClass], shape: Shape3) -> ComposedLabel:
-    """Unite the structures of each class; where classes overlap, the later one in `classes` wins.
+def compose_label(
+    structures: Iterable[Structure], classes: Sequence[LabelClass], shape: Shape3, *, smaller_wins: bool = False
+) -> ComposedLabel:
+    """Unite the structures of each class; where classes overlap, the later one in `classes` wins, or the smaller one.
 
     The result does not depend on the order of the structures. They are taken one at a time: memory is one mask, 2 bytes
     per voxel (4 beyond 65536 different overlaps), and at the end the label, however many classes there are.
@@ -89,6 +91,7 @@ def compose_label(structures: Iterable[Structure], classes: Sequence[LabelClass]
         structures: Masks of `shape`.
         classes: Names and values are unique.
         shape: (i, j, k) of the image.
+        smaller_wins: Where classes overlap, the one with fewer voxels wins; the later one of two equal ones.
 
     Raises:
         InputError: Two classes share a name or a value.
@@ -106,9 +109,15 @@ def compose_label(structures: Iterable[Structure], classes: Sequence[LabelClass]
         else:
             memberships.add(index, structure.mask)
         del structure  # or its mask would stay while the next one is made
-    names = [label_class.name for label_class in classes]
-    overlaps = {(names[a], names[b]): count for (a, b), count in sorted(memberships.count_pairs().items())}
-    return ComposedLabel(memberships.label([label_class.value for label_class in classes]), overlaps, tuple(unmatched))
+    names, sizes = [label_class.name for label_class in classes], memberships.count_classes(len(classes))
+    ranks = sorted(range(len(classes)), key=lambda index: (-sizes[index] if smaller_wins else 0, index))
+    rank = {index: place for place, index in enumerate(ranks)}
+    overlaps = {}
+    for pair, count in sorted(memberships.count_pairs().items()):
+        under, over = sorted(pair, key=rank.__getitem__)
+        overlaps[names[under], names[over]] = count
+    label = memberships.label([label_class.value for label_class in classes], rank)
+    return ComposedLabel(label, overlaps, tuple(unmatched))
 
 
 def _check_unique(classes: Sequence[LabelClass]) -> None:
@@ -151,21 +160,36 @@ class _Memberships:
                 self._numbers = self._numbers.astype(np.uint32)
         return self._number_of[members]
 
-    def count_pairs(self) -> dict[tuple[int, int], int]:
-        """Number of voxels in both classes, by pairs of class indices, lower first; pairs without any are left out."""
+    def _counts(self) -> NDArray[np.int64]:
+        """Voxels of each set of classes."""
         counts = np.zeros(len(self._sets), np.int64)
         for slab in _slabs(self._numbers.shape):
             counts += np.bincount(self._numbers[slab].reshape(-1), minlength=counts.size)
+        return counts
+
+    def count_classes(self, num_classes: int) -> list[int]:
+        """Number of voxels that each class claims."""
+        counts = self._counts()
+        return [
+            int(sum(counts[number] for number, members in enumerate(self._sets) if index in members))
+            for index in range(num_classes)
+        ]
+
+    def count_pairs(self) -> dict[tuple[int, int], int]:
+        """Number of voxels in both classes, by pairs of class indices, lower first; pairs without any are left out."""
+        counts = self._counts()
         pairs: dict[tuple[int, int], int] = {}
         for number in np.flatnonzero(counts):
             for pair in combinations(sorted(self._sets[number]), 2):
                 pairs[pair] = pairs.get(pair, 0) + int(counts[number])
         return pairs
 
-    def label(self, values: Sequence[int]) -> NDArray[Any]:
-        """(i, j, k) value of the last class of each voxel's set."""
+    def label(self, values: Sequence[int], rank: Mapping[int, int]) -> NDArray[Any]:
+        """(i, j, k) value of the class of the highest rank in each voxel's set."""
         dtype = smallest_integer(0, max(values, default=0))
-        lookup = np.asarray([values[max(members)] if members else 0 for members in self._sets], dtype)
+        lookup = np.asarray(
+            [values[max(members, key=rank.__getitem__)] if members else 0 for members in self._sets], dtype
+        )
         array = np.empty(self._numbers.shape, dtype)
         for slab in _slabs(array.shape):  # an index array as a whole would be 8 bytes per voxel
             array[slab] = lookup[self._numbers[slab]]
