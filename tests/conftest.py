@@ -60,6 +60,11 @@ class DicomStudy:
     image: Volume
 
 
+def centre_of(grid: Grid) -> NDArray[np.float64]:
+    """The middle of a grid in mm."""
+    return grid.affine[:3, :3] @ ((np.array(grid.shape) - 1) / 2) + grid.affine[:3, 3]
+
+
 def _write_study(
     folder: Path,
     *,
@@ -79,7 +84,7 @@ def _write_study(
         folder: Of the study.
         seed: Of image, study and series.
         names: Of the structures; none writes no structures.
-        patient: PatientID; by default one for each seed.
+        patient: PatientID; by default one for each study.
         shape: Voxels.
         shear: Forward shift per mm of slice, as of a tilted gantry.
         num_channels: Phases.
@@ -89,10 +94,14 @@ def _write_study(
     """
     case = make_synthetic_case(seed, shape=shape, spacing=(1.5, 1.25, 3.0), num_classes=max(2, len(names) + 1))
     affine = case.image.grid.affine.copy()
+    if "study_seed" in options:
+        # Series of one study show the same part of the patient.
+        home = make_synthetic_case(options["study_seed"], shape=(16, 14, 10), spacing=(1.5, 1.25, 3.0)).image.grid
+        affine[:3, 3] += centre_of(home) - centre_of(case.image.grid)
     affine[:3, 2] += affine[:3, 1] / 1.25 * shear * 3.0
     array = np.concatenate([case.image.array + 100 * n for n in range(num_channels)])
     image = Volume(array, Grid(shape, affine))
-    who = identity or PlantedIdentity(patient_id=patient or f"FAKE-{seed:04d}")
+    who = identity or PlantedIdentity(patient_id=patient or f"FAKE-{options.get('study_seed', seed):04d}")
     settings = {"seed": seed, "study_seed": seed, "identity": who, "series_description": "thorax", **options}
     series = write_series(folder / "image", image, SeriesOptions(**settings))
     structures = None

@@ -99,7 +99,7 @@ def test_what_is_no_volume_is_named_and_left_out(tmp_path: Path, write_study: An
     reasons = {facts["number"]: facts["left_out"] for facts in shown["series"]}
     assert reasons == {
         "1": "",
-        "10": "secondary capture",
+        "10": "secondary capture in colours (RGB)",
         "11": "secondary capture",
         "12": "no image (SR)",
         "20": "scout (localizer)",

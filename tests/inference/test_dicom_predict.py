@@ -131,7 +131,8 @@ def test_segmentations_are_valid_by_dciodvfy(
     tmp_path: Path, run_dir: Path, write_study: Any, options: dict[str, Any]
 ) -> None:
     write_study(tmp_path / "in", names=(), **options)
-    assert predict(run_dir, tmp_path / "in", tmp_path / "out", "--format", "dicom_seg") == 0
+    words = ("--format", "dicom_seg", "--channels", options.get("modality", "CT"))
+    assert predict(run_dir, tmp_path / "in", tmp_path / "out", *words) == 0
     (path,) = (tmp_path / "out").iterdir()
     found = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False)
     assert [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("Error")] == []

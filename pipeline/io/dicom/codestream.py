@@ -105,7 +105,7 @@ def unpack_rle(data: bytes, pixels: PixelFormat) -> bytes:
 def _check_size(rows: int, columns: int, components: int, bits: int, pixels: PixelFormat) -> None:
     _require((rows, columns) == (pixels.rows, pixels.columns), "has another size than the header says")
     _require(components == pixels.samples, "has another number of samples than the header says")
-    is_fitting = bits <= 8 if pixels.bits_allocated == 8 else 1 < bits <= pixels.bits_allocated
+    is_fitting = bits <= 8 if pixels.bits_allocated <= 8 else 1 < bits <= pixels.bits_allocated
     _require(is_fitting, "has other bits per pixel than the header says")
 
 

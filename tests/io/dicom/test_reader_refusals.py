@@ -307,9 +307,9 @@ def test_names_of_files_that_are_names_of_people_are_hidden(tmp_path: Path):
     dataset = pydicom.dcmread(path)
     dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f" + bytes(200)], has_bot=False)
     dataset.save_as(path)
-    assert "***_***_2.dcm: frame 0 cannot be decoded" in refusal(tmp_path)
+    assert "***_2.dcm: frame 0 cannot be decoded" in refusal(tmp_path)
     truncate_file(path, 0.9)
-    assert "1 of 3 files (***_***_2.dcm): is truncated" in refusal(tmp_path)
+    assert "1 of 3 files (***_2.dcm): is truncated" in refusal(tmp_path)
 
 
 def test_a_damaged_length_does_not_spill_the_patient_into_a_message(tmp_path: Path):
