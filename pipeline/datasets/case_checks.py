@@ -77,13 +77,14 @@ def try_label(case: Case, findings: Findings) -> Volume | None:
 
 
 def _try_file(path: Path, read: Callable[[Path], Volume], what: str, findings: Findings) -> Volume | None:
+    name = "folder" if path.is_dir() else f"file {path.name}"
     if not path.exists():
         findings.add(f"missing_{what}", f"the {what} file {path.name} does not exist")
         return None
     try:
         return read(path)
     except InputError as error:
-        findings.add(f"unreadable_{what}", f"the {what} file {path.name} cannot be used: {error.what}")
+        findings.add(f"unreadable_{what}", f"the {what} {name} cannot be used: {error.what}")
         return None
 
 

@@ -26,7 +26,8 @@ def describe_metrics(metrics: Metrics) -> Group:
     for heading, _ in COLUMNS.values():
         table.add_column(heading, justify="right")
     for name, summary in metrics.by_class.items():
-        table.add_row(name, *_class_cells(summary))
+        # As plain text: a name may look like markup.
+        table.add_row(Text(name), *_class_cells(summary))
     table.add_section()
     means = [_number(metrics.overall[metric], digits) for metric, (_, digits) in COLUMNS.items()]
     table.add_row("mean over classes", *means, style="bold")

@@ -66,7 +66,8 @@ def list_volumes(folder: Path) -> dict[str, Path]:
         raise InputError("is no folder", where=folder, fix="Give the folder that holds one NIfTI file per case")
     files = sorted(item for item in folder.iterdir() if is_nifti_name(item.name))
     if not files:
-        raise InputError("holds no NIfTI file", where=folder, fix="Give the folder that holds one per case")
+        fix = "Give the folder that holds one per case (of DICOM series predict writes them with --format both)"
+        raise InputError("holds no NIfTI file", where=folder, fix=fix)
     return {strip_nifti_suffix(item.name): item for item in files}
 
 

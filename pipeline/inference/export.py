@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from pipeline.datasets.case import Case
 from pipeline.errors import InputError
 from pipeline.io.dicom.frames import Stack
 from pipeline.io.dicom.references import anonymous_errors
 from pipeline.io.dicom.tilt import back_to_slices
-from pipeline.io.image_file import write_label
+from pipeline.io.image_file import is_series, write_label
 from pipeline.io.volume import Volume
 from pipeline.plan import Plan
 
 OutputFormat = Literal["nifti", "dicom_seg"]
+NO_SERIES = "Use --format nifti"
 SUFFIXES: dict[OutputFormat, str] = {"nifti": ".nii.gz", "dicom_seg": ".dcm"}
 FORMATS: dict[str, tuple[OutputFormat, ...]] = {
     "nifti": ("nifti",),
@@ -28,6 +30,16 @@ def output_files(case_id: str, folder: Path, formats: Sequence[OutputFormat]) ->
     return {kind: folder / f"{case_id}{SUFFIXES[kind]}" for kind in formats}
 
 
+def check_inputs(cases: Sequence[Case], formats: Iterable[OutputFormat]) -> None:
+    """Refuse at once what none of the images can become.
+
+    Raises:
+        InputError: DICOM segmentations are asked, and no image is a DICOM series.
+    """
+    if cases and "dicom_seg" in formats and not any(is_series(path) for case in cases for path in case.images[:1]):
+        raise InputError("a DICOM segmentation refers to a DICOM series, and the input has none", fix=NO_SERIES)
+
+
 def check_formats(image: Volume, formats: Iterable[OutputFormat]) -> None:
     """Refuse, before anything is computed, what cannot be written of an image.
 
@@ -39,7 +51,7 @@ def check_formats(image: Volume, formats: Iterable[OutputFormat]) -> None:
         return
     stack = image.source.header if image.source is not None else None
     if not isinstance(stack, Stack):
-        raise InputError("a DICOM segmentation refers to a DICOM series, and this is none", fix="Use --format nifti")
+        raise InputError("a DICOM segmentation refers to a DICOM series, and this is none", fix=NO_SERIES)
     from pipeline.io.dicom.seg_source import read_segmentation_source
 
     with anonymous_errors(_files_of(stack)):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.allocation import allotted_cpus
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
-from pipeline.inference.export import OutputFormat, check_formats, output_files, write_outputs
+from pipeline.inference.export import OutputFormat, check_formats, check_inputs, output_files, write_outputs
 from pipeline.inference.loading import (
     as_trained,
     find_checkpoint,
@@ -172,18 +172,18 @@ class Predictor:
             or the only case failed.
             CasesFailedError: Some of several cases failed; it lists them, and its result are the other files.
         """
+        check_inputs(cases, formats)
         _make_folder(output)
         files = {case.case_id: output_files(case.case_id, output, formats) for case in cases}
         _check_not_an_input(cases, files)
-        open_cases = [
-            case for case in cases if overwrite or not all(path.exists() for path in files[case.case_id].values())
-        ]
+        todo = {case_id: _open_files(paths, overwrite=overwrite) for case_id, paths in files.items()}
+        open_cases = [case for case in cases if todo[case.case_id]]
         if len(open_cases) < len(cases):
             get_logger("predict").info("%d output(s) are there already and are kept", len(cases) - len(open_cases))
         failures: dict[str, str] = {}
         for case in track(open_cases, description="predict", total=len(open_cases)):
             try:
-                self._predict_file(case, files[case.case_id])
+                self._predict_file(case, todo[case.case_id])
             except (VoxfitError, OSError, MemoryError, torch.OutOfMemoryError) as error:
                 # The next case would need the space as well; and of a single case the error itself says most.
                 if _is_disk_full(error) or (len(cases) == 1 and isinstance(error, VoxfitError)):
@@ -247,6 +247,11 @@ def _make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"cannot be written to ({error.strerror})", where=folder, fix=OTHER_FOLDER) from error
+
+
+def _open_files(paths: Mapping[OutputFormat, Path], *, overwrite: bool) -> dict[OutputFormat, Path]:
+    """The files of a case that are still to be written."""
+    return {kind: path for kind, path in paths.items() if overwrite or not path.exists()}
 
 
 def _all_paths(files: Mapping[str, Mapping[OutputFormat, Path]]) -> list[Path]:

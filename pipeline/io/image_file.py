@@ -37,6 +37,11 @@ def is_image_path(path: Path) -> bool:
     return nifti.is_nifti_name(name) or name.endswith((SERIES_SUFFIX, STRUCTURES_SUFFIX)) or path.is_dir()
 
 
+def is_series(path: Path) -> bool:
+    """Whether a path stands for a DICOM series."""
+    return path.name.endswith(SERIES_SUFFIX) or path.is_dir()
+
+
 def strip_suffix(name: str) -> str:
     """`a_0000.nii.gz` -> `a_0000`, `a.series.json` -> `a`; any other name comes back as it is."""
     for suffix in (SERIES_SUFFIX, STRUCTURES_SUFFIX):

@@ -48,7 +48,7 @@ def _read_state(path: Path) -> SourceFile:
         status = path.stat()
         return SourceFile(size=status.st_size, mtime_ns=status.st_mtime_ns, sha256=file_hash(path))
     except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=path, fix="Check the file") from error
+        raise InputError(f"cannot be read ({error.strerror})", where=path.name, fix="Check the file") from error
 
 
 def _key(files: tuple[SourceFile, ...], info: StoreInfo) -> str:

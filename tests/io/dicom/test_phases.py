@@ -239,3 +239,58 @@ def test_many_phases_are_told_apart_in_a_moment(tmp_path: Path):
     series = write(tmp_path, "TemporalPositionIdentifier", values)
     set_by_place(series, "FrameReferenceTime", lambda c, k: str(7 * c + k))
     assert read_series(series.files).array.shape == (30, *SHAPE)
+
+
+def item(**values: Any) -> pydicom.Dataset:
+    made = pydicom.Dataset()
+    for keyword, value in values.items():
+        setattr(made, keyword, value)
+    return made
+
+
+def direction(number: int) -> dict[str, Any]:
+    axis = [float(number == place) for place in (1, 2, 3)]
+    inner = [item(DiffusionGradientOrientation=axis)] if number else []
+    return {"MRDiffusionSequence": item(DiffusionBValue=700.0, DiffusionGradientDirectionSequence=inner)}
+
+
+def flip_angle(number: int) -> dict[str, Any]:
+    return {"MRTimingAndRelatedParametersSequence": item(FlipAngle=5.0 * (number + 1))}
+
+
+def dixon(number: int) -> dict[str, Any]:
+    kind = ["DERIVED", "PRIMARY", "DIXON", ("WATER", "FAT", "IN_PHASE")[number]]
+    return {"MRImageFrameTypeSequence": item(FrameType=kind, ComplexImageComponent="MAGNITUDE")}
+
+
+@pytest.mark.parametrize(
+    ("groups", "keyword"),
+    [(direction, "DiffusionGradientOrientation"), (flip_angle, "FlipAngle"), (dixon, "FrameType")],
+)
+def test_frames_are_told_apart_by_what_their_functional_groups_say(groups: Any, keyword: str, tmp_path: Path):
+    series = write(tmp_path, "TemporalPositionIdentifier", (1.0, 2.0, 3.0), enhanced=True)
+    dataset = pydicom.dcmread(series.files[0])
+    order = {}
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        content = frame.FrameContentSequence[0]
+        number = int(content.TemporalPositionIndex) - 1
+        del content.TemporalPositionIndex
+        for name, group in groups(number).items():
+            setattr(frame, name, [group])
+        order[number] = str(groups(number))
+    dataset.save_as(series.files[0])
+    names = read_stack_of(dicom_files(tmp_path)).phase_names
+    assert len(names) == 3
+    assert all(name.startswith(keyword) for name in names)
+    array = read_series(dicom_files(tmp_path)).array
+    # Each channel is one of the phases that were written, and none comes twice.
+    found = [[np.array_equal(channel, written) for written in series.array] for channel in array]
+    assert np.array(found).sum(axis=0).tolist() == [1, 1, 1]
+
+
+def test_times_of_acquisition_tell_phases_apart_where_nothing_else_does(tmp_path: Path):
+    series = write(tmp_path, "AcquisitionNumber", (1.0, 2.0))
+    set_by_place(series, "AcquisitionTime", lambda c, k: f"12000{c}.5")
+    delete_attribute(series.files, "AcquisitionNumber")
+    assert [name.split(" ")[0] for name in read_stack_of(dicom_files(tmp_path)).phase_names] == ["AcquisitionTime"] * 2
+    np.testing.assert_array_equal(read_series(dicom_files(tmp_path)).array, series.array)
