@@ -247,7 +247,9 @@ def test_a_dicom_segmentation_of_nifti_is_one_clear_line(
     nib.save(nib.Nifti1Image(np.zeros((12, 16, 8), np.float32), np.eye(4)), tmp_path / "in" / "a.nii.gz")
     assert predict(run_dir, tmp_path / "in", tmp_path / "out", "--format", "dicom_seg") == 2
     message = capsys.readouterr().err.split("error: ")[1]
-    assert message == "a DICOM segmentation refers to a DICOM series, and this is none. Use --format nifti\n"
+    assert message == "a DICOM segmentation refers to a DICOM series, and the input has none. Use --format nifti\n"
+    (tmp_path / "in" / "b.nii.gz").write_bytes((tmp_path / "in" / "a.nii.gz").read_bytes())
+    assert predict(run_dir, tmp_path / "in", tmp_path / "out", "--format", "dicom_seg") == 2
 
 
 def test_what_no_segmentation_can_refer_to_is_told_before_anything_is_computed(
