@@ -83,7 +83,7 @@ def _rle_segments(data: bytes, pixels: PixelFormat) -> list[bytes]:
     return [data[start:end] for start, end in pairwise(bounds)]
 
 
-def unpack_rle(data: bytes, pixels: PixelFormat) -> bytes:
+def unpack_rle(data: bytes, pixels: PixelFormat) -> memoryview:
     """The pixels of an RLE frame as little endian words; of damaged frames, pylibjpeg's own function for them panics.
 
     Raises:
@@ -99,7 +99,7 @@ def unpack_rle(data: bytes, pixels: PixelFormat) -> bytes:
         is_padded = len(found) == len(words) + 1 and segment[-1] == 0
         _require(len(found) == len(words) or is_padded, "has another size than the header says")
         words[:, place] = found[: len(words)]
-    return words.tobytes()
+    return words.reshape(-1).data
 
 
 def _check_size(rows: int, columns: int, components: int, bits: int, pixels: PixelFormat) -> None:
