@@ -14,9 +14,9 @@ from pipeline.datasets.listing import nifti_files
 from pipeline.datasets.msd import DATASET_FILE
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import Header, is_dicom_file, read_header
+from pipeline.io.dicom.rtstruct_file import RT_STRUCTURE_SET
+from pipeline.io.dicom.seg_header import SEGMENTATION_CLASSES
 from pipeline.io.dicom.series import (
-    SEGMENTATION_CLASSES,
-    STRUCTURE_SET_CLASS,
     Series,
     examine_series,
     group_by_series,
@@ -133,7 +133,7 @@ def _as_scan(
     root: Path, headers: list[Header], unreadable: list[tuple[Path, str]], num_other_files: int, *, allow_tilt: bool
 ) -> Scan:
     headers.sort(key=lambda header: header.path)
-    is_label = {header.path: header.sop_class in (*SEGMENTATION_CLASSES, STRUCTURE_SET_CLASS) for header in headers}
+    is_label = {header.path: header.sop_class in (*SEGMENTATION_CLASSES, RT_STRUCTURE_SET) for header in headers}
     images = [header for header in headers if not is_label[header.path]]
     found = [
         _with_folder_problems(_examine(part, allow_tilt=allow_tilt), unreadable)

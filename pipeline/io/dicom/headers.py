@@ -156,7 +156,7 @@ def _identified(path: Path, dataset: Any) -> Header:
         instance_uid=text(dataset, "SOPInstanceUID") or text(dataset.file_meta, "MediaStorageSOPInstanceUID"),
         series_uid=text(dataset, "SeriesInstanceUID"),
         study_uid=text(dataset, "StudyInstanceUID"),
-        frame_of_reference=text(dataset, "FrameOfReferenceUID"),
+        frame_of_reference=text(dataset, "FrameOfReferenceUID") or _referenced_frame(dataset),
         patient_id=text(dataset, "PatientID"),
         modality=shown(text(dataset, "Modality").upper(), 16),
         series_number=shown(text(dataset, "SeriesNumber"), 16),
@@ -208,6 +208,12 @@ def _outline_names(dataset: Any) -> tuple[str, ...]:
     }
     rois = items(dataset, "StructureSetROISequence")
     return tuple(shown(text(roi, "ROIName")) for roi in rois if text(roi, "ROINumber") in numbers)
+
+
+def _referenced_frame(dataset: Any) -> str:
+    """The space of a structure set, which seldom has one of its own."""
+    found = {text(item, "FrameOfReferenceUID") for item in items(dataset, "ReferencedFrameOfReferenceSequence")}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _referenced_series(dataset: Any) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.reader import read_stack_of, source_of
 from pipeline.io.dicom.references import StructuresFile, anonymous_errors, identity_behind, read_series_file
 from pipeline.io.dicom.rtstruct import iter_structures
+from pipeline.io.dicom.rtstruct_file import RT_STRUCTURE_SET
+from pipeline.io.dicom.seg_header import SEGMENTATION_CLASSES
 from pipeline.io.dicom.seg_reader import iter_segments
-from pipeline.io.dicom.series import SEGMENTATION_CLASSES, STRUCTURE_SET_CLASS
 from pipeline.io.dicom.structures import ComposedLabel, Structure, class_index, compose_label
 from pipeline.io.dicom.tilt import upright
 from pipeline.io.volume import Volume
@@ -72,7 +73,7 @@ def iter_object(
     """
     header = read_header(path)
     _check_space(header, stack)
-    if header.sop_class == STRUCTURE_SET_CLASS:
+    if header.sop_class == RT_STRUCTURE_SET:
         return iter_structures(path, stack.grid, wanted=wanted)
     if header.sop_class in SEGMENTATION_CLASSES:
         return iter_segments(path, stack.grid, wanted=wanted, threshold=threshold)

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError
 from pipeline.geometry import Grid, check_affine
 from pipeline.io.dicom.contours import Contours, fill_contours
-from pipeline.io.dicom.rtstruct_file import Roi, StructureSet, read_rois, read_structure_set
+from pipeline.io.dicom.rtstruct_file import Roi, read_rois
 from pipeline.io.dicom.structures import Structure
 from pipeline.log import get_logger
-
-__all__ = ["StructureSet", "iter_structures", "read_structure_set"]
 
 # A contour belongs to a slice when all its points lie this close to it. Real files are off by up to 0.012 slices, where
 # they were drawn on a CT and copied to a PET; half a slice would be as wrong as can be.

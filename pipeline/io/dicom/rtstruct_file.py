@@ -21,21 +21,6 @@ _EXPORT_AGAIN = "Export the structure set again"
 
 
 @dataclass(frozen=True)
-class StructureSet:
-    """What an RT structure set tells before its contours are read.
-
-    Attributes:
-        names: Of the structures, in the order of the file; a name may occur twice.
-        referenced_series: SeriesInstanceUIDs of the images it was drawn on; empty where the file does not tell.
-        frame_of_reference: UID of the space of the contours, the same for all structures; "" where not told.
-    """
-
-    names: tuple[str, ...]
-    referenced_series: tuple[str, ...]
-    frame_of_reference: str
-
-
-@dataclass(frozen=True)
 class Roi:
     """A structure as in the file.
 
@@ -49,19 +34,6 @@ class Roi:
     number: int
     place: str
     contours: tuple[tuple[str, bytes], ...]
-
-
-def read_structure_set(path: Path) -> StructureSet:
-    """Read names and references; contours are not read.
-
-    Raises:
-        InputError: No file, not DICOM, not an RT structure set, structures without a name or a number of their own, or
-            structures in several frames of reference.
-    """
-    with errors_named(path, "is truncated or malformed", fix="Copy or export it again"):
-        dataset = _read(path, stop_when=lambda tag, _vr, _length: tag >= ROI_CONTOURS)
-        names = _names(dataset, path)
-        return StructureSet(tuple(names.values()), _referenced_series(dataset), _frame_of_reference(dataset, path))
 
 
 def read_rois(path: Path, wanted: Callable[[str], bool]) -> list[Roi]:
@@ -133,16 +105,6 @@ def _sequence(dataset: Any, keyword: str, path: Path) -> Sequence[Any]:
     if not items:
         raise InputError(f"holds no {keyword}, so no structures", where=path.name, fix=_EXPORT_AGAIN)
     return items
-
-
-def _referenced_series(dataset: Any) -> tuple[str, ...]:
-    uids = [
-        str(series.SeriesInstanceUID)
-        for frame in dataset.get("ReferencedFrameOfReferenceSequence") or ()
-        for study in frame.get("RTReferencedStudySequence") or ()
-        for series in study.get("RTReferencedSeriesSequence") or ()
-    ]
-    return tuple(dict.fromkeys(uids))
 
 
 def _frame_of_reference(dataset: Any, path: Path) -> str:

@@ -39,40 +39,6 @@ _Placed = tuple[SegmentFrame, Placement]
 _FRACTION_ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class SegmentSet:
-    """What the header of a segmentation tells.
-
-    Attributes:
-        names: Labels of the segments in the file's order, without the background of a label map.
-        referenced_series: SeriesInstanceUID of each series that it refers to.
-        frame_of_reference: FrameOfReferenceUID, "" where it is missing.
-        segmentation_type: BINARY, FRACTIONAL or LABELMAP.
-    """
-
-    names: tuple[str, ...]
-    referenced_series: tuple[str, ...]
-    frame_of_reference: str
-    segmentation_type: str
-
-
-def read_segment_set(path: Path) -> SegmentSet:
-    """Read the header of a segmentation; no pixel is decoded.
-
-    Raises:
-        InputError: No file, no segmentation, or one without described segments.
-    """
-    with seg_errors_named(path):
-        dataset = read_dataset(path, with_pixels=False)
-        series = [str(item.get("SeriesInstanceUID", "")) for item in dataset.get("ReferencedSeriesSequence") or []]
-        return SegmentSet(
-            names=tuple(segment.name for segment in read_segments(dataset) if not segment.is_background),
-            referenced_series=tuple(uid for uid in series if uid),
-            frame_of_reference=str(dataset.get("FrameOfReferenceUID") or ""),
-            segmentation_type=segmentation_type(dataset),
-        )
-
-
 def iter_segments(
     path: Path, grid: Grid, *, wanted: Callable[[str], bool], threshold: float = 0.5
 ) -> Iterator[Structure]:

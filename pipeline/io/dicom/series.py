@@ -14,8 +14,6 @@ from pipeline.io.dicom.stacks import arrange
 
 MODALITIES = ("CT", "MR", "PT")
 SECONDARY_CAPTURE_PREFIX = "1.2.840.10008.5.1.4.1.1.7"
-SEGMENTATION_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
-STRUCTURE_SET_CLASS = "1.2.840.10008.5.1.4.1.1.481.3"
 # Words of ImageType by which scanners mark pictures of text, curves and renderings.
 SCREEN_WORDS = ("SCREEN", "DOSE", "REPORT", "PROTOCOL", "CSA BLACK", "VRT", "CHART")
 MOST_NAMED = 3

@@ -15,7 +15,8 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from pipeline.errors import InputError
 from pipeline.geometry import Grid, cropped_grid
-from pipeline.io.dicom.seg_reader import SegmentSet, iter_segments, read_segment_set
+from pipeline.io.dicom.headers import read_header
+from pipeline.io.dicom.seg_reader import iter_segments
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SPACING = (0.7, 1.3, 2.5)
@@ -278,7 +279,7 @@ def test_the_padding_value_of_a_label_map_is_its_background(tmp_path: Path) -> N
     assert list(masks) == ["one"]
     np.testing.assert_array_equal(masks["one"][:, :, :3], labels[:, :, :3] == 1)
     assert not masks["one"][:, :, 3].any()
-    assert read_segment_set(path).names == ("one",)
+    assert read_header(path).structure_names == ("one",)
 
 
 def test_compressed_frames_are_decoded(tmp_path: Path) -> None:
@@ -296,7 +297,9 @@ def test_the_header_is_told_without_the_pixels(tmp_path: Path) -> None:
         del dataset.PixelData
 
     path = make_seg(tmp_path / "a.dcm", slices_of(random_mask()), edit=refer)
-    assert read_segment_set(path) == SegmentSet(("one", "two"), ("1.2.9",), "1.2.3", "BINARY")
+    header = read_header(path)
+    assert header.frame_of_reference == "1.2.3"
+    assert (header.structure_names, header.referenced_series) == (("one", "two"), ("1.2.9",))
 
 
 # ---- damage
@@ -377,8 +380,6 @@ def test_files_that_are_no_segmentation_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "a.dcm", tmp_path / "gone.dcm", tmp_path):
         with pytest.raises(InputError):
             read(path)
-        with pytest.raises(InputError):
-            read_segment_set(path)
 
 
 # ---- real files
@@ -422,7 +423,7 @@ def test_real_segmentations_equal_their_nrrd_voxel_by_voxel(
     masks = read(folder / seg, grid)
     assert {name: int(mask.sum()) for name, mask in masks.items()} == voxels
     np.testing.assert_array_equal(masks["Liver"], expected == 1)
-    assert read_segment_set(folder / seg).names == ("Liver",)
+    assert read_header(folder / seg).structure_names == ("Liver",)
 
 
 def test_overlapping_segments_stay_whole(shared_data: Path) -> None:

@@ -20,7 +20,8 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, g
 from pipeline.errors import InputError
 from pipeline.geometry import AxisOrder, Grid
 from pipeline.io.dicom.frames import Frame, PixelFormat, Stack, Tile
-from pipeline.io.dicom.seg_reader import iter_segments, read_segment_set
+from pipeline.io.dicom.headers import read_header
+from pipeline.io.dicom.seg_reader import iter_segments
 from pipeline.io.dicom.seg_source import read_segmentation_source
 from pipeline.io.dicom.seg_writer import write_segmentation
 from pipeline.io.dicom.segment_codes import suggest_segment_codes
@@ -270,7 +271,7 @@ def test_the_study_is_kept_and_the_series_is_new(tmp_path: Path) -> None:
     assert dataset.SeriesInstanceUID != header.SeriesInstanceUID
     assert (dataset.Modality, dataset.SeriesNumber, dataset.Manufacturer) == ("SEG", 1003, "voxfit")
     assert "InstitutionName" not in dataset
-    assert read_segment_set(path).referenced_series == (header.SeriesInstanceUID,)
+    assert read_header(path).referenced_series == (header.SeriesInstanceUID,)
     instances = dataset.ReferencedSeriesSequence[0].ReferencedInstanceSequence
     assert [i.ReferencedSOPInstanceUID for i in instances] == [f.instance_uid for f in source.header.frames[0]]
     assert {i.ReferencedSOPClassUID for i in (*instances, *dataset.SourceImageSequence)} == {MR_CLASS}
@@ -306,14 +307,14 @@ def test_names_in_any_script_and_of_any_length_are_kept_as_far_as_dicom_goes(tmp
     source = make_source(make_series(tmp_path / "series"))
     classes = {"background": 0, "肝臓": 2, "long " * 20: 7}
     path = write(tmp_path, source, make_label(source), classes=classes, codes=suggest_segment_codes(classes))
-    assert read_segment_set(path).names == ("肝臓", ("long " * 20)[:64].strip())
+    assert read_header(path).structure_names == ("肝臓", ("long " * 20)[:64].strip())
     assert errors_of_dciodvfy(path) == []
 
 
 def test_classes_without_a_voxel_are_not_described(tmp_path: Path) -> None:
     source = make_source(make_series(tmp_path / "series"))
     path = write(tmp_path, source, make_label(source, (0, 2, 40)))
-    assert read_segment_set(path).names == ("liver", "spleen")
+    assert read_header(path).structure_names == ("liver", "spleen")
     assert {s.number: int(s.mask.sum()) > 0 for s in iter_segments(path, source.grid, wanted=lambda name: True)} == {
         1: True,
         2: True,
@@ -326,7 +327,7 @@ def test_an_empty_result_is_a_valid_object_that_says_what_was_looked_for(kind: s
     label = np.zeros_like(make_label(source))
     path = write(tmp_path, source, label)
     assert errors_of_dciodvfy(path) == []
-    assert read_segment_set(path).names == ("liver", "left kidney", "spleen")
+    assert read_header(path).structure_names == ("liver", "left kidney", "spleen")
     assert pydicom.dcmread(path).NumberOfFrames == 3
     assert not any(s.mask.any() for s in iter_segments(path, source.grid, wanted=lambda name: True))
 
