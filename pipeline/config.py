@@ -5,6 +5,7 @@ Precedence: flag > YAML > plan > default. "auto" means that the plan, or the mac
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -146,13 +147,29 @@ class PreprocessConfig(Checked):
     """plan.json."""
     store: str
     """Folder of the store; finished cases in it are kept."""
+    shard: str = ""
+    """Make one share only, as in 3/16: jobs on any number of nodes fill one store, and --verify is the last of them."""
+    verify: bool = False
+    """Make nothing; name the cases that the store lacks (exit code 3), and remove what does not belong to it."""
     num_workers: int | Auto = "auto"
     """Processes; auto takes the CPUs this job was allotted, fewer where memory is short."""
     skip_bad_cases: bool = False
     """Leave out cases that fail instead of stopping at them (exit code 3)."""
 
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """Number and count of the shares in `shard`; None without."""
+        number, _, count = self.shard.partition("/")
+        return (int(number), int(count)) if self.shard else None
+
     def problems(self) -> list[str]:
-        return _at_least(self, 1, "num_workers")
+        found = _at_least(self, 1, "num_workers")
+        is_share = re.fullmatch(r"\d+/\d+", self.shard) is not None
+        if self.shard and not (is_share and self.share is not None and 1 <= self.share[0] <= self.share[1]):
+            found.append(f"shard: must be as in 3/16, counted from 1, got {self.shard}")
+        if self.shard and self.verify:
+            found.append("verify: looks at the whole store, so it goes without shard")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +328,8 @@ class PredictConfig(Checked):
     """The run folder."""
     input: str
     """A NIfTI file, a folder of them (channels by suffix _0000, _0001), a dataset, or a folder with DICOM series."""
+    cases: Literal["all", "held_out"] = "all"
+    """Which of them: all, or those that the run held out for validation (of the dataset that it was trained on)."""
     output: str
     """Folder for the segmentations, one file per case."""
     format: Literal["nifti", "dicom_seg", "both"] = "nifti"
