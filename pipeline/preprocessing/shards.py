@@ -1,8 +1,8 @@
 """A store filled by several jobs, each its share of the cases, and the check that it is complete.
 
-No job waits for another or knows of it. A case belongs to the share that its place among the sorted ids gives, so shares
-do not overlap while the dataset stays as it is; where they do (a dataset that grew, a job started twice) a case is made
-twice with the same bytes. Removing is left to `verify_store` and to a run without shares.
+No job waits for another or knows of it. A case belongs to the share that its place among the sorted ids gives, so
+shares do not overlap while the dataset stays as it is; where they do (a dataset that grew, a job started twice) a case
+is made twice with the same bytes. Removing is left to `verify_store` and to a run without shares.
 """
 
 from __future__ import annotations
