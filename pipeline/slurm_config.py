@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipeline.option_checks import Auto, Checked, at_least
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+_EXTRA = re.compile(r"(--)?[a-z][a-z-]+(=\S+)?")
 _MEMORY = re.compile(r"\d+[KMGT]?")
 
 
@@ -52,7 +53,7 @@ class SlurmConfig(Checked):
     qos: str = ""
     """Quality of service."""
     extra: str = ""
-    """More options of sbatch for every job, as in "--constraint=a100 --mail-type=FAIL"."""
+    """More options of sbatch for every job, without their dashes, as in "constraint=a100 mail-type=FAIL"."""
     setup: str = ""
     """Shell lines before the command, such as "module load python" or "source .venv/bin/activate"."""
 
@@ -70,6 +71,7 @@ class SlurmConfig(Checked):
         for name in ("account", "partition", "qos", "gpu_type"):
             if not re.fullmatch(r"[\w.,@:+=/-]*", getattr(self, name)):
                 found.append(f"{name}: must be a name as the cluster uses it, got {getattr(self, name)}")
-        if self.extra and any(not word.startswith("-") for word in self.extra.split()):
-            found.append(f"extra: every option needs a dash and no space, as in --constraint=a100, got {self.extra}")
+        wrong = [word for word in self.extra.split() if not _EXTRA.fullmatch(word)]
+        if wrong:
+            found.append(f"extra: must be as in constraint=a100 mail-type=FAIL, got {' '.join(wrong)}")
         return found

@@ -182,7 +182,7 @@ class Chain:
             ("--open-mode=append", ""),
             (f"--output={shlex.quote(log)}", ""),
             *((f"--{key}={value}", "") for key, value in given.items() if value),
-            *((word, "") for word in config.extra.split()),
+            *((f"--{word.removeprefix('--')}", "") for word in config.extra.split()),
         )
 
 

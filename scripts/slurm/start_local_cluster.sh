@@ -54,7 +54,7 @@ stop_all() {
     end slurmctld
     end munged
     rm -rf "$folder/state" "$folder/spool"
-    rm -f "$folder"/*.pid "$folder"/munge.* "$folder/environment" "$SLURM_CONF" "$folder"/{cgroup,gres}.conf
+    rm -f "$folder"/*.pid "$folder"/munge.* "$folder/jobs.txt" "$folder/environment" "$SLURM_CONF" "$folder"/{cgroup,gres}.conf
 }
 
 # Its node takes jobs; a stale folder has a configuration but nobody who answers.
@@ -72,6 +72,7 @@ for program in munged slurmctld slurmd sbatch scontrol; do
     command -v "$program" > /dev/null ||
         cannot "$program is not installed: apt-get install --no-install-recommends slurm-wlm munge"
 done
+[ "${#folder}" -le 90 ] || cannot "the folder's name is too long for a socket, which has 107 characters at most: $folder"
 if [ -e "$SLURM_CONF" ] && answers; then
     echo "it is running already: source $folder/environment"
     exit 0
@@ -138,7 +139,6 @@ RebootProgram=/bin/false
 GresTypes=gpu
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$memory Gres=gpu:$gpus State=UNKNOWN
 PartitionName=batch Nodes=$host Default=YES MaxTime=INFINITE State=UP
-PartitionName=short Nodes=$host MaxTime=01:00:00 State=UP
 CONF
 if [ "$gpus" -gt 0 ]; then
     # A GPU needs a file to be counted; an empty one stands in for the device.
