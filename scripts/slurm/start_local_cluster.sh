@@ -9,7 +9,7 @@
 # Exit codes: 0 it answers; 2 wrong options; 69 it cannot run here (the reason is on standard error).
 set -euo pipefail
 
-folder="${TMPDIR:-/tmp}/voxfit-slurm" cpus="$(nproc)" memory="" gpus=0 stop=""
+folder="${TMPDIR:-/tmp}/voxfit-slurm" cpus="$(env -u OMP_NUM_THREADS nproc)" memory="" gpus=0 stop=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --stop) stop=yes; shift; continue ;;
@@ -40,7 +40,8 @@ end() {
     [ -n "$pid" ] && [ "$(cat "/proc/$pid/comm" 2> /dev/null)" = "$name" ] || return 0
     kill "$pid" 2> /dev/null || true
     for _ in $(seq 50); do
-        [ -d "/proc/$pid" ] || return 0
+        # What has ended may stay a zombie (Z) for a while where the first process of a container does not collect it.
+        [ -d "/proc/$pid" ] && ! grep -q '^State:.Z' "/proc/$pid/status" 2> /dev/null || return 0
         sleep 0.1
     done
     kill -9 "$pid" 2> /dev/null || true
