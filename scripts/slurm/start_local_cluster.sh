@@ -134,7 +134,6 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=0,defer_batch
 SchedulerType=sched/builtin
 ReturnToService=2
 MinJobAge=86400
-KillWait=10
 JobRequeue=1
 RebootProgram=/bin/false
 GresTypes=gpu
