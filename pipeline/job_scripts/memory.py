@@ -15,8 +15,8 @@ from pipeline.plan import GIB, Plan
 from pipeline.preprocessing.workers import PROCESS_BYTES, estimate_case_bytes, largest_case_voxels
 
 USABLE_SHARE = 0.8
-# Resident sizes of a training process beside what is counted: torch and Lightning (0.5 GiB measured on a CPU), and with a
-# GPU what CUDA's libraries map (an estimate, not yet measured).
+# Resident sizes of a training process beside what is counted: torch and Lightning (0.5 GiB measured on a CPU), and with
+# a GPU what CUDA's libraries map (an estimate, not yet measured).
 CPU_PROCESS_BYTES = 1 * GIB
 GPU_PROCESS_BYTES = 4 * GIB
 # Measured on labels that are rugged everywhere, where surfaces are most of the volume; smooth ones take a tenth.
