@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
-from pipeline.allocation import resolve_num_workers
+from pipeline.allocation import describe_allocation, resolve_num_workers
 from pipeline.artifacts import content_hash, read_artifact, to_json, write_artifact
 from pipeline.config import (
     EvaluateConfig,
@@ -108,15 +108,24 @@ def preprocess(config: PreprocessConfig) -> CaseStore:
 
     Raises:
         CasesFailedError: Some cases were left out or failed; with `skip_bad_cases` off nothing is started
-            when a case has problems.
+            when a case has problems. A share tells of its own cases only, and `verify` of what the store lacks.
     """
     from pipeline.datasets.dataset import read_dataset
     from pipeline.preprocessing.preprocess import preprocess_dataset
+    from pipeline.preprocessing.shards import preprocess_share, verify_store
     from pipeline.store import CaseStore
 
+    get_logger().info("preprocess: %s", describe_allocation())
     dataset, store, done = read_dataset(config.dataset), Path(config.store), f"{config.store} was filled"
     made = read_artifact(Path(config.plan), Plan)
     left_out = _left_out_by_plan(made, dataset, config)
+    if config.verify:
+        lacking = verify_store(dataset, made, store, leave_out=left_out)
+        return _finish(CaseStore(store), lacking, done=f"{config.store} is filled")
+    if config.share is not None:
+        workers = config.num_workers
+        failures = preprocess_share(dataset, made, store, config.share, num_workers=workers, leave_out=left_out)
+        return _finish(CaseStore(store), failures, done=f"share {config.shard} of {config.store} was made")
     failures = preprocess_dataset(dataset, made, store, num_workers=config.num_workers, leave_out=left_out)
     if failures and not config.skip_bad_cases:
         raise CasesFailedError({**left_out, **failures}, done=done)
@@ -158,6 +167,7 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
     store.check_plan(made)
     splits = _splits(store, config)
     with log_to_file(Path(config.run_dir) / "log.txt"):
+        get_logger("train").info("%s", describe_allocation())
         return fit_fold(made, Path(config.store), splits, config, network=network)
 
 
@@ -195,8 +205,11 @@ def predict(
         CasesFailedError: Some cases failed; the rest is written.
     """
     from pipeline.inference.export import FORMATS
+    from pipeline.inference.loading import read_held_out
     from pipeline.inference.predictor import Predictor
 
+    if config.cases == "held_out":
+        case_ids = read_held_out(Path(config.run_dir))
     with TemporaryDirectory() as references:
         cases = _inputs(config, Path(references), case_ids)
         predictor = Predictor.from_run(

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,8 +31,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
-    # The suffix stays at the end because writers such as nibabel choose the format by it.
-    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    # The suffix stays at the end because writers such as nibabel choose the format by it. On a shared file system a
+    # process id would not do: another node may have given out the same.
+    temporary = path.with_name(f".{secrets.token_hex(4)}.partial.{path.name}")
     try:
         yield temporary
         _fsync(temporary)

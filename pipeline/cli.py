@@ -19,6 +19,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from pipeline import config as options
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
 from pipeline.log import configure_logging
+from pipeline.option_checks import Checked
+from pipeline.slurm_config import SlurmConfig
 
 
 class Command(NamedTuple):
@@ -41,6 +43,7 @@ COMMANDS = {
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
     ),
+    "slurm": Command(SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"),
 }
 PROGRAM = "voxfit"
 NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?")
@@ -62,7 +65,7 @@ class Parser(ArgumentParser):
 
 def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and its subparsers by command, made from the config dataclasses."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[options.Checked])
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[Checked])
     parser = Parser(prog=PROGRAM, description=sys.modules["pipeline"].__doc__)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {version(PROGRAM)}")
     subcommands = parser.add_subcommands()

@@ -5,41 +5,11 @@ Precedence: flag > YAML > plan > default. "auto" means that the plan, or the mac
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from pipeline.errors import InputError
-
-Auto = Literal["auto"]
-
-
-class Checked:
-    """A config whose cross-field problems are all reported in one error."""
-
-    def __post_init__(self) -> None:
-        problems = self.problems()
-        if problems:
-            raise InputError("; ".join(problems))
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, each as `dotted.key: problem`."""
-        return []
-
-
-def _at_least(config: object, minimum: float, *names: str, prefix: str = "") -> list[str]:
-    """A problem for each of the named values that is a number below `minimum`."""
-    values = {name: getattr(config, name) for name in names}
-    return [
-        f"{prefix}{name}: must be at least {minimum:g}, got {value}"
-        for name, value in values.items()
-        if not isinstance(value, str) and value < minimum
-    ]
-
-
-def _within_unit(config: object, *names: str, prefix: str = "") -> list[str]:
-    """A problem for each of the named values outside 0 to 1."""
-    values = {name: getattr(config, name) for name in names}
-    return [f"{prefix}{name}: must be 0 to 1, got {value}" for name, value in values.items() if not 0 <= value <= 1]
+from pipeline.option_checks import Auto, Checked, at_least, within_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +74,7 @@ class PlanOptions(Checked):
     """Run the chosen step on the GPU and step down until one fits; auto does where there is a GPU."""
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "batch_size", "effective_batch", "base_features", "num_groups", "max_relative_time")
+        found = at_least(self, 1, "batch_size", "effective_batch", "base_features", "num_groups", "max_relative_time")
         batch, effective = self.batch_size, self.effective_batch
         if isinstance(batch, int) and isinstance(effective, int) and batch > 0 and effective % batch:
             found.append(f"effective_batch: {effective} is not a multiple of batch_size {batch}")
@@ -133,7 +103,7 @@ class PlanConfig(PlanOptions):
     """Processes that read cases; auto takes the CPUs this job was allotted."""
 
     def problems(self) -> list[str]:
-        return super().problems() + _at_least(self, 1, "num_workers")
+        return super().problems() + at_least(self, 1, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +116,29 @@ class PreprocessConfig(Checked):
     """plan.json."""
     store: str
     """Folder of the store; finished cases in it are kept."""
+    shard: str = ""
+    """Make one share only, as in 3/16: jobs on any number of nodes fill one store, and --verify is the last of them."""
+    verify: bool = False
+    """Make nothing; name the cases that the store lacks (exit code 3), and remove what does not belong to it."""
     num_workers: int | Auto = "auto"
     """Processes; auto takes the CPUs this job was allotted, fewer where memory is short."""
     skip_bad_cases: bool = False
     """Leave out cases that fail instead of stopping at them (exit code 3)."""
 
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """Number and count of the shares in `shard`; None without."""
+        number, _, count = self.shard.partition("/")
+        return (int(number), int(count)) if self.shard else None
+
     def problems(self) -> list[str]:
-        return _at_least(self, 1, "num_workers")
+        found = at_least(self, 1, "num_workers")
+        is_share = re.fullmatch(r"\d+/\d+", self.shard) is not None
+        if self.shard and not (is_share and self.share is not None and 1 <= self.share[0] <= self.share[1]):
+            found.append(f"shard: must be as in 3/16, counted from 1, got {self.shard}")
+        if self.shard and self.verify:
+            found.append("verify: looks at the whole store, so it goes without shard")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +161,8 @@ class OptimConfig(Checked):
     """Decay per optimiser step of the averaged weights that are validated and predicted with; 0 is off."""
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 0, "weight_decay", "gradient_clip_norm", prefix="optim.")
-        found += _within_unit(self, "warmup_fraction", "ema_decay", "momentum", prefix="optim.")
+        found = at_least(self, 0, "weight_decay", "gradient_clip_norm", prefix="optim.")
+        found += within_unit(self, "warmup_fraction", "ema_decay", "momentum", prefix="optim.")
         if not isinstance(self.lr, str) and self.lr <= 0:
             found.append(f"optim.lr: must be positive, got {self.lr}")
         return found
@@ -213,7 +199,7 @@ class AugmentationConfig(Checked):
 
     def problems(self) -> list[str]:
         names = ("mirror", "rotate", "scale", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
-        found = _within_unit(self, *names, prefix="augmentation.")
+        found = within_unit(self, *names, prefix="augmentation.")
         if not set(self.mirror_axes) <= {0, 1, 2}:
             found.append(f"augmentation.mirror_axes: only 0, 1 and 2 exist, got {list(self.mirror_axes)}")
         return found
@@ -241,9 +227,9 @@ class HardwareConfig(Checked):
     """Slab stages, from the highest resolution, whose kept tensors lie in host memory; auto is the plan's."""
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "devices", "num_threads", prefix="hardware.")
+        found = at_least(self, 1, "devices", "num_threads", prefix="hardware.")
         counts = ("num_workers", "recompute_stages", "slab_stages", "offload_stages")
-        return found + _at_least(self, 0, *counts, prefix="hardware.")
+        return found + at_least(self, 0, *counts, prefix="hardware.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,9 +259,9 @@ class TrainOptions(Checked):
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "iterations_per_epoch", "batch_size", "effective_batch", "validate_every_n_epochs")
-        found += _at_least(self, 0, "max_validation_cases", "seed")
-        return found + _at_least(self, 2, "num_folds") + _within_unit(self, "foreground_fraction")
+        found = at_least(self, 1, "iterations_per_epoch", "batch_size", "effective_batch", "validate_every_n_epochs")
+        found += at_least(self, 0, "max_validation_cases", "seed")
+        return found + at_least(self, 2, "num_folds") + within_unit(self, "foreground_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +280,7 @@ class TrainConfig(TrainOptions):
     """Epochs."""
 
     def problems(self) -> list[str]:
-        return super().problems() + _at_least(self, 1, "max_epochs") + _fold_problems(self.fold, self.num_folds)
+        return super().problems() + at_least(self, 1, "max_epochs") + _fold_problems(self.fold, self.num_folds)
 
 
 def _fold_problems(fold: int | str, num_folds: int) -> list[str]:
@@ -311,6 +297,8 @@ class PredictConfig(Checked):
     """The run folder."""
     input: str
     """A NIfTI file, a folder of them (channels by suffix _0000, _0001), a dataset, or a folder with DICOM series."""
+    cases: Literal["all", "held_out"] = "all"
+    """Which of them: all, or those that the run held out for validation (of the dataset that it was trained on)."""
     output: str
     """Folder for the segmentations, one file per case."""
     format: Literal["nifti", "dicom_seg", "both"] = "nifti"
@@ -334,7 +322,7 @@ class PredictConfig(Checked):
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.overlap < 1 else [f"overlap: must be from 0 to below 1, got {self.overlap}"]
-        return found + _at_least(self, 1, "num_threads")
+        return found + at_least(self, 1, "num_threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +348,7 @@ class EvaluateConfig(Checked):
 
     def problems(self) -> list[str]:
         found = [] if self.out.endswith(".json") else [f"out: must end in .json, got {self.out}"]
-        return found + _at_least(self, 0, "tolerance_mm") + _at_least(self, 1, "num_workers")
+        return found + at_least(self, 0, "tolerance_mm") + at_least(self, 1, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,7 +375,7 @@ class RunConfig(Checked):
     train: TrainOptions = field(default_factory=TrainOptions)
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "max_epochs", "num_workers")
+        found = at_least(self, 1, "max_epochs", "num_workers")
         return found + _fold_problems(self.fold, self.train.num_folds)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import allocation
-from pipeline.allocation import allotted_cpus, allotted_memory_bytes, resolve_num_workers
+from pipeline.allocation import allotted_cpus, allotted_memory_bytes, describe_allocation, resolve_num_workers
 
 GIB = 2**30
 MACHINE_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -45,7 +45,8 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     monkeypatch.setattr(allocation, "CGROUP_ROOT", made.cgroup)
     monkeypatch.setattr(allocation, "PROC_CGROUP", made.proc)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
     return made
 
 
@@ -143,6 +144,89 @@ def test_auto_workers_fit_into_the_memory(node: Node):
 def test_this_machine_gives_plausible_figures():
     assert 1 <= allotted_cpus() <= (os.cpu_count() or 1)
     assert 0 < allotted_memory_bytes() <= MACHINE_BYTES
+
+
+# ---- what SLURM says, as it says it
+
+
+@pytest.fixture
+def in_job(node: Node, monkeypatch: pytest.MonkeyPatch):
+    """Set SLURM's variables, by name without the prefix."""
+    monkeypatch.setattr(allocation, "_machine_memory", lambda: 256 * GIB)
+
+    def set_variables(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+
+    return set_variables
+
+
+def test_without_cpus_per_task_the_job_s_cpus_on_this_node_count(in_job) -> None:
+    in_job(JOB_ID="812", CPUS_ON_NODE="6", JOB_CPUS_PER_NODE="6", TASKS_PER_NODE="1", MEM_PER_NODE="2048")
+    assert allotted_cpus() == 6
+    assert allotted_memory_bytes() == 2 * GIB
+
+
+@pytest.mark.parametrize(("node_id", "expected"), [("0", 8), ("2", 8), ("3", 4), ("9", 64), ("", 8)])
+def test_a_list_of_nodes_is_read_at_this_node_s_place(in_job, node_id: str, expected: int) -> None:
+    in_job(JOB_CPUS_PER_NODE="8(x3),4", NODEID=node_id)
+    assert allotted_cpus() == expected
+
+
+def test_tasks_that_srun_started_share_the_node_s_part_and_a_batch_step_has_all_of_it(in_job) -> None:
+    # Four tasks without --cpus-per-task: the batch step, then a task of a step on the second node.
+    in_job(CPUS_ON_NODE="8", TASKS_PER_NODE="4", MEM_PER_NODE="4096", NODEID="1")
+    assert (allotted_cpus(), allotted_memory_bytes()) == (8, 4 * GIB)
+    in_job(STEP_ID="0", STEP_TASKS_PER_NODE="2,4")
+    assert (allotted_cpus(), allotted_memory_bytes()) == (2, GIB)
+
+
+def test_memory_per_cpu_and_per_gpu_are_multiplied_by_what_was_allotted(in_job) -> None:
+    in_job(CPUS_PER_TASK="3", CPUS_ON_NODE="3", MEM_PER_CPU="1024")
+    assert (allotted_cpus(), allotted_memory_bytes()) == (3, 3 * GIB)
+    in_job(MEM_PER_CPU="", MEM_PER_GPU="8192", GPUS_ON_NODE="2")
+    assert allotted_memory_bytes() == 16 * GIB
+
+
+def test_no_memory_figure_and_all_of_the_node_are_the_machine_s(in_job) -> None:
+    in_job(CPUS_PER_TASK="2", MEM_PER_NODE="0")
+    assert allotted_memory_bytes() == 256 * GIB
+
+
+def test_cpus_that_srun_bound_the_task_to_count_before_what_was_asked_for(
+    in_job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(CPUS_PER_TASK="16", STEP_ID="0", STEP_TASKS_PER_NODE="1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4, 5, 6}, raising=False)
+    assert allotted_cpus() == 4
+
+
+def test_a_soft_v2_limit_counts_as_well(node: Node) -> None:
+    node.proc.write_text(V2)
+    job = "system.slice/slurmstepd.scope/job_812"
+    node.write(f"{job}/memory.max", str(4 * GIB))
+    node.write(f"{job}/step_0/memory.high", str(2 * GIB))
+    assert allotted_memory_bytes() == 2 * GIB
+
+
+def test_beside_v1_controllers_the_v2_tree_is_found_in_its_own_folder(node: Node) -> None:
+    node.proc.write_text("6:memory:/\n0::/system.slice/slurmstepd.scope/job_812\n")
+    node.write("memory/memory.limit_in_bytes", UNLIMITED_V1)
+    node.write("unified/system.slice/slurmstepd.scope/job_812/cpu.max", "500000 100000")
+    assert allotted_cpus() == 5
+
+
+def test_the_line_for_the_log_says_what_set_each_figure(in_job, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert describe_allocation() == (
+        "allotted 64 CPU(s) (by affinity; the machine has 64) and 256.0 GiB of memory (by the machine; the machine has"
+        " 256.0)"
+    )
+    in_job(CPUS_PER_TASK="8", MEM_PER_NODE="49152")
+    assert "allotted 8 CPU(s) (by SLURM_CPUS_PER_TASK; the machine has 64)" in describe_allocation()
+    node.proc.write_text(V2)
+    node.write("system.slice/slurmstepd.scope/job_812/memory.max", str(32 * GIB))
+    assert "32.0 GiB of memory (by cgroup memory.max; the machine has 256.0)" in describe_allocation()
 
 
 def test_memory_follows_slurm_where_no_cgroup_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -410,3 +410,33 @@ def test_metrics_of_an_evaluation_do_not_touch_the_metrics_of_the_training(
     assert (run_dir / "metrics_cases.csv").is_file()
     with pytest.raises(InputError, match=r"must end in \.json"):
         EvaluateConfig(predictions="p", labels="l", out="metrics.csv")
+
+
+def test_shares_fill_the_store_that_the_run_made_and_verify_says_so(
+    dataset: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dataset", str(dataset), "--plan", str(finished / "plan.json"), "--store", str(tmp_path / "store")]
+    assert main(["preprocess", *options, "--shard", "1/2"]) == 0
+    assert "allotted" in capsys.readouterr().err
+    assert main(["preprocess", *options, "--verify"]) == 3
+    assert "is missing" in capsys.readouterr().err
+    assert main(["preprocess", *options, "--shard", "2/2"]) == 0
+    assert main(["preprocess", *options, "--verify"]) == 0
+    made, whole = (
+        {path.name: path.read_bytes() for path in (folder / "cases").glob("*.b2nd")}
+        for folder in (tmp_path / "store", finished / "store")
+    )
+    assert made == whole
+
+
+def test_a_run_segments_the_cases_that_it_held_out(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    run_dir = finished / "fold_0"
+    options = {"input": str(dataset), "cases": "held_out", "accelerator": "cpu"}
+    made = api.predict(PredictConfig(run_dir=str(run_dir), output=str(tmp_path / "out"), **options))
+    assert {path.name for path in made} == {path.name for path in (run_dir / "validation").glob("*.nii.gz")}
+    trained_on_all = tmp_path / "run"
+    shutil.copytree(run_dir, trained_on_all)
+    config = (run_dir / "config.yaml").read_text()
+    (trained_on_all / "config.yaml").write_text(config.replace("fold: 0", "fold: all"))
+    with pytest.raises(InputError, match=r"held out no fold \(fold: all\).*Use --cases all"):
+        api.predict(PredictConfig(run_dir=str(trained_on_all), output=str(tmp_path / "out_2"), **options))

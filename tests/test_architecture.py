@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    {"errors", "log", "geometry", "config", "rungs", "plan", "allocation"},
+    {"errors", "log", "geometry", "option_checks", "config", "slurm_config", "rungs", "plan", "allocation"},
     {"artifacts", "saved_config", "parallel", "io"},
     {"store", "synthetic", "synthetic_dicom", "datasets"},
     {"preprocessing"},
@@ -21,12 +21,12 @@ LAYERS = [
     {"planning", "inference", "evaluation"},
     {"training"},
     {"api"},
-    {"chain"},
+    {"chain", "job_scripts"},
     {"cli"},
     {"__main__"},
 ]
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-TORCH_FREE = {unit for units in LAYERS[:4] for unit in units} | {"evaluation", "api", "chain", "cli"}
+TORCH_FREE = {unit for units in LAYERS[:4] for unit in units} | {"evaluation", "api", "chain", "job_scripts", "cli"}
 # L0 is pure data; a unit of it may use these, in this order, because each stands on the one before.
 SAME_LAYER_ALLOWED = {
     ("geometry", "errors"),
@@ -35,7 +35,9 @@ SAME_LAYER_ALLOWED = {
     ("plan", "rungs"),
     ("rungs", "errors"),
     ("rungs", "geometry"),
-    ("config", "errors"),
+    ("option_checks", "errors"),
+    ("config", "option_checks"),
+    ("slurm_config", "option_checks"),
     ("log", "errors"),
 }
 SAME_LAYER_ALLOWED |= {("parallel", "artifacts"), ("io", "artifacts"), ("saved_config", "artifacts")}

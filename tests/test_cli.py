@@ -14,6 +14,7 @@ from pipeline import config as options
 from pipeline.cli import COMMANDS, main, option_names, parse
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").rglob("*.yaml"))
+PREPROCESS = ["preprocess", "--dataset", "d", "--plan", "p", "--store", "s"]
 TRAIN = ["train", "--plan", "p", "--store", "s", "--run_dir", "r"]
 
 
@@ -38,6 +39,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["plan", "--dataset", "d", "--patch_size", "8", "8"], "patch_size: expected three values of int or 'auto'"),
         ([*TRAIN, "--optim.lr", "-1"], "optim.lr: must be positive, got -1"),
         ([*TRAIN, "--fold", "7"], "fold: must be 0 to 4"),
+        ([*PREPROCESS, "--shard", "4/3"], "shard: must be as in 3/16, counted from 1, got 4/3"),
+        ([*PREPROCESS, "--shard", "third"], "shard: must be as in 3/16"),
+        ([*PREPROCESS, "--shard", "1/2", "--verify"], "verify: looks at the whole store"),
         (["rum"], "invalid choice: 'rum'"),
     ],
 )

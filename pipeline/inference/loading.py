@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import read_artifact
 from pipeline.config import AugmentationConfig
+from pipeline.datasets.splits import Splits
 from pipeline.errors import InputError
 from pipeline.plan import Plan, Precision
 
@@ -29,6 +30,18 @@ def read_plan(run_dir: Path) -> Plan:
     if not path.is_file():
         raise InputError("is no run folder: it has no plan.json", where=run_dir, fix="Give the folder of a training")
     return read_artifact(path, Plan)
+
+
+def read_held_out(run_dir: Path) -> tuple[str, ...]:
+    """Ids of the cases that a run was not trained on: the validation cases of its fold.
+
+    Raises:
+        InputError: The run has no `splits.json` or no options, or held out nothing.
+    """
+    splits, fold = read_artifact(run_dir / "splits.json", Splits), _read_config(run_dir / "config.yaml").get("fold")
+    if not isinstance(fold, int) or not 0 <= fold < len(splits.folds):
+        raise InputError(f"the run held out no fold (fold: {fold})", where=run_dir, fix="Use --cases all")
+    return splits.folds[fold].validation
 
 
 def as_trained(plan: Plan, run_dir: Path) -> Plan:
@@ -106,11 +119,16 @@ def read_mirror_axes(run_dir: Path) -> tuple[int, ...]:
 
 
 def _read_augmentation(path: Path) -> dict[str, Any]:
+    group = _read_config(path).get("augmentation")
+    return group if isinstance(group, dict) else {}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The run's options; empty where it has none."""
     if not path.is_file():
         return {}
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise InputError("is not valid YAML", where=path, fix="Restore the file that training wrote") from error
-    group = config.get("augmentation") if isinstance(config, dict) else None
-    return group if isinstance(group, dict) else {}
+    return config if isinstance(config, dict) else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -137,13 +137,9 @@ def preprocess_dataset(
     cases = [case for case in dataset.cases if case.case_id not in (leave_out or {})]
     known = {case.case_id for case in dataset.cases}
     with fill_store(Path(store_folder), StoreInfo.of(plan), known_ids=known) as store:
-        _remove_others(store, {case.case_id for case in cases})
-        todo = [case for case in cases if not is_unchanged(case, store)]
-        _say_what_is_to_do(len(todo), len(cases))
-        failures = _preprocess_cases(todo, plan, store, num_workers)
-        for case_id in set(failures) & set(store.case_ids):
-            store.remove_case(case_id)
-    return dict(sorted(failures.items()))
+        remove_others(store, {case.case_id for case in cases})
+        todo = find_outdated(cases, store)
+        return preprocess_cases(todo, plan, store, num_workers=num_workers)
 
 
 def preprocess_case(case: Case, *, plan: Plan, store: CaseStore) -> None:
@@ -158,12 +154,23 @@ def preprocess_case(case: Case, *, plan: Plan, store: CaseStore) -> None:
     image = read_case_image(case)
     prepared = prepare_image(image, plan)
     label = prepare_label(read_case_label(case), prepared, plan)
+    # In a shared store another process may have made it meanwhile; writing it again would take it away for a moment.
+    if store.refresh(case.case_id, source):
+        return
     store.write_case(
         case.case_id, prepared.array, label, native_grid=prepared.native_grid, crop=prepared.crop, source=source
     )
 
 
-def _preprocess_cases(cases: list[Case], plan: Plan, store: CaseStore, num_workers: int | str) -> dict[str, str]:
+def preprocess_cases(cases: Sequence[Case], plan: Plan, store: CaseStore, *, num_workers: int | str) -> dict[str, str]:
+    """Make cases in parallel; those that fail are not in the store afterwards.
+
+    Returns:
+        Reason by case id of the cases that failed, sorted.
+
+    Raises:
+        InputError: The store cannot be written.
+    """
     processes = fitting_num_workers(cases, plan, num_workers)
     failures = {}
     with closing(map_unordered(partial(preprocess_case, plan=plan, store=store), cases, num_workers=processes)) as made:
@@ -174,10 +181,13 @@ def _preprocess_cases(cases: list[Case], plan: Plan, store: CaseStore, num_worke
                 reason = "memory ran out" if isinstance(outcome.error, MemoryError) else str(outcome.error)
                 failures[outcome.item.case_id] = reason
                 get_logger().warning("%s: %s", outcome.item.case_id, reason)
-    return failures
+    for case_id in set(failures) & set(store.case_ids):
+        store.remove_case(case_id)
+    return dict(sorted(failures.items()))
 
 
-def _remove_others(store: CaseStore, wanted: set[str]) -> None:
+def remove_others(store: CaseStore, wanted: Collection[str]) -> None:
+    """Take cases other than the wanted ones out of the store, and say so."""
     others = [case_id for case_id in store.case_ids if case_id not in wanted]
     for case_id in others:
         store.remove_case(case_id)
@@ -186,6 +196,9 @@ def _remove_others(store: CaseStore, wanted: set[str]) -> None:
         get_logger().info("preprocess: removed %d case(s) no longer wanted: %s", len(others), shown)
 
 
-def _say_what_is_to_do(num_todo: int, num_cases: int) -> None:
-    if num_todo < num_cases:
-        get_logger().info("preprocess: %d of %d cases are up to date", num_cases - num_todo, num_cases)
+def find_outdated(cases: Sequence[Case], store: CaseStore) -> list[Case]:
+    """The cases that the store does not hold as their files and the settings make them; says how many it does."""
+    todo = [case for case in cases if not is_unchanged(case, store)]
+    if len(todo) < len(cases):
+        get_logger().info("preprocess: %d of %d cases are up to date", len(cases) - len(todo), len(cases))
+    return todo

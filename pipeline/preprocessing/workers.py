@@ -33,18 +33,35 @@ def fitting_num_workers(cases: Sequence[Case], plan: Plan, option: int | str) ->
 
 def estimate_case_bytes(cases: Sequence[Case], plan: Plan) -> int:
     """Memory that one process takes for the largest case, from the headers of the eight largest files."""
+    sizes = [_estimate_bytes(native, resampled, plan) for native, resampled in _largest_voxels(cases, plan)]
+    return PROCESS_BYTES + max(sizes, default=0)
+
+
+def largest_case_voxels(cases: Sequence[Case], plan: Plan) -> tuple[int, int]:
+    """Most voxels of an image as it is and at the plan's spacing, from the headers of the eight largest files."""
+    sizes = _largest_voxels(cases, plan)
+    native = max((voxels for voxels, _ in sizes), default=0)
+    return native, max((resampled or voxels for voxels, resampled in sizes), default=0)
+
+
+def _largest_voxels(cases: Sequence[Case], plan: Plan) -> list[tuple[int, int]]:
+    """Voxels before and after resampling, 0 where there is none, of the largest files."""
     images = [path for case in cases for path in case.images]
-    largest = nlargest(NUM_LARGEST, images, key=size_on_disk)
-    return PROCESS_BYTES + max((_estimate_bytes(path, plan) for path in largest), default=0)
+    return [_count_voxels(path, plan) for path in nlargest(NUM_LARGEST, images, key=size_on_disk)]
 
 
-def _estimate_bytes(path: Path, plan: Plan) -> int:
+def _count_voxels(path: Path, plan: Plan) -> tuple[int, int]:
     try:
         grid = read_layout(path).grid
     except InputError:
         # The case fails with this error when its turn comes.
-        return 0
+        return 0, 0
     native = prod(grid.shape)
     growth = prod(now / target for now, target in zip(grid.spacing, plan.target_spacing, strict=True))
-    resampled = int(native * max(1.0, growth)) if growth != 1.0 else 0
-    return plan.num_channels * (BYTES_PER_NATIVE_VOXEL * native + 4 * resampled) + BYTES_PER_RESAMPLED_VOXEL * resampled
+    return native, int(native * growth) if growth != 1.0 else 0
+
+
+def _estimate_bytes(native: int, resampled: int, plan: Plan) -> int:
+    # Shrinking takes what the larger grid does.
+    larger = max(native, resampled) if resampled else 0
+    return plan.num_channels * (BYTES_PER_NATIVE_VOXEL * native + 4 * larger) + BYTES_PER_RESAMPLED_VOXEL * larger

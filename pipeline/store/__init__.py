@@ -1,7 +1,7 @@
 """The store: preprocessed cases in chunked, compressed files that are read patch by patch."""
 
 from pipeline.store.case_store import CaseStore, StoreWriteError
-from pipeline.store.filling import fill_store
+from pipeline.store.filling import fill_store, lock_store
 from pipeline.store.records import IGNORE_INDEX, CaseRecord, CaseSource, PatchLocation, SourceFile, StoreInfo
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "StoreInfo",
     "StoreWriteError",
     "fill_store",
+    "lock_store",
 ]

@@ -8,7 +8,7 @@ come first and the record is renamed in last, so a killed run leaves at most fil
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from pipeline.store.chunks import fitted_chunks, read_array, write_array
 from pipeline.store.foreground import MAX_SAMPLED_VOXELS, count_voxels, sample_foreground
 from pipeline.store.records import CaseRecord, CaseSource, PatchLocation, StoreInfo
 
+Mode = Literal["r", "a", "shared"]
 DATA_KINDS = ("image", "label", "voxels")
 MAKE_FIX = "Run `voxfit preprocess` first"
 REDO_FIX = "Run `voxfit preprocess` again: it redoes what is damaged"
@@ -50,7 +51,8 @@ class CaseStore:
 
     Args:
         folder: A folder with `store.json`.
-        mode: "r" writes nothing; "a" allows cases to be written and removed.
+        mode: "r" writes nothing; "a" allows cases to be written and removed; "shared" as well, beside other processes
+            that do: a case's data files then stay when another version of it takes their place.
         memory_map: Map data files instead of reading them: faster for large volumes, but a file that is cut short
             while it is mapped ends the process.
 
@@ -58,7 +60,7 @@ class CaseStore:
         InputError: The folder is no store, or one of another version.
     """
 
-    def __init__(self, folder: Path, *, mode: Literal["r", "a"] = "r", memory_map: bool = False) -> None:
+    def __init__(self, folder: Path, *, mode: Mode = "r", memory_map: bool = False) -> None:
         self.folder, self.mode, self.memory_map = Path(folder), mode, memory_map
         path = self.folder / "store.json"
         if not path.is_file():
@@ -76,11 +78,11 @@ class CaseStore:
         return {**self.__dict__, "_records": {}}
 
     @classmethod
-    def create(cls, folder: Path, info: StoreInfo) -> CaseStore:
+    def create(cls, folder: Path, info: StoreInfo, *, mode: Mode = "a") -> CaseStore:
         """Open the store in `folder` for writing, making it where there is none.
 
         Cases made with other settings than `info`'s go, with a warning, before it takes effect, so that no store ever
-        mixes them.
+        mixes them; in mode "shared", where another process may be making some, they are an error.
 
         Raises:
             InputError: The folder holds other files but no store, has a store of another version, or cannot be
@@ -90,8 +92,11 @@ class CaseStore:
         if not (folder / "store.json").is_file():
             refuse_foreign_folder(folder)
             write_artifact(folder / "store.json", info)
-        store = cls(folder, mode="a")
+        store = cls(folder, mode=mode)
         if differences := store.info.differences(info):
+            if mode == "shared":
+                what = f"was made by another plan ({'; '.join(differences)})"
+                raise InputError(what, where=folder, fix="Give another folder, or run `voxfit preprocess` unsharded")
             store._remove_all("; ".join(differences))
         # As text, because equal dictionaries may differ in their order, which numbers the classes.
         if to_json(store.info) != to_json(info):
@@ -222,9 +227,18 @@ class CaseStore:
             data_bytes=self._write_data(case_id, source.key, image, label, counts),
         )
         self.write_record(record)
-        if old_key is not None and old_key != source.key:
+        if self.mode == "shared":
+            self._check_still_whole(case_id)
+        elif old_key is not None and old_key != source.key:
             self._remove_data(case_id, old_key)
         return record
+
+    def _check_still_whole(self, case_id: str) -> None:
+        """A sweep in another process can have taken data files that had no record yet: then the case must not exist."""
+        if not self.is_whole(case_id):
+            self._forget(case_id)
+            what = f"files of case {case_id} were removed while it was made"
+            raise StoreWriteError(what, where=self.folder, fix="Run the same command again")
 
     def write_record(self, record: CaseRecord) -> None:
         """Put a record in place: the moment from which its case exists."""
@@ -244,7 +258,7 @@ class CaseStore:
         """Take a case out of the store, its record first."""
         key = self._key_of(case_id)
         self._forget(case_id)
-        if key is not None:
+        if key is not None and self.mode != "shared":
             self._remove_data(case_id, key)
 
     def is_whole(self, case_id: str) -> bool:
@@ -261,13 +275,25 @@ class CaseStore:
         for case_id in self.case_ids:
             if not self.is_whole(case_id):
                 self._forget(case_id)
-        kept = {
-            self._data_path(case_id, self.record(case_id).key, kind) for case_id in self.case_ids for kind in DATA_KINDS
-        }
+        self.remove_leftovers()
+
+    def remove_leftovers(self, *, min_age_seconds: float = 0.0) -> None:
+        """Remove temporary files, and data files that no record speaks of, once they are `min_age_seconds` old."""
+        kept = {f"{case_id}.{self._key_of(case_id)}.{kind}.b2nd" for case_id in self.case_ids for kind in DATA_KINDS}
+        newest = self._time_there() - min_age_seconds if min_age_seconds else float("inf")
         for path in self._cases.glob("*"):
             is_temporary = path.name.startswith(".") and ".partial." in path.name
-            if is_temporary or (path.suffix == ".b2nd" and path not in kept):
-                path.unlink(missing_ok=True)
+            if not is_temporary and (path.suffix != ".b2nd" or path.name in kept):
+                continue
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime <= newest:
+                    path.unlink()
+
+    def _time_there(self) -> float:
+        """The file system's own time: a server's clock may differ from this machine's."""
+        path = self.folder / ".lock"
+        path.touch()
+        return path.stat().st_mtime
 
     def _read(self, case_id: str, kind: str, part: Any) -> NDArray[Any]:
         path = self._checked_path(case_id, kind)
@@ -318,7 +344,7 @@ class CaseStore:
             return None
 
     def _check_writable(self, case_id: str) -> None:
-        if self.mode != "a":
+        if self.mode == "r":
             raise ValueError("the store was opened for reading only")
         if case_id in ("", ".", "..") or "/" in case_id or case_id.startswith("."):
             raise InputError(f"case id {case_id!r} is not safe as a file name", where=self.folder)
@@ -334,7 +360,9 @@ def refuse_foreign_folder(folder: Path) -> None:
     """Raise `InputError` when `folder` holds files but no store."""
     if (folder / "store.json").is_file() or not folder.exists():
         return
-    if not folder.is_dir() or any(not entry.name.startswith(".") for entry in folder.iterdir()):
+    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else {""}
+    # Another process may have made it a store since it was looked for.
+    if names and "store.json" not in names:
         raise InputError("holds files but is no store", where=folder, fix="Give a new or an empty folder")
 
 

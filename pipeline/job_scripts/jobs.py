@@ -1,0 +1,201 @@
+"""The jobs of a cross-validation: what each asks SLURM for, and the command that it runs.
+
+Only options that the commands have are used; a test takes every command line through the parser.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.job_scripts.memory import (
+    CaseSizes,
+    Memory,
+    evaluate_memory,
+    predict_memory,
+    preprocess_memory,
+    train_memory,
+)
+from pipeline.plan import Plan
+from pipeline.slurm_config import SlurmConfig
+
+TASK = '"$SLURM_ARRAY_TASK_ID"'
+CASES_PER_SHARD, MAX_SHARDS = 8, 16
+DEFAULT_FOLDS = 5
+PREPROCESSING_CPUS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job script.
+
+    Attributes:
+        name: Of the script's file.
+        title: Its first line.
+        options: sbatch's options in order, each with what it follows from, or "".
+        command: Of `voxfit`.
+        arguments: Of the command, as shell words.
+        stops: Whether it is told to stop before its time limit and goes on later.
+    """
+
+    name: str
+    title: str
+    options: tuple[tuple[str, str], ...]
+    command: str
+    arguments: tuple[str, ...]
+    stops: bool = False
+
+
+class Chain:
+    """The jobs, from the options, the plan and the sizes of the cases.
+
+    Args:
+        config: Options.
+        plan: The plan.
+        sizes: Of the dataset's largest cases.
+        num_folds: Folds of the cross-validation.
+    """
+
+    def __init__(self, config: SlurmConfig, plan: Plan, sizes: CaseSizes, *, num_folds: int) -> None:
+        self.config, self.plan, self.sizes, self.num_folds = config, plan, sizes, num_folds
+        self.num_shards = _num_shards(config, sizes)
+        self.on_gpu = config.gpus > 0
+
+    def jobs(self) -> tuple[Job, ...]:
+        """All jobs in the order in which they run."""
+        return self._preprocess(), self._verify(), self._train(), self._predict(), self._evaluate()
+
+    def _preprocess(self) -> Job:
+        cpus = min(self.config.cpus, PREPROCESSING_CPUS)
+        memory = preprocess_memory(self.sizes, num_workers=cpus)
+        return Job(
+            name="preprocess",
+            title=f"Every case into the store, in {self.num_shards} share(s) that need not wait for each other.",
+            options=self._options("preprocess", cpus=cpus, memory=memory, array=f"1-{self.num_shards}"),
+            command="preprocess",
+            arguments=(*self._filling(), f"--shard {TASK}/{self.num_shards}", f"--num_workers {cpus}"),
+        )
+
+    def _verify(self) -> Job:
+        memory = preprocess_memory(self.sizes, num_workers=1)
+        return Job(
+            name="verify",
+            title="Whether the store is complete: names the cases that are missing or damaged, and then fails.",
+            options=self._options("verify", cpus=1, memory=memory),
+            command="preprocess",
+            arguments=(*self._filling(), "--verify"),
+        )
+
+    def _train(self) -> Job:
+        config = self.config
+        memory = train_memory(self.plan, self.sizes, cpus=config.cpus, on_gpu=self.on_gpu)
+        if config.memory != "auto":
+            memory = Memory(config.memory, "as given")
+        signal = (
+            f"--signal=B:USR1@{config.signal_seconds}",
+            f"USR1 comes {config.signal_seconds} s before the time limit, to the process that this script turns into.",
+        )
+        own = {"config": config.train_config, "max_epochs": _given(config.max_epochs)}
+        own["num_folds"] = _given(config.num_folds)
+        accelerator = "--hardware.accelerator " + ("gpu" if self.on_gpu else "cpu")
+        return Job(
+            name="train",
+            title="Train every fold, each as a task of its own.",
+            options=(
+                *self._options("train", cpus=config.cpus, memory=memory, array=self._folds, is_long=True),
+                signal,
+            ),
+            command="train",
+            arguments=(
+                *(f"--{name} {shlex.quote(value)}" for name, value in own.items() if value),
+                f"--plan {_quoted(config.plan)}",
+                f"--store {self._work('store')}",
+                f"--run_dir {self._work('fold_')}{TASK}",
+                f"--fold {TASK}",
+                accelerator,
+            ),
+            stops=True,
+        )
+
+    def _predict(self) -> Job:
+        memory = predict_memory(self.plan, self.sizes, on_gpu=self.on_gpu)
+        return Job(
+            name="predict",
+            title="Segment with every fold the cases that it held out: together, each case once.",
+            options=self._options("predict", cpus=self.config.cpus, memory=memory, array=self._folds, has_gpu=True),
+            command="predict",
+            arguments=(
+                f"--run_dir {self._work('fold_')}{TASK}",
+                f"--input {_quoted(self.config.dataset)}",
+                "--cases held_out",
+                f"--output {self._work('predictions')}",
+                "--accelerator " + ("gpu" if self.on_gpu else "cpu"),
+            ),
+        )
+
+    def _evaluate(self) -> Job:
+        cpus = min(self.config.cpus, PREPROCESSING_CPUS)
+        return Job(
+            name="evaluate",
+            title="Score the predictions of all folds: metrics.json and report.html.",
+            options=self._options("evaluate", cpus=cpus, memory=evaluate_memory(self.sizes, num_workers=cpus)),
+            command="evaluate",
+            arguments=(
+                f"--predictions {self._work('predictions')}",
+                f"--labels {_quoted(self.config.dataset)}",
+                f"--images {_quoted(self.config.dataset)}",
+                f"--out {self._work('metrics.json')}",
+                f"--report {self._work('report.html')}",
+                f"--num_workers {cpus}",
+            ),
+        )
+
+    @property
+    def _folds(self) -> str:
+        return f"0-{self.num_folds - 1}"
+
+    def _filling(self) -> tuple[str, ...]:
+        config = self.config
+        paths = {"dataset": _quoted(config.dataset), "plan": _quoted(config.plan), "store": self._work("store")}
+        return tuple(f"--{name} {path}" for name, path in paths.items())
+
+    def _work(self, name: str) -> str:
+        return _quoted(str(Path(self.config.work_dir) / name))
+
+    def _options(
+        self, name: str, *, cpus: int, memory: Memory, array: str = "", is_long: bool = False, has_gpu: bool = False
+    ) -> tuple[tuple[str, str], ...]:
+        config = self.config
+        gres = f"--gres=gpu:{config.gpu_type + ':' if config.gpu_type else ''}{config.gpus}"
+        log = str(Path(config.work_dir) / "logs" / ("%x-%A_%a.out" if array else "%x-%j.out"))
+        given = {"account": config.account, "partition": config.partition, "qos": config.qos}
+        return (
+            (f"--job-name=voxfit-{name}", ""),
+            *([(f"--array={array}", "")] if array else []),
+            ("--nodes=1 --ntasks=1", ""),
+            (f"--cpus-per-task={cpus}", ""),
+            *([(gres, "")] if self.on_gpu and (is_long or has_gpu) else []),
+            (f"--mem={memory.amount}", f"{memory.amount}: {memory.reason}."),
+            (f"--time={config.time if is_long else config.short_time}", ""),
+            ("--requeue", "A job that was pre-empted or lost its node starts again, and its log goes on."),
+            ("--open-mode=append", ""),
+            (f"--output={shlex.quote(log)}", ""),
+            *((f"--{key}={value}", "") for key, value in given.items() if value),
+            *((f"--{word.removeprefix('--')}", "") for word in config.extra.split()),
+        )
+
+
+def _num_shards(config: SlurmConfig, sizes: CaseSizes) -> int:
+    if config.shards != "auto":
+        return config.shards
+    return max(1, min(MAX_SHARDS, -(-sizes.num_cases // CASES_PER_SHARD)))
+
+
+def _given(value: int | str) -> str:
+    """A number as a word; "" for "auto"."""
+    return "" if value == "auto" else str(value)
+
+
+def _quoted(path: str) -> str:
+    return shlex.quote(str(Path(path)))

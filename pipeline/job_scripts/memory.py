@@ -1,0 +1,130 @@
+"""The host memory that a job asks for, and the sentence that says where the figure comes from.
+
+SLURM kills what takes more than it asked for, so parts are upper bounds, and a quarter is added: worker counts that are
+left to "auto" use four fifths of what a job was allotted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+from pipeline.datasets.dataset import Dataset
+from pipeline.plan import GIB, Plan
+from pipeline.preprocessing.workers import PROCESS_BYTES, estimate_case_bytes, largest_case_voxels
+
+USABLE_SHARE = 0.8
+# Resident sizes of a training process beside what is counted: torch and Lightning (0.5 GiB measured on a CPU), and with
+# a GPU what CUDA's libraries map (an estimate, not yet measured).
+CPU_PROCESS_BYTES = 1 * GIB
+GPU_PROCESS_BYTES = 4 * GIB
+# Measured on labels that are rugged everywhere, where surfaces are most of the volume; smooth ones take a tenth.
+BYTES_PER_EVALUATED_VOXEL = 64
+# A CPU computes in float32 what the meter counted in 16 bits.
+CPU_STEP_FACTOR = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseSizes:
+    """What memory depends on, of the largest cases of a dataset.
+
+    Attributes:
+        num_cases: All of them.
+        native_voxels: Of the largest image as it is in its file.
+        stored_voxels: Of the largest at the plan's spacing.
+        preparing_bytes: What one process takes to preprocess the largest.
+    """
+
+    num_cases: int
+    native_voxels: int
+    stored_voxels: int
+    preparing_bytes: int
+
+    @classmethod
+    def of(cls, dataset: Dataset, plan: Plan) -> CaseSizes:
+        """Read from the headers of the dataset's largest files."""
+        native, stored = largest_case_voxels(dataset.cases, plan)
+        return cls(
+            num_cases=len(dataset.cases),
+            native_voxels=native,
+            stored_voxels=stored,
+            preparing_bytes=estimate_case_bytes(dataset.cases, plan),
+        )
+
+
+class Memory(NamedTuple):
+    """What a job asks for, as SLURM takes it, and why."""
+
+    amount: str
+    reason: str
+
+
+def _sum(parts: dict[str, float]) -> Memory:
+    """The parts that count, added up, with a quarter more, in whole GiB."""
+    shown = [f"{size / GIB:.1f} GiB {name}" for name, size in parts.items() if size >= 0.05 * GIB]
+    total = ceil(sum(parts.values()) / USABLE_SHARE / GIB)
+    return Memory(f"{max(1, total)}G", f"{' + '.join(shown)}, and a quarter more")
+
+
+def preprocess_memory(sizes: CaseSizes, *, num_workers: int) -> Memory:
+    """Of a preprocessing job: every worker may have the largest case."""
+    name = f"for {num_workers} worker(s) x {sizes.preparing_bytes / GIB:.1f} for the largest case"
+    return _sum({name: num_workers * sizes.preparing_bytes, "for the process itself": PROCESS_BYTES})
+
+
+def train_memory(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool) -> Memory:
+    """Of a training job: the process, its data workers, pinned memory, the largest validation case."""
+    workers, worker_bytes = _data_workers(plan, cpus, on_gpu=on_gpu)
+    pinned = max([plan.memory.host_bytes, *(rung.host_bytes for rung in plan.fallbacks)])
+    step = 0 if on_gpu else CPU_STEP_FACTOR * plan.memory.peak_bytes
+    return _sum(
+        {
+            "for the process": GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES,
+            "for the step's tensors": step,
+            f"for {workers} data worker(s)": workers * worker_bytes,
+            "pinned for offloading (plan.json)": pinned,
+            "for the largest validation case and its scores": _scored_bytes(plan, sizes),
+        }
+    )
+
+
+def predict_memory(plan: Plan, sizes: CaseSizes, *, on_gpu: bool) -> Memory:
+    """Of a prediction job: the process, one case from its files, its scores, and on a CPU the window's activations."""
+    return _sum(
+        {
+            "for the process": GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES,
+            "for a window's tensors": 0 if on_gpu else CPU_STEP_FACTOR * plan.memory.peak_bytes,
+            "to prepare the largest case": sizes.preparing_bytes,
+            "for its scores, twice": 2 * _scored_bytes(plan, sizes),
+        }
+    )
+
+
+def evaluate_memory(sizes: CaseSizes, *, num_workers: int) -> Memory:
+    """Of the evaluation job: every worker may have the largest case."""
+    case = PROCESS_BYTES + BYTES_PER_EVALUATED_VOXEL * sizes.native_voxels
+    name = f"for {num_workers} worker(s) x {case / GIB:.1f} for the largest case"
+    return _sum({name: num_workers * case, "for the process itself": PROCESS_BYTES})
+
+
+def _data_workers(plan: Plan, cpus: int, *, on_gpu: bool) -> tuple[int, int]:
+    """How many data workers training will start, and what each takes."""
+    from pipeline.training.processes import (
+        COPIES_PER_PATCH,
+        CPUS_PER_WORKER,
+        MAX_WORKERS,
+        PREFETCH_FACTOR,
+        WORKER_BYTES,
+    )
+
+    i, j, k = plan.patch_size
+    batch_bytes = plan.batch_size * i * j * k * (4 * plan.num_channels + 2)
+    wanted = cpus - 1 if on_gpu else cpus // CPUS_PER_WORKER
+    return max(1, min(wanted, MAX_WORKERS)), WORKER_BYTES + (PREFETCH_FACTOR + COPIES_PER_PATCH) * batch_bytes
+
+
+def _scored_bytes(plan: Plan, sizes: CaseSizes) -> int:
+    """A stored case in memory with float32 scores of all classes, their weights, and the 64-bit classes of them."""
+    voxels = max(sizes.stored_voxels, plan.patch_size[0] * plan.patch_size[1] * plan.patch_size[2])
+    return voxels * (4 * (2 * plan.num_channels + plan.num_classes + 1) + 8 + 2)

@@ -1,0 +1,257 @@
+"""On a real SLURM of this one machine: scripts that it takes, jobs that stop and go on, and a cross-validation.
+
+All tests that need it are in this file, because the test processes share out files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+ROOT = Path(__file__).resolve().parents[2]
+START = ROOT / "scripts" / "slurm" / "start_local_cluster.sh"
+PAGE = ROOT / "docs" / "slurm.md"
+MARK = "<!-- run by tests/slurm/test_cluster.py -->\n"
+CANNOT_RUN_HERE = 69
+SAMPLES = ROOT / "data_samples" / "msd_blobs"
+NUM_CASES = len(list((SAMPLES / "imagesTr").glob("*.nii.gz")))
+# Stands for `voxfit train`: stops on USR1 as training does, asks for a requeue, and is done at the second start.
+STOPPING = """#!{python}
+import os, signal, subprocess, sys, time
+print("started", os.environ.get("SLURM_RESTART_COUNT", "0"), sys.argv[1], flush=True)
+if "SLURM_RESTART_COUNT" in os.environ or sys.argv[1] != "train":
+    sys.exit(0)
+def stop(number, frame):
+    print("stopped by", signal.Signals(number).name, flush=True)
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, stop)
+open("ready", "w").close()
+time.sleep(100)
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster, and how to talk to it."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, command: str, folder: Path, *, code: int = 0, **variables: str) -> str:
+        """What a bash command prints; it has to end with `code`."""
+        done = subprocess.run(
+            ["bash", "-ec", command],
+            cwd=folder,
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout + done.stderr
+
+    def wait(self, folder: Path, seconds: float = 150.0) -> None:
+        """Until no job waits or runs."""
+        end = time.monotonic() + seconds
+        while self.run("squeue --noheader", folder):
+            assert time.monotonic() < end, self.run("squeue --format='%i %j %T %r'; tail -n 5 work/logs/*", folder)
+            time.sleep(0.3)
+
+    def states(self, folder: Path, jobs: dict[str, str]) -> dict[str, set[str]]:
+        """The states of each job's tasks, by its name."""
+        return {
+            name: set(re.findall(r"JobState=(\w+)", self.run(f"scontrol show job --oneliner {number}", folder)))
+            for name, number in jobs.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: dict[str, str]) -> Iterator[Cluster]:
+    # Not in pytest's folder: the name of a socket has to be short.
+    folder = Path(tempfile.mkdtemp(prefix="voxfit-"))
+    variables = {**environment, "TMPDIR": str(folder)}
+    done = subprocess.run(["bash", START, "--gpus", "1"], env=variables, capture_output=True, text=True, check=False)
+    try:
+        if done.returncode == CANNOT_RUN_HERE:
+            pytest.skip(done.stderr.strip())
+        assert done.returncode == 0, done.stderr
+        state = folder / "voxfit-slurm"
+        yield Cluster(state, {**variables, "SLURM_CONF": str(state / "slurm.conf")})
+    finally:
+        subprocess.run(["bash", START, "--stop"], env=variables, check=True)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def planned(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the samples and a plan for them, to be copied."""
+    folder = tmp_path_factory.mktemp("planned")
+    shutil.copytree(SAMPLES, folder / "data")
+    options = "--vram 1GiB --base_features 8 --patch_size 16 16 16 --num_workers 1"
+    cluster.run(f"voxfit plan --dataset data --out work/plan.json {options}", folder)
+    return folder
+
+
+def submitted(output: str) -> dict[str, str]:
+    """Job numbers by name, as submit.sh prints them."""
+    return dict(re.findall(r"^(\w+) (\d+)$", output, re.MULTILINE))
+
+
+def write_scripts(cluster: Cluster, folder: Path, options: str = "--gpus 0 --cpus 1 --num_folds 2") -> None:
+    cluster.run(f"voxfit slurm --dataset data --plan work/plan.json --work_dir work {options}", folder)
+
+
+def test_starting_it_again_changes_nothing(cluster: Cluster) -> None:
+    before = (cluster.folder / "slurmctld.pid").read_text()
+    done = subprocess.run(["bash", START], env=cluster.environment, capture_output=True, text=True, check=True)
+    assert "running already" in done.stdout
+    assert (cluster.folder / "slurmctld.pid").read_text() == before
+
+
+def test_it_says_why_it_cannot_run(cluster: Cluster, tmp_path: Path) -> None:
+    without = {**cluster.environment, "PATH": str(tmp_path)}
+    for program in ("bash", "nproc", "env", "realpath", "awk", "uname", "id"):
+        (tmp_path / program).symlink_to(shutil.which(program) or "")
+    for name, options, code, message in (
+        ("nothing installed", ["--folder", str(tmp_path / "x")], CANNOT_RUN_HERE, "munged is not installed: apt-get"),
+        ("wrong option", ["--fodler", "x"], 2, "unknown option --fodler"),
+    ):
+        done = subprocess.run(
+            [shutil.which("bash") or "bash", START, *options], env=without, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, message in done.stderr) == (code, True), (name, done.stderr)
+    assert not (tmp_path / "x").exists()
+
+
+def test_sbatch_takes_every_script_with_a_gpu_and_with_paths_that_need_quotes(
+    cluster: Cluster, planned: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "it's my folder"
+    shutil.copytree(planned, folder)
+    options = "--cpus 1 --account lab --partition batch --extra 'comment=a nice=3' --memory 3G --out 'my jobs'"
+    write_scripts(cluster, folder, f"{options} --setup 'export A=1'")
+    for script in sorted(folder.glob("my jobs/*.sbatch")):
+        assert "to start at" in cluster.run(f'sbatch --test-only "my jobs/{script.name}"', folder)
+    for script in sorted((ROOT / "scripts" / "slurm").glob("*.sbatch")):
+        # The examples ask for more than this machine has.
+        smaller = "--partition=batch --cpus-per-task=1 --mem=1G"
+        assert "to start at" in cluster.run(f"sbatch --test-only {smaller} {script}", folder)
+
+
+def test_a_signal_reaches_the_process_and_the_chain_waits_until_it_has_gone_on(
+    cluster: Cluster, planned: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
+    write_scripts(cluster, tmp_path)
+    stub = tmp_path / "bin" / "voxfit"
+    stub.parent.mkdir()
+    stub.write_text(STOPPING.replace("{python}", shutil.which("python", path=cluster.environment["PATH"]) or ""))
+    stub.chmod(0o755)
+    path = f"{stub.parent}{os.pathsep}{cluster.environment['PATH']}"
+    jobs = submitted(cluster.run("bash jobs/submit.sh --array=0", tmp_path, PATH=path))
+    end = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    cluster.run(f"scancel --signal=USR1 --batch {jobs['train']}_0", tmp_path)
+    time.sleep(1)
+    assert cluster.states(tmp_path, {name: jobs[name] for name in ("train", "predict")}) == {
+        "train": {"PENDING"},
+        "predict": {"PENDING"},
+    }
+    cluster.wait(tmp_path)
+    assert cluster.states(tmp_path, jobs) == {name: {"COMPLETED"} for name in jobs}
+    log = (tmp_path / "work" / "logs" / f"voxfit-train-{jobs['train']}_0.out").read_text()
+    assert re.findall("started.*|stopped.*", log) == ["started 0 train", "stopped by SIGUSR1", "started 1 train"]
+
+
+def test_a_case_that_cannot_be_made_stops_the_chain_which_goes_on_to_the_metrics_once_it_is_put_right(
+    cluster: Cluster, planned: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train.yaml").write_text("num_folds: 2\niterations_per_epoch: 2\n")
+    write_scripts(cluster, tmp_path, "--gpus 0 --cpus 1 --train_config train.yaml --max_epochs 1 --shards 2")
+    broken = next((tmp_path / "data" / "imagesTr").glob("*003*"))
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    jobs = submitted(cluster.run("bash jobs/submit.sh", tmp_path))
+    cluster.wait(tmp_path)
+    assert cluster.states(tmp_path, jobs) == {
+        "preprocess": {"COMPLETED", "FAILED"},
+        "verify": {"FAILED"},
+        **{name: {"CANCELLED"} for name in ("train", "predict", "evaluate")},
+    }
+    log = (tmp_path / "work" / "logs" / f"voxfit-verify-{jobs['verify']}.out").read_text()
+    assert log.splitlines()[-2:] == ["error: work/store is filled without 1 case(s):", "  blobs_003: is missing"]
+    verify = "voxfit preprocess --dataset data --plan work/plan.json --store work/store --verify"
+    assert "blobs_003: is missing" in cluster.run(verify, tmp_path, code=3)
+    broken.write_bytes(whole)
+    jobs = submitted(cluster.run("bash jobs/submit.sh", tmp_path))
+    cluster.wait(tmp_path)
+    assert cluster.states(tmp_path, jobs) == {name: {"COMPLETED"} for name in jobs}
+    assert len(json.loads((tmp_path / "work" / "metrics.json").read_text())["cases"]) == NUM_CASES
+    log = (tmp_path / "work" / "logs" / f"voxfit-preprocess-{jobs['preprocess']}_1.out").read_text()
+    assert "allotted 1 CPU(s) (by SLURM_CPUS_PER_TASK" in log
+    assert "3 of 4 cases are up to date" in log
+
+
+def test_what_a_job_was_allotted_is_found_in_every_kind_of_step(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "describe.py").write_text(
+        "from pipeline.allocation import describe_allocation\nprint(describe_allocation())\n"
+    )
+    describe, per_node, per_cpu = "python describe.py", "(by SLURM_MEM_PER_NODE", "(by SLURM_MEM_PER_CPU"
+    cases = [
+        ("--mem=600", describe, "1 CPU(s) (by SLURM_CPUS_ON_NODE", f"0.6 GiB of memory {per_node}"),
+        ("-c1 --mem-per-cpu=700", describe, "1 CPU(s) (by SLURM_CPUS_PER_TASK", f"0.7 GiB of memory {per_cpu}"),
+    ]
+    if int(cluster.run("sinfo --noheader --format=%c", tmp_path)) >= 2:
+        two = "--ntasks=2 --mem=1024"
+        # Two tasks share what the job has; alone in its batch step, a process has all of it.
+        cases += [
+            (two, f"srun {describe}", "1 CPU(s) (by SLURM_CPUS_ON_NODE", f"0.5 GiB of memory {per_node}"),
+            (two, describe, "2 CPU(s) (by ", f"1.0 GiB of memory {per_node}"),
+        ]
+    for options, program, cpus, memory in cases:
+        output = cluster.run(f"timeout 60 sbatch --wait --output=%j.out {options} --wrap '{program}'", tmp_path)
+        found = (tmp_path / f"{re.findall('batch job ([0-9]+)', output)[0]}.out").read_text()
+        assert f"allotted {cpus}" in found, options + found
+        assert memory in found, options + found
+
+
+@pytest.mark.slow
+def test_a_five_fold_job_runs_as_the_page_says(cluster: Cluster, tmp_path: Path) -> None:
+    for name in ("scripts/slurm", "data_samples/msd_blobs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    blocks = re.findall(re.escape(MARK) + r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == PAGE.read_text().count("```bash")
+    jobs: dict[str, str] = {}
+    for block in blocks:
+        output = cluster.run(block, tmp_path)
+        if "submit.sh" in block:
+            jobs = submitted(output)
+            cluster.wait(tmp_path)
+            assert cluster.states(tmp_path, jobs) == {
+                name: {"COMPLETED"} for name in ("preprocess", "verify", "train", "predict", "evaluate")
+            }
+    metrics = json.loads((tmp_path / "work" / "metrics.json").read_text())
+    assert len(metrics["cases"]) == NUM_CASES
+    logs = {path.name: path.read_text() for path in (tmp_path / "work" / "logs").iterdir()}
+    assert len(logs) == 1 + 1 + 5 + 5 + 1
+    for name, text in logs.items():
+        if re.search("preprocess|train", name):
+            assert "allotted 1 CPU(s) (by SLURM_CPUS_PER_TASK" in text
+            assert "GiB of memory (by SLURM_MEM_PER_NODE" in text
+    # The page's last command has stopped the cluster.
+    assert not (cluster.folder / "slurmctld.pid").exists()
