@@ -21,7 +21,7 @@ from pipeline.config import (
     PreprocessConfig,
     TrainConfig,
 )
-from pipeline.errors import CasesFailedError
+from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
 
@@ -233,6 +233,10 @@ def _inputs(config: PredictConfig, references: Path, case_ids: Collection[str] |
 
     path = Path(config.input)
     if not may_be_dicom(path):
+        if config.channels or config.allow_tilt:
+            raise InputError(
+                "channels and allow_tilt are for folders of DICOM series", where=path, fix="Leave them out"
+            )
         return find_inputs(path, case_ids=case_ids)
     return find_dicom_inputs(
         path,

@@ -46,6 +46,9 @@ COMMANDS = {
     "slurm": Command(SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"),
 }
 PROGRAM = "voxfit"
+INSPECTED = (
+    "A dataset (MSD or nnU-Net folder, dataset.json, CSV or JSON list), or a folder with DICOM series at any depth."
+)
 NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?")
 UNION_ERROR = re.compile(
     r'Parser key "(?P<key>[^"]+)":\s+Does not validate.*?Subtypes: \[(?P<kinds>[^\n]*)\]'
@@ -74,7 +77,7 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         sub = Parser(description=command.config.__doc__)
         sub.add_argument("--config", action="config", help="YAML file; flags override it.")
         if name == "inspect":
-            sub.add_argument("path", type=str, help="What to look at.")
+            sub.add_argument("path", type=str, help=INSPECTED)
         sub.add_class_arguments(command.config, skip={"path"} if name == "inspect" else None)
         subcommands.add_subcommand(name, sub, help=command.config.__doc__)
         sub.prog = f"{PROGRAM} {name}"

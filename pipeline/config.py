@@ -302,7 +302,7 @@ class PredictConfig(Checked):
     output: str
     """Folder for the segmentations, one file per case."""
     format: Literal["nifti", "dicom_seg", "both"] = "nifti"
-    """What is written: NIfTI, or a DICOM segmentation in the study of a DICOM series."""
+    """What is written: NIfTI, a DICOM segmentation in the study of its DICOM series, or both of them."""
     channels: str = ""
     """DICOM series of each channel, as in "CT,PT": modalities or patterns for SeriesDescription; by default by name."""
     allow_tilt: bool = False

@@ -12,6 +12,7 @@ from pipeline.datasets.dicom_scan import Scan
 from pipeline.errors import InputError
 from pipeline.geometry import boxes_touch
 from pipeline.io.dicom.headers import Header
+from pipeline.io.dicom.phases import PHASE_KEYWORDS
 from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.reader import refusal_of
 from pipeline.io.dicom.series import MODALITIES, Series
@@ -69,15 +70,17 @@ def matches(series: Series, channel: str) -> bool:
     return MODALITY_WORDS.get(wanted, wanted) == modality or bool(description and fnmatchcase(description, wanted))
 
 
-def find_dicom_cases(scan: Scan, channels: Sequence[str] = (), *, num_channels: int | None = None) -> DicomCases:
+def find_dicom_cases(
+    scan: Scan, channels: Sequence[str] = (), *, channel_names: Sequence[str] | None = None
+) -> DicomCases:
     """Cases of a tree; each series of the first channel makes one.
 
     Args:
         scan: The tree.
         channels: A modality (CT, MR, PT) or a pattern for SeriesDescription for each; none takes the one modality
             that has the most labels, or the most series where there are none.
-        num_channels: That each case must have, where the phases of a single series are channels; None takes what most
-            cases have.
+        channel_names: Of the network that each case is for: where the phases of a single series are channels, they
+            must be as many, and told apart by the same; None takes what most cases have.
 
     Raises:
         InputError: No series is of the first channel.
@@ -107,7 +110,7 @@ def find_dicom_cases(scan: Scan, channels: Sequence[str] = (), *, num_channels: 
         )
         cases.append(own)
     cases.sort(key=lambda case: case.case_id)
-    cases, others = _with_equal_channels(cases, num_channels)
+    cases, others = _with_equal_channels(cases, channel_names)
     notes = (*notes, *_label_notes(firsts, volumes, objects, chosen[0]))
     return DicomCases(channels=chosen, cases=tuple(cases), failures={**failures, **others}, notes=notes)
 
@@ -117,8 +120,11 @@ def shown_root(scan: Scan) -> str:
     return hide(scan.root.name, scan.identity)
 
 
-def _with_equal_channels(cases: Sequence[DicomCase], wanted: int | None) -> tuple[list[DicomCase], dict[str, str]]:
+def _with_equal_channels(
+    cases: Sequence[DicomCase], channel_names: Sequence[str] | None
+) -> tuple[list[DicomCase], dict[str, str]]:
     """The cases with the right number of channels, by default that of most, and why the others are none."""
+    wanted = len(channel_names) if channel_names is not None else None
     num_phases = {case.case_id: [_num_phases(series) for series in case.series] for case in cases}
     counts = Counter(sum(phases) for phases in num_phases.values())
     usual = wanted or max(counts, key=lambda count: (counts[count], -count), default=0)
@@ -132,26 +138,33 @@ def _with_equal_channels(cases: Sequence[DicomCase], wanted: int | None) -> tupl
             needed = f"{usual} are needed" if wanted else f"most of the others hold {usual}"
             failures[case.case_id] = f"{case.series[0].name} holds {sum(phases)} channel(s), {needed}"
     same = [case for case in cases if case.case_id not in failures]
-    failures |= _with_other_phases(same)
+    failures |= _with_other_phases(same, _kinds_of(channel_names) if channel_names is not None else None)
     return [case for case in same if case.case_id not in failures], failures
 
 
-def _with_other_phases(cases: Sequence[DicomCase]) -> dict[str, str]:
-    """Cases whose channels are told apart by something else than those of most."""
-    kinds = {case.case_id: _phase_kinds(case.series[0]) for case in cases}
+def _with_other_phases(cases: Sequence[DicomCase], wanted: tuple[str, ...] | None) -> dict[str, str]:
+    """Cases whose channels are told apart by something else than is wanted, or than those of most."""
+    kinds = {case.case_id: _phase_kinds(case.series[0]) for case in cases if len(case.series) == 1}
     usual = max(Counter(kinds.values()).items(), key=lambda item: item[1], default=((), 0))[0]
+    expected, whose = (wanted, "those of the network are told apart") if wanted else (usual, "most of the others")
     return {
         case.case_id: f"{case.series[0].name} holds phases by {', '.join(kinds[case.case_id]) or 'nothing'}, "
-        f"most of the others by {', '.join(usual) or 'nothing'}"
+        f"{whose} by {', '.join(expected) or 'nothing'}"
         for case in cases
-        if kinds[case.case_id] != usual
+        if case.case_id in kinds and kinds[case.case_id] != expected
     }
+
+
+def _kinds_of(names: Sequence[str]) -> tuple[str, ...]:
+    """What tells phases apart by their names, such as EchoTime of "EchoTime 2.4"; nothing of other names."""
+    kinds = {tuple(part.split(" ")[0] for part in name.split(", ")) for name in names}
+    known = {*PHASE_KEYWORDS, "ImageType"}
+    return next(iter(kinds)) if len(kinds) == 1 and all(kind in known for kind in next(iter(kinds))) else ()
 
 
 def _phase_kinds(series: Series) -> tuple[str, ...]:
     """What tells the phases of a series apart, such as EchoTime."""
-    names = series.stack.phase_names if series.stack is not None else ()
-    return tuple(part.split(" ")[0] for part in names[0].split(", ")) if names and names[0] else ()
+    return _kinds_of(series.stack.phase_names) if series.stack is not None else ()
 
 
 def _num_phases(series: Series) -> int:
@@ -210,7 +223,7 @@ def _partner(first: Series, volumes: Sequence[Series], channel: str) -> Series:
     ]
     if not same_space:
         raise InputError(f"{first.name}: no series of its study and frame of reference is of channel {channel}")
-    if len({series.first.series_uid for series in same_space}) == 1:
+    if len({series.first.series_uid or series.key for series in same_space}) == 1:
         # Copies of one series.
         return max(same_space, key=lambda series: shared_parts(series.first, first.first))
     if len(same_space) > 1:
@@ -236,7 +249,7 @@ def _check_readable(series: Sequence[Series]) -> None:
     for one in series:
         if one.stack is None:
             raise InputError(f"{one.name}: {refusal_of(one)}")
-        if any(not str(path).isprintable() and not _is_text(str(path)) for path in one.paths):
+        if any(not _is_text(str(path)) for path in one.paths):
             raise InputError(f"{one.name}: the name of a file or folder is not valid text (UTF-8), rename it")
 
 

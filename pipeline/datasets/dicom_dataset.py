@@ -104,6 +104,7 @@ def write_dicom_dataset(
         "training": training,
         "test": tests,
     }
+    _remove_others(path.with_name(f"{path.stem}_series"), entries)
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return WrittenDataset(
         path=path,
@@ -113,6 +114,17 @@ def write_dicom_dataset(
         failures=found.failures,
         notes=(*found.notes, *class_notes(found, names, chosen, is_default=not classes)),
     )
+
+
+def _remove_others(folder: Path, entries: Sequence[Mapping[str, object]]) -> None:
+    """Remove references of an earlier tree: they hold the places of files that may be gone for a reason."""
+    ids = {str(entry["case_id"]) for entry in entries}
+    for item in folder.iterdir():
+        for suffix, length in ((SERIES_SUFFIX, len("_0000")), (STRUCTURES_SUFFIX, 0)):
+            if item.name.endswith(suffix):
+                stem = item.name[: -len(suffix)]
+                if stem[: len(stem) - length] not in ids:
+                    item.unlink()
 
 
 def _check_ours(path: Path) -> None:

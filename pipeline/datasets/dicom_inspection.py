@@ -37,8 +37,8 @@ class DicomInspection:
 
 def series_facts(scan: Scan) -> list[dict[str, Any]]:
     """One mapping for each series, of plain values; nothing in it tells a patient."""
-    objects = objects_of(scan)
-    return [_facts(series, objects.get(series.key, ()), scan) for series in scan.series]
+    objects, identity = objects_of(scan), scan.identity
+    return [_facts(series, objects.get(series.key, ()), scan.root, identity) for series in scan.series]
 
 
 def inspection_facts(inspection: DicomInspection) -> dict[str, Any]:
@@ -61,12 +61,11 @@ def inspection_facts(inspection: DicomInspection) -> dict[str, Any]:
     return facts
 
 
-def _facts(series: Series, labels: Sequence[Header], scan: Scan) -> dict[str, Any]:
+def _facts(series: Series, labels: Sequence[Header], root: Path, identity: frozenset[str]) -> dict[str, Any]:
     first, stack = series.first, series.stack
-    identity = scan.identity
     return {
         "case_id": case_id_of(series),
-        "folder": hide(_place(first.path.parent, scan.root), identity),
+        "folder": hide(_place(first.path.parent, root), identity),
         "number": hide(first.series_number, identity),
         "description": hide(first.description, identity),
         "modality": first.modality,

@@ -12,8 +12,8 @@ from pipeline.io.dicom.series import Series
 def objects_of(scan: Scan) -> dict[str, tuple[Header, ...]]:
     """Structure sets and segmentations by the key of the series that they were drawn on.
 
-    Where the same series lies in several folders, an object belongs to the nearest copy. One that names no series
-    belongs to the only one in its frame of reference.
+    Where the same series lies in several folders, an object belongs to the nearest copy. One that names several series
+    belongs to each of them, and one that names none to the only one in its frame of reference.
     """
     volumes = [series for series in scan.series if not series.left_out]
     found: dict[str, list[Header]] = defaultdict(list)
@@ -23,8 +23,9 @@ def objects_of(scan: Scan) -> dict[str, tuple[Header, ...]]:
         else:
             drawn_on = [series for series in volumes if _is_same_space(series, label)]
             drawn_on = drawn_on if len(drawn_on) == 1 else []
-        if drawn_on:
-            nearest = max(drawn_on, key=lambda series: shared_parts(series.first, label))
+        for uid in dict.fromkeys(series.first.series_uid for series in drawn_on):
+            copies = [series for series in drawn_on if series.first.series_uid == uid]
+            nearest = max(copies, key=lambda series: shared_parts(series.first, label))
             found[nearest.key].append(label)
     return {key: _without_own(labels) for key, labels in found.items()}
 

@@ -77,13 +77,14 @@ def find_dicom_inputs(
     if len(chosen) not in (1, len(channel_names)):
         what = f"{len(chosen)} are named, the network takes {len(channel_names)} ({', '.join(channel_names)})"
         raise InputError(what, where="channels", fix="Name one for each, in this order")
-    cases = find_dicom_cases(scan, chosen, num_channels=len(channel_names))
+    cases = find_dicom_cases(scan, chosen, channel_names=channel_names)
     found = {case.case_id: case for case in _as_cases(scan, cases, references, allow_tilt=allow_tilt)}
     for problem, count in sorted(Counter(reason for _, reason in scan.unreadable).items()):
         get_logger("predict").warning("%d file(s) of the input: %s", count, problem)
     missing = sorted(set(case_ids or ()) - set(found))
     if missing:
-        raise InputError(f"has no case {', '.join(missing)}", where=shown_root(scan))
+        fix = "Look at the ids with `voxfit inspect`"
+        raise InputError(f"has no case {', '.join(missing)}", where=shown_root(scan), fix=fix)
     return tuple(found[case_id] for case_id in sorted(found) if case_ids is None or case_id in case_ids)
 
 

@@ -155,5 +155,6 @@ def _series(path: Path) -> tuple[tuple[Path, ...], bool] | None:
 
     files = dicom_files(path)
     if not files:
-        raise InputError("is a folder without DICOM files", where=path, fix="Give a NIfTI file or a DICOM series")
+        # Its name may be that of a patient; whoever shows this names the case.
+        raise InputError("a folder holds no DICOM files", fix="Give a NIfTI file or the folder of a DICOM series")
     return tuple(files), False

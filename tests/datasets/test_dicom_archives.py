@@ -169,3 +169,69 @@ def test_structures_of_an_ambiguous_space_are_called_so(tmp_path: Path, write_st
     dataset.save_as(study.structures)
     shown = describe_inspection(inspect_path(InspectConfig(path=str(tmp_path), json=True), num_workers=1))
     assert "names no series, and 2 lie in its space" in str(shown)
+
+
+def test_structures_that_name_two_series_label_each_of_them(tmp_path: Path, write_study: Any) -> None:
+    study = write_study(tmp_path / "b_ct", names=("GTV",))
+    other = write_study(tmp_path / "a_pt", seed=50, study_seed=0, modality="PT", names=(), is_signed=False)
+    dataset = pydicom.dcmread(study.structures)
+    series = dataset.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0].RTReferencedSeriesSequence
+    second = pydicom.Dataset()
+    second.SeriesInstanceUID = other.series.options.series_uid
+    series.append(second)
+    dataset.save_as(study.structures)
+    for channel in ("CT", "PT"):
+        (case,) = find_dicom_cases(scan(tmp_path), [channel]).cases
+        assert [label.structure_names for label in case.label_objects] == [("GTV",)]
+
+
+def test_segmentations_of_our_own_are_left_aside_where_there_are_others(tmp_path: Path, write_study: Any) -> None:
+    study = write_study(tmp_path, names=("GTV",))
+    own = pydicom.dcmread(study.structures)
+    own.SOPClassUID = own.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.4"
+    own.Modality, own.ManufacturerModelName, own.SegmentationType = "SEG", "voxfit", "BINARY"
+    segment = pydicom.Dataset()
+    segment.SegmentNumber, segment.SegmentLabel = 1, "tumour"
+    own.SegmentSequence = [segment]
+    reference = pydicom.Dataset()
+    reference.SeriesInstanceUID = study.series.options.series_uid
+    own.ReferencedSeriesSequence = [reference]
+    del own.StructureSetROISequence
+    own.save_as(tmp_path / "own.dcm")
+    (case,) = find_dicom_cases(scan(tmp_path)).cases
+    assert [label.structure_names for label in case.label_objects] == [("GTV",)]
+    study.structures.unlink()
+    (case,) = find_dicom_cases(scan(tmp_path)).cases
+    assert [label.structure_names for label in case.label_objects] == [("tumour",)]
+
+
+def test_two_series_without_uids_are_ambiguous_partners(tmp_path: Path, write_study: Any) -> None:
+    pair(tmp_path / "a", write_study)
+    write_study(tmp_path / "b", seed=51, study_seed=0, modality="PT", names=(), is_signed=False, shape=(9, 8, 10))
+    pets = [*(tmp_path / "a" / "pt" / "image").iterdir(), *(tmp_path / "b" / "image").iterdir()]
+    set_attribute(pets, "SeriesInstanceUID", "")
+    (reason,) = find_dicom_cases(scan(tmp_path), ["CT", "PT"]).failures.values()
+    assert "2 series are of channel PT" in reason
+
+
+def test_phases_of_another_kind_than_the_networks_are_a_failure_by_name(tmp_path: Path, write_study: Any) -> None:
+    options = {"modality": "MR", "num_channels": 2, "names": ()}
+    write_study(tmp_path / "in", phase_keyword="TemporalPositionIdentifier", phase_values=(1.0, 2.0), **options)
+    found = find_dicom_cases(scan(tmp_path / "in"), ["MR"], channel_names=["EchoTime 2.4", "EchoTime 4.8"])
+    (reason,) = found.failures.values()
+    assert "holds phases by TemporalPositionIdentifier" in reason
+    assert "by EchoTime" in reason
+    fitting = ["TemporalPositionIdentifier 1", "TemporalPositionIdentifier 2"]
+    assert len(find_dicom_cases(scan(tmp_path / "in"), ["MR"], channel_names=fitting).cases) == 1
+
+
+def test_a_dataset_written_anew_leaves_no_references_to_series_that_are_gone(tmp_path: Path, write_study: Any) -> None:
+    for seed in range(2):
+        write_study(tmp_path / "tree" / str(seed), seed=seed)
+    written = write_dicom_dataset(scan(tmp_path / "tree"), tmp_path / "set.json")
+    before = sorted(path.name for path in (tmp_path / "set_series").iterdir())
+    shutil.rmtree(tmp_path / "tree" / "1")
+    write_dicom_dataset(scan(tmp_path / "tree"), written.path)
+    after = sorted(path.name for path in (tmp_path / "set_series").iterdir())
+    assert (len(before), len(after)) == (4, 2)
+    assert len(read_dataset(written.path).cases) == 1

@@ -143,6 +143,7 @@ def _check_scan(scan: NDArray[np.uint8], *, is_jpeg_ls: bool, has_restarts: bool
     after = scan[ones + 1]
     # A byte of ones is followed by zero bits: eight in JPEG, one in JPEG-LS. Another byte of ones only fills up.
     is_marker = ((after >= 0x80) if is_jpeg_ls else (after != 0)) & (after != 0xFF)
+    _require(bool(is_marker.any()), "has damaged pixels")
     *inner, last = after[is_marker].tolist()
     is_at_end = bool(is_marker[-1]) and last == _END_OF_IMAGE[1]
     _require(is_at_end and (has_restarts or not inner) and set(inner) <= set(_RESTARTS), "has damaged pixels")

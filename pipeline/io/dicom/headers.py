@@ -55,6 +55,7 @@ class Header:
         structure_names: Names of structures or segments; the background of a label map is none.
         outline_names: Those that are no organ or lesion: the outline of the body, markers, the isocentre.
         is_own: A segmentation made by this program.
+        concatenation_uid: Of what this file is a part of; "" for a file of its own.
         part: Number of this file in its concatenation, and how many there are; (1, 1) for a file of its own.
         num_slices: Slices of a volume as the header counts them; 0 where it does not.
         slice_distance: SpacingBetweenSlices in mm; 0 where the header does not say it.
@@ -80,6 +81,7 @@ class Header:
     structure_names: tuple[str, ...] = ()
     outline_names: tuple[str, ...] = ()
     is_own: bool = False
+    concatenation_uid: str = ""
     part: tuple[int, int] = (1, 1)
     num_slices: int = 0
     slice_distance: float = 0.0
@@ -167,6 +169,7 @@ def _identified(path: Path, dataset: Any) -> Header:
         structure_names=_structure_names(dataset),
         outline_names=_outline_names(dataset),
         is_own=text(dataset, "ManufacturerModelName") == OWN_MODEL_NAME and bool(items(dataset, "SegmentSequence")),
+        concatenation_uid=text(dataset, "ConcatenationUID"),
         part=(_count(dataset, "InConcatenationNumber", 1), _count(dataset, "InConcatenationTotalNumber", 1)),
         num_slices=_count(dataset, "NumberOfSlices", 0),
         slice_distance=_distance(dataset),

@@ -98,7 +98,9 @@ def _frame(found: _ByGroup, path: Path, index: int, data: PixelData | None) -> F
     row_spacing, column_spacing = numbers(measures, "PixelSpacing", 2)
     if min(row_spacing, column_spacing) <= 0:
         raise InputError("has an unusable PixelSpacing (it must be positive)")
-    rescale = found.holder("PixelValueTransformationSequence", "RescaleSlope")
+    slope_in, intercept_in = (
+        found.holder("PixelValueTransformationSequence", keyword) for keyword in ("RescaleSlope", "RescaleIntercept")
+    )
     if items(dataset, "ModalityLUTSequence") or is_damaged(dataset, "ModalityLUTSequence"):
         raise InputError("holds a table of intensities (ModalityLUTSequence), which is not supported")
     row, column = _directions(cosines)
@@ -112,9 +114,9 @@ def _frame(found: _ByGroup, path: Path, index: int, data: PixelData | None) -> F
         column_direction=column,
         row_spacing=row_spacing,
         column_spacing=column_spacing,
-        slope=_rescale(rescale, "RescaleSlope", 1.0),
-        intercept=_rescale(rescale, "RescaleIntercept", 0.0),
-        has_rescale=(bool(words(rescale, "RescaleSlope")), bool(words(rescale, "RescaleIntercept"))),
+        slope=_rescale(slope_in, "RescaleSlope", 1.0),
+        intercept=_rescale(intercept_in, "RescaleIntercept", 0.0),
+        has_rescale=(bool(words(slope_in, "RescaleSlope")), bool(words(intercept_in, "RescaleIntercept"))),
         phase=phase_of(found.holder, words(dataset, "ImageType")),
         thickness=max(0.0, number(measures, "SliceThickness", 0.0)),
         data=data,

@@ -22,7 +22,14 @@ SHORTEST_HIDDEN = 2
 # Below this length a text is looked for between letters, or digits, of other kinds only.
 SHORTEST_WITHIN_WORDS = 5
 HIDDEN = "***"
-PERSON_KEYWORDS = ("PatientName", "OtherPatientNames", "ReferringPhysicianName")
+PERSON_KEYWORDS = (
+    "PatientName",
+    "OtherPatientNames",
+    "ReferringPhysicianName",
+    "PerformingPhysicianName",
+    "RequestingPhysician",
+    "OperatorsName",
+)
 NUMBER_KEYWORDS = ("PatientID", "OtherPatientIDs", "AccessionNumber")
 IDENTITY_KEYWORDS = (
     *PERSON_KEYWORDS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def read_series(paths: Sequence[Path], *, allow_tilt: bool = False, num_threads:
         allow_tilt: Resample slices that are shifted evenly against each other (gantry tilt) onto a rectangular grid
             that covers them, linearly; what the slices do not cover takes the lowest value of the volume. Without it
             such a series is refused.
-        num_threads: That decode; None takes the allotted CPUs.
+        num_threads: That decode; None takes the allotted CPUs, and one in a process that is a worker among others.
 
     Returns:
         (C, I, J, K) float32 in RAS order, in memory slice by slice as the files hold it: bringing it into another order
@@ -49,13 +50,17 @@ def read_series(paths: Sequence[Path], *, allow_tilt: bool = False, num_threads:
     ras = source.order.grid_to_ras(source.grid)
     array = _empty(len(stack.frames), source)
     try:
-        threads = allotted_cpus() if num_threads is None else num_threads
+        threads = _sensible_threads() if num_threads is None else num_threads
         read_stack(stack, source.order.from_ras(array), num_threads=threads)
     except InputError as error:
         # People name files after patients.
         file = hide(error.where, series.identity)
         raise InputError(f"{file}: {error.what}", where=stack.name, fix=error.fix) from None
     return upright(Volume(array, ras, source))
+
+
+def _sensible_threads() -> int:
+    return allotted_cpus() if parent_process() is None else 1
 
 
 def _empty(num_channels: int, source: SourceGrid) -> NDArray[np.float32]:
@@ -104,9 +109,16 @@ def refusal_of(series: Series) -> str:
 
 
 def dicom_files(folder: Path) -> list[Path]:
-    """The DICOM files that lie in a folder itself, sorted; hidden files and a DICOMDIR are none."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and is_candidate(path))
-    return [path for path in files if path.suffix.lower() == ".dcm" or is_dicom_file(path)]
+    """The DICOM files that lie in a folder itself, sorted; hidden files and a DICOMDIR are none.
+
+    Raises:
+        InputError: The folder, or a file in it, cannot be read.
+    """
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file() and is_candidate(path))
+        return [path for path in files if path.suffix.lower() == ".dcm" or is_dicom_file(path)]
+    except OSError as error:
+        raise InputError(f"a folder of DICOM files cannot be read ({error.strerror})", fix="Check its rights") from None
 
 
 def is_candidate(path: Path) -> bool:

@@ -87,7 +87,7 @@ def read_series_file(path: Path) -> tuple[tuple[Path, ...], bool]:
     if content.problem:
         raise InputError(content.problem, fix="Look at it with `voxfit inspect`")
     if not content.files:
-        raise InputError("lists no files", where=path)
+        raise InputError("lists no files", where=path.name, fix="Write the dataset anew with `voxfit inspect`")
     return tuple(path.parent / name for name in content.files), content.allow_tilt
 
 

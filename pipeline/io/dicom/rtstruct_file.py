@@ -15,7 +15,6 @@ from pipeline.io.dicom.quiet import errors_named
 
 RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 CONTOUR_DATA = 0x30060050
-ROI_CONTOURS = 0x30060039
 UNDEFINED_LENGTH = 0xFFFFFFFF
 _EXPORT_AGAIN = "Export the structure set again"
 
@@ -40,20 +39,21 @@ def read_rois(path: Path, wanted: Callable[[str], bool]) -> list[Roi]:
     """Read the wanted structures that have an entry for contours, in the order of the file's names.
 
     Raises:
-        InputError: As `read_structure_set`, or the file is truncated, contours belong to no structure or a structure's
-            contours are there twice, or a contour has no type.
+        InputError: No file, not DICOM, no RT structure set, truncated, structures without a name or number of their
+            own or in several frames of reference, contours that belong to no structure or are there twice, or a
+            contour without a type.
     """
     with errors_named(path, "is truncated or malformed", fix="Copy or export it again"):
         dataset = _read(path)
-        _frame_of_reference(dataset, path)
         names = _names(dataset, path)
+        _check_one_space(dataset, path)
     chosen = [number for number, name in names.items() if wanted(name)]
     with errors_named(path, "is truncated or malformed", fix="Copy or export it again"):
         contours = _contours_by_number(dataset, names, path)
         return [_roi(number, names[number], contours.get(number), path) for number in chosen]
 
 
-def _read(path: Path, stop_when: Callable[[Any, str | None, int], bool] | None = None) -> Any:
+def _read(path: Path) -> Any:
     """The dataset, checked to be an RT structure set and, where it is read to its end, to be whole."""
     from pydicom.errors import InvalidDicomError
     from pydicom.filereader import read_partial
@@ -63,7 +63,7 @@ def _read(path: Path, stop_when: Callable[[Any, str | None, int], bool] | None =
         raise InputError(what, where=path.name, fix="Give the file of an RT structure set")
     try:
         with path.open("rb") as stream:
-            dataset = read_partial(stream, stop_when)
+            dataset = read_partial(stream)
     except InvalidDicomError:
         raise InputError("is not DICOM", where=path.name, fix="Give the file of an RT structure set") from None
     if not len(dataset) or any(_is_cut(dataset.get_item(tag)) for tag in dataset.keys()):  # noqa: SIM118
@@ -107,19 +107,12 @@ def _sequence(dataset: Any, keyword: str, path: Path) -> Sequence[Any]:
     return items
 
 
-def _frame_of_reference(dataset: Any, path: Path) -> str:
-    """That of the structures; where they do not tell, that of the file."""
-    own = [
-        str(item.get("ReferencedFrameOfReferenceUID") or "") for item in dataset.get("StructureSetROISequence") or ()
-    ]
-    frames = [
-        str(item.get("FrameOfReferenceUID") or "") for item in dataset.get("ReferencedFrameOfReferenceSequence") or ()
-    ]
-    uids = list(dict.fromkeys(uid for uid in own if uid)) or [uid for uid in frames if uid][:1]
-    if len(uids) > 1:
-        text = f"its structures lie in {len(uids)} frames of reference"
+def _check_one_space(dataset: Any, path: Path) -> None:
+    """Refuse structures that lie in several frames of reference."""
+    spaces = {str(item.get("ReferencedFrameOfReferenceUID") or "") for item in dataset.StructureSetROISequence} - {""}
+    if len(spaces) > 1:
+        text = f"its structures lie in {len(spaces)} frames of reference"
         raise InputError(text, where=path.name, fix="Export one structure set per image series")
-    return uids[0] if uids else str(dataset.get("FrameOfReferenceUID") or "")
 
 
 def _contours_by_number(dataset: Any, names: dict[int, str], path: Path) -> dict[int, Any]:

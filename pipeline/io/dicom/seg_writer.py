@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from pipeline.artifacts import atomic_path
 from pipeline.errors import InputError
 from pipeline.io.dicom.frames import Stack
+from pipeline.io.dicom.headers import OWN_MODEL_NAME
 from pipeline.io.dicom.quiet import errors_named
 from pipeline.io.dicom.seg_source import SegmentationSource, read_segmentation_source
 from pipeline.io.dicom.segment_codes import PRIVATE_SCHEME, clean_text, private_code
 from pipeline.io.volume import SourceGrid
 from pipeline.plan import Code, SegmentCode
 
-PRODUCT = "voxfit"
+PRODUCT = OWN_MODEL_NAME
 # Keeps the new series apart from those of the scanner, and its origin readable.
 SERIES_NUMBER_OFFSET = 1000
 LARGEST_SERIES_NUMBER = 2**31 - 1

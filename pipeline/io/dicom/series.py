@@ -143,7 +143,7 @@ def reason_to_leave_out(headers: Sequence[Header]) -> str:
         return f"no image ({first.modality or 'unknown modality'})"
     if all(header.sop_class.startswith(SECONDARY_CAPTURE_PREFIX) for header in headers):
         colours = {header.pixels.photometric for header in headers if header.pixels and header.pixels.samples > 1}
-        return f"secondary capture in colours ({', '.join(colours)})" if colours else "secondary capture"
+        return f"secondary capture in colours ({', '.join(sorted(colours))})" if colours else "secondary capture"
     if all("LOCALIZER" in header.image_type for header in headers):
         return "scout (localizer)"
     if all(_is_screen(header) for header in headers):
@@ -190,10 +190,11 @@ def _mixture_problems(headers: Sequence[Header]) -> list[str]:
             found.append(f"the files belong to {count} different {what}")
     instances = Counter(header.instance_uid for header in headers if header.instance_uid)
     doubled = sum(count > 1 for count in instances.values())
-    parts = {header.part for header in headers}
-    total = max(count for _, count in parts)
-    if len({number for number, _ in parts}) < total:
-        found.append(f"{total - len(parts)} of the {total} files that it was split into are missing")
+    for uid in {header.concatenation_uid for header in headers}:
+        parts = {header.part for header in headers if header.concatenation_uid == uid}
+        total, here = max(count for _, count in parts), len({number for number, _ in parts})
+        if here < total:
+            found.append(f"{total - here} of the {total} files that it was split into are missing")
     if doubled:
         found.append(f"{doubled} slice(s) are there more than once, as copies of the same file")
     return found

@@ -89,7 +89,6 @@ def _plane_problems(frames: Sequence[Frame]) -> tuple[str, ...]:
     directions = np.array([(*frame.row_direction, *frame.column_direction) for frame in frames])
     spacings = np.array([(frame.row_spacing, frame.column_spacing) for frame in frames])
     found = []
-    # Tiles of a mosaic share one header, so that only whole frames are counted.
     num_orientations = _num_distinct(directions, DIRECTION_TOLERANCE)
     if num_orientations > 1:
         found.append(f"the slices have {num_orientations} different orientations, which are no one volume")

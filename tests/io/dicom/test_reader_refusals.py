@@ -272,7 +272,7 @@ def test_several_series_in_one_folder_are_named(tmp_path: Path):
 
 def test_folders_without_dicom_and_missing_files_are_refused(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("nothing")
-    assert "is a folder without DICOM files" in refusal(tmp_path)
+    assert "a folder holds no DICOM files" in refusal(tmp_path)
     with pytest.raises(InputError, match=r"gone.dcm: there is no such file"):
         read_series([tmp_path / "gone.dcm"])
     with pytest.raises(InputError, match="no files of a series"):
