@@ -17,8 +17,10 @@ from typing import Any, NamedTuple, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
-from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.log import configure_logging
+from pipeline.requeue import requeue_after
+from pipeline.stop_signals import StopSignal, stop_signals_raised
 
 
 class Command(NamedTuple):
@@ -37,11 +39,14 @@ COMMANDS = {
     "plan": Command(options.PlanConfig, "pipeline.api:plan", "pipeline.planning.explain:describe_plan"),
     "preprocess": Command(options.PreprocessConfig, "pipeline.api:preprocess"),
     "train": Command(options.TrainConfig, "pipeline.api:train"),
+    "status": Command(options.StatusConfig, "pipeline.api:status", "pipeline.status:describe_status"),
     "predict": Command(options.PredictConfig, "pipeline.api:predict"),
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
     ),
 }
+# What the one argument without a name is for, by command.
+POSITIONAL = {"inspect": "What to look at.", "status": "A run folder, or a work folder with several folds."}
 PROGRAM = "voxfit"
 NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?")
 UNION_ERROR = re.compile(
@@ -70,9 +75,9 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     for name, command in COMMANDS.items():
         sub = Parser(description=command.config.__doc__)
         sub.add_argument("--config", action="config", help="YAML file; flags override it.")
-        if name == "inspect":
-            sub.add_argument("path", type=str, help="What to look at.")
-        sub.add_class_arguments(command.config, skip={"path"} if name == "inspect" else None)
+        if name in POSITIONAL:
+            sub.add_argument("path", type=str, help=POSITIONAL[name])
+        sub.add_class_arguments(command.config, skip={"path"} if name in POSITIONAL else None)
         subcommands.add_subcommand(name, sub, help=command.config.__doc__)
         sub.prog = f"{PROGRAM} {name}"
         subparsers[name] = sub
@@ -82,15 +87,22 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, build the frozen config, import the command's module, run it; returns the exit code."""
     try:
-        name, config = parse(sys.argv[1:] if arguments is None else arguments)
-        configure_logging()
-        return run_command(COMMANDS[name], config)
+        # A scheduler's signals end a command like Ctrl-C does; a training finishes its step first.
+        with stop_signals_raised():
+            name, config = parse(sys.argv[1:] if arguments is None else arguments)
+            configure_logging()
+            return run_command(COMMANDS[name], config)
+    except StoppedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        requeue_after(error.signal)
+        return error.exit_code
     except VoxfitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command continues the work", file=sys.stderr)
-        return 75
+        requeue_after(stop.number if isinstance(stop, StopSignal) else 0)
+        return StoppedError.exit_code
     except Exception:
         traceback.print_exc()
         return 1

@@ -8,38 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from pipeline.errors import InputError
+from pipeline.checked import Checked, at_least, epoch_problems, fold_problems, time_problems, within_unit
 
 Auto = Literal["auto"]
-
-
-class Checked:
-    """A config whose cross-field problems are all reported in one error."""
-
-    def __post_init__(self) -> None:
-        problems = self.problems()
-        if problems:
-            raise InputError("; ".join(problems))
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, each as `dotted.key: problem`."""
-        return []
-
-
-def _at_least(config: object, minimum: float, *names: str, prefix: str = "") -> list[str]:
-    """A problem for each of the named values that is a number below `minimum`."""
-    values = {name: getattr(config, name) for name in names}
-    return [
-        f"{prefix}{name}: must be at least {minimum:g}, got {value}"
-        for name, value in values.items()
-        if not isinstance(value, str) and value < minimum
-    ]
-
-
-def _within_unit(config: object, *names: str, prefix: str = "") -> list[str]:
-    """A problem for each of the named values outside 0 to 1."""
-    values = {name: getattr(config, name) for name in names}
-    return [f"{prefix}{name}: must be 0 to 1, got {value}" for name, value in values.items() if not 0 <= value <= 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +75,7 @@ class PlanOptions(Checked):
     """Run the chosen step on the GPU and step down until one fits; auto does where there is a GPU."""
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "batch_size", "effective_batch", "base_features", "num_groups", "max_relative_time")
+        found = at_least(self, 1, "batch_size", "effective_batch", "base_features", "num_groups", "max_relative_time")
         batch, effective = self.batch_size, self.effective_batch
         if isinstance(batch, int) and isinstance(effective, int) and batch > 0 and effective % batch:
             found.append(f"effective_batch: {effective} is not a multiple of batch_size {batch}")
@@ -133,7 +104,7 @@ class PlanConfig(PlanOptions):
     """Processes that read cases; auto takes the CPUs this job was allotted."""
 
     def problems(self) -> list[str]:
-        return super().problems() + _at_least(self, 1, "num_workers")
+        return super().problems() + at_least(self, 1, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +123,7 @@ class PreprocessConfig(Checked):
     """Leave out cases that fail instead of stopping at them (exit code 3)."""
 
     def problems(self) -> list[str]:
-        return _at_least(self, 1, "num_workers")
+        return at_least(self, 1, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +146,8 @@ class OptimConfig(Checked):
     """Decay per optimiser step of the averaged weights that are validated and predicted with; 0 is off."""
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 0, "weight_decay", "gradient_clip_norm", prefix="optim.")
-        found += _within_unit(self, "warmup_fraction", "ema_decay", "momentum", prefix="optim.")
+        found = at_least(self, 0, "weight_decay", "gradient_clip_norm", prefix="optim.")
+        found += within_unit(self, "warmup_fraction", "ema_decay", "momentum", prefix="optim.")
         if not isinstance(self.lr, str) and self.lr <= 0:
             found.append(f"optim.lr: must be positive, got {self.lr}")
         return found
@@ -213,7 +184,7 @@ class AugmentationConfig(Checked):
 
     def problems(self) -> list[str]:
         names = ("mirror", "rotate", "scale", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
-        found = _within_unit(self, *names, prefix="augmentation.")
+        found = within_unit(self, *names, prefix="augmentation.")
         if not set(self.mirror_axes) <= {0, 1, 2}:
             found.append(f"augmentation.mirror_axes: only 0, 1 and 2 exist, got {list(self.mirror_axes)}")
         return found
@@ -241,9 +212,9 @@ class HardwareConfig(Checked):
     """Slab stages, from the highest resolution, whose kept tensors lie in host memory; auto is the plan's."""
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "devices", "num_threads", prefix="hardware.")
+        found = at_least(self, 1, "devices", "num_threads", prefix="hardware.")
         counts = ("num_workers", "recompute_stages", "slab_stages", "offload_stages")
-        return found + _at_least(self, 0, *counts, prefix="hardware.")
+        return found + at_least(self, 0, *counts, prefix="hardware.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +237,11 @@ class TrainOptions(Checked):
     """Epochs between whole-volume validations; the last epoch is always validated."""
     max_validation_cases: int = 0
     """Cases of a validation during training; 0 takes all. The final one always takes all."""
+    save_every_minutes: float = 10.0
+    """Minutes between saves within an epoch, at an optimiser step; 0 saves at the end of epochs only."""
+    max_time: str = ""
+    """Time that this start of the training may take, such as 90m, 11h30m or 2-03:00:00: it begins no epoch that would
+    not be finished, validated and saved by then, and ends with exit code 75; the same command goes on."""
     seed: int = 0
     """Seed of the split, the weights, the patches and the augmentation."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -273,9 +249,10 @@ class TrainOptions(Checked):
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "iterations_per_epoch", "batch_size", "effective_batch", "validate_every_n_epochs")
-        found += _at_least(self, 0, "max_validation_cases", "seed")
-        return found + _at_least(self, 2, "num_folds") + _within_unit(self, "foreground_fraction")
+        found = at_least(self, 1, "iterations_per_epoch", "batch_size", "effective_batch", "validate_every_n_epochs")
+        found += at_least(self, 0, "max_validation_cases", "seed", "save_every_minutes")
+        found += time_problems(self.max_time)
+        return found + at_least(self, 2, "num_folds") + within_unit(self, "foreground_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,17 +267,13 @@ class TrainConfig(TrainOptions):
     """The run's own folder: same folder and same options resume."""
     fold: int | Literal["all"] = 0
     """Fold held out for validation; "all" trains on every case and validates on none."""
-    max_epochs: int = 100
-    """Epochs."""
+    max_epochs: int | Auto = 100
+    """Epochs, over which the learning rate falls; auto takes as many as fit into max_time by a rehearsal of a few
+    steps. It is decided at the first start and kept when the run goes on."""
 
     def problems(self) -> list[str]:
-        return super().problems() + _at_least(self, 1, "max_epochs") + _fold_problems(self.fold, self.num_folds)
-
-
-def _fold_problems(fold: int | str, num_folds: int) -> list[str]:
-    if isinstance(fold, str) or 0 <= fold < num_folds:
-        return []
-    return [f"fold: must be 0 to {num_folds - 1} with num_folds {num_folds}, got {fold}"]
+        found = super().problems() + at_least(self, 1, "max_epochs") + fold_problems(self.fold, self.num_folds)
+        return found + epoch_problems(self.max_epochs, self.max_time)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +307,7 @@ class PredictConfig(Checked):
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.overlap < 1 else [f"overlap: must be from 0 to below 1, got {self.overlap}"]
-        return found + _at_least(self, 1, "num_threads")
+        return found + at_least(self, 1, "num_threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +333,17 @@ class EvaluateConfig(Checked):
 
     def problems(self) -> list[str]:
         found = [] if self.out.endswith(".json") else [f"out: must end in .json, got {self.out}"]
-        return found + _at_least(self, 0, "tolerance_mm") + _at_least(self, 1, "num_workers")
+        return found + at_least(self, 0, "tolerance_mm") + at_least(self, 1, "num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig(Checked):
+    """Say how far trainings are, and whether they are alive, stopped, finished or gone."""
+
+    path: str
+    """A run folder, or a work folder with several folds."""
+    json: bool = False
+    """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,8 +358,9 @@ class RunConfig(Checked):
     """Memory budget such as 24GiB; auto takes the GPU's, or 8GiB where there is none."""
     fold: int = 0
     """Fold held out for validation, prediction and the report."""
-    max_epochs: int = 100
-    """Epochs."""
+    max_epochs: int | Auto = 100
+    """Epochs, over which the learning rate falls; auto takes as many as fit into max_time by a rehearsal of a few
+    steps. It is decided at the first start and kept when the run goes on."""
     tta: Literal["none", "mirror"] = "none"
     """Test-time augmentation of the prediction."""
     skip_bad_cases: bool = False
@@ -387,8 +371,9 @@ class RunConfig(Checked):
     train: TrainOptions = field(default_factory=TrainOptions)
 
     def problems(self) -> list[str]:
-        found = _at_least(self, 1, "max_epochs", "num_workers")
-        return found + _fold_problems(self.fold, self.train.num_folds)
+        found = at_least(self, 1, "max_epochs", "num_workers")
+        found += epoch_problems(self.max_epochs, self.train.max_time)
+        return found + fold_problems(self.fold, self.train.num_folds)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

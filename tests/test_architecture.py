@@ -12,9 +12,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    {"errors", "log", "geometry", "config", "rungs", "plan", "allocation"},
-    {"artifacts", "saved_config", "parallel", "io"},
-    {"store", "synthetic", "synthetic_dicom", "datasets"},
+    {"errors", "log", "geometry", "durations", "checked", "config", "rungs", "plan", "allocation"},
+    {"artifacts", "saved_config", "parallel", "io", "stop_signals", "requeue"},
+    {"status", "store", "synthetic", "synthetic_dicom", "datasets"},
     {"preprocessing"},
     {"slabs"},
     {"networks", "losses", "sampling"},
@@ -35,7 +35,11 @@ SAME_LAYER_ALLOWED = {
     ("plan", "rungs"),
     ("rungs", "errors"),
     ("rungs", "geometry"),
+    ("durations", "errors"),
+    ("checked", "errors"),
     ("config", "errors"),
+    ("checked", "durations"),
+    ("config", "checked"),
     ("log", "errors"),
 }
 SAME_LAYER_ALLOWED |= {("parallel", "artifacts"), ("io", "artifacts"), ("saved_config", "artifacts")}
