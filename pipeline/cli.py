@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
+from pipeline.checked import Checked
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.log import configure_logging
 from pipeline.requeue import requeue_after
@@ -67,7 +68,7 @@ class Parser(ArgumentParser):
 
 def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and its subparsers by command, made from the config dataclasses."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[options.Checked])
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[Checked])
     parser = Parser(prog=PROGRAM, description=sys.modules["pipeline"].__doc__)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {version(PROGRAM)}")
     subcommands = parser.add_subcommands()

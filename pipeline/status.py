@@ -137,7 +137,7 @@ def _is_running(beat: Heartbeat) -> bool:
     try:
         process = psutil.Process(beat.pid)
         began_before = process.create_time() <= datetime.fromisoformat(beat.time).timestamp() + 1
-        return began_before and process.status() != psutil.STATUS_ZOMBIE
+        return bool(began_before and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
 
