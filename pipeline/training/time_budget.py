@@ -37,7 +37,6 @@ class TimeBudget(pl.Callback):
         self.request, self.heartbeat, self.writer = request, heartbeat, writer
         self.seconds, self.end = seconds, request.made_at + seconds
         self._rows_before = len(heartbeat.table.rows)
-        self._steps = 0
 
     def on_train_start(self, *_: Any) -> None:
         """From now on there is something that can be saved."""
@@ -45,11 +44,12 @@ class TimeBudget(pl.Callback):
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """Begin the epoch, or end."""
+        self._set_deadline()
         epoch = self._epoch_seconds()
         if epoch is None:
             return
         seconds = MARGIN * (epoch + self._validation_seconds(self.heartbeat.last_step.counts.epoch + 1))
-        if monotonic() + seconds + self.writer.save_seconds > self.end:
+        if monotonic() + seconds > self.request.deadline:
             self._stop(f"no further epoch fits (it would take {format_duration(seconds)})")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -57,7 +57,6 @@ class TimeBudget(pl.Callback):
         pace, counts = self.heartbeat.last_step.pace, self.heartbeat.last_step.counts
         if not pace.ends_step(batch_idx):
             return
-        self._steps += 1
         self._set_deadline()
         validation = MARGIN * self._validation_seconds(counts.epoch + 1)
         if batch_idx + 1 == pace.passes_per_epoch and validation and monotonic() + validation > self.request.deadline:

@@ -43,7 +43,7 @@ def test_a_training_killed_at_random_moments_gets_to_the_same_end(
         before, process = beat_time(run_dir), saving.start(run_dir)
         if moments.random() > 0.2:
             await_beat(run_dir, process, before=before)
-        sleep(moments.uniform(0, train_seconds / 8))
+        sleep(moments.uniform(0, train_seconds / 16))
         process.kill()
         process.join()
         kills += process.exitcode != 0
