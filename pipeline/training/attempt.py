@@ -132,6 +132,7 @@ class _Attempt:
             )
         write_artifact(job.folder.record, record)
         callbacks.heartbeat.beat("finished")
+        job.folder.previous_checkpoint.unlink(missing_ok=True)
         return record
 
     def _begin(self, network: nn.Module) -> RunRecord:
@@ -185,6 +186,8 @@ class _Attempt:
             error: Its first line.
         """
         callbacks, on_gpu = self.callbacks, self.settings.device_type == "cuda"
+        # It calls a part of this attempt, all of which is to go.
+        self.job.request.while_checking = None
         return OutOfMemoryReport(
             where=callbacks.last_step.phase if callbacks is not None else "start",
             counts=callbacks.last_step.counts if callbacks is not None else self.start,

@@ -162,7 +162,7 @@ class RunFolder:
 
     @property
     def previous_checkpoint(self) -> Path:
-        """The `last` before the newest one, in case that is torn; absent where the file system has no links."""
+        """The `last` before the newest one, in case that is torn, until a run is finished; only where links are."""
         return self.path / "checkpoints" / "previous.ckpt"
 
     @property
