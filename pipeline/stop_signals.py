@@ -102,7 +102,8 @@ class StopRequest:
                 signal.raise_signal(number)
         if not self.signal:
             self.signal, self._since = number, monotonic()
-            _say(f"{signal.Signals(number).name}: stopping at the next optimiser step")
+            hint = "; Ctrl-C twice more ends without saving" if number == signal.SIGINT else ""
+            _say(f"{signal.Signals(number).name}: stopping at the next optimiser step{hint}")
         if self._may_raise:
             self._may_raise = False
             raise StopNow
