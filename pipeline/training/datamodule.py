@@ -172,7 +172,7 @@ class _TimedLoader(DataLoader[Any]):
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
-            with self.clock.running(), self.request.at_any_line():
+            with self.request.at_any_line(), self.clock.running():
                 try:
                     batch = next(batches)
                 except StopIteration:
