@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
-from pipeline.checked import Checked
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.log import configure_logging
+from pipeline.option_checks import Checked
 from pipeline.requeue import requeue_after
 from pipeline.stop_signals import StopSignal, stop_signals_raised
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from pipeline.checked import Checked, at_least, epoch_problems, fold_problems, time_problems, within_unit
-
-Auto = Literal["auto"]
+from pipeline.durations import epoch_problems, time_problems
+from pipeline.option_checks import Auto, Checked, at_least, within_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +271,14 @@ class TrainConfig(TrainOptions):
     steps. It is decided at the first start and kept when the run goes on."""
 
     def problems(self) -> list[str]:
-        found = super().problems() + at_least(self, 1, "max_epochs") + fold_problems(self.fold, self.num_folds)
+        found = super().problems() + at_least(self, 1, "max_epochs") + _fold_problems(self.fold, self.num_folds)
         return found + epoch_problems(self.max_epochs, self.max_time)
+
+
+def _fold_problems(fold: int | str, num_folds: int) -> list[str]:
+    if isinstance(fold, str) or 0 <= fold < num_folds:
+        return []
+    return [f"fold: must be 0 to {num_folds - 1} with num_folds {num_folds}, got {fold}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +378,7 @@ class RunConfig(Checked):
     def problems(self) -> list[str]:
         found = at_least(self, 1, "max_epochs", "num_workers")
         found += epoch_problems(self.max_epochs, self.train.max_time)
-        return found + fold_problems(self.fold, self.train.num_folds)
+        return found + _fold_problems(self.fold, self.train.num_folds)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

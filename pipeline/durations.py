@@ -46,3 +46,18 @@ def format_duration(seconds: float) -> str:
         parts.append(f"{count}{name}" if count else "")
     first = next((index for index, part in enumerate(parts) if part), len(parts) - 1)
     return "".join(parts[first : first + 2]) or "0s"
+
+
+def time_problems(max_time: str) -> list[str]:
+    """A problem where the option is no span of time."""
+    try:
+        if max_time:
+            parse_duration(max_time)
+    except InputError as error:
+        return [f"max_time: {error}"]
+    return []
+
+
+def epoch_problems(max_epochs: int | str, max_time: str) -> list[str]:
+    """A problem where the number of epochs has nothing to follow from."""
+    return ["max_epochs: auto needs a max_time"] if max_epochs == "auto" and not max_time else []

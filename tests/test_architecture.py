@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    {"errors", "log", "geometry", "durations", "checked", "config", "rungs", "plan", "allocation"},
+    {"errors", "log", "geometry", "durations", "option_checks", "config", "rungs", "plan", "allocation"},
     {"artifacts", "saved_config", "parallel", "io", "stop_signals", "requeue"},
     {"status", "store", "synthetic", "synthetic_dicom", "datasets"},
     {"preprocessing"},
@@ -36,10 +36,9 @@ SAME_LAYER_ALLOWED = {
     ("rungs", "errors"),
     ("rungs", "geometry"),
     ("durations", "errors"),
-    ("checked", "errors"),
-    ("config", "errors"),
-    ("checked", "durations"),
-    ("config", "checked"),
+    ("option_checks", "errors"),
+    ("config", "option_checks"),
+    ("config", "durations"),
     ("log", "errors"),
 }
 SAME_LAYER_ALLOWED |= {("parallel", "artifacts"), ("io", "artifacts"), ("saved_config", "artifacts")}

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from pipeline.artifacts import read_artifact
-from pipeline.checked import time_problems
-from pipeline.durations import format_duration, parse_duration
+from pipeline.durations import format_duration, parse_duration, time_problems
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.unet import UNet
 from pipeline.status import Heartbeat
