@@ -19,12 +19,12 @@ from pipeline.config import (
     PlanConfig,
     PredictConfig,
     PreprocessConfig,
-    StatusConfig,
     TrainConfig,
 )
 from pipeline.errors import CasesFailedError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
+from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
     from torch import nn

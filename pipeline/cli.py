@@ -21,6 +21,7 @@ from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitEr
 from pipeline.log import configure_logging
 from pipeline.option_checks import Checked
 from pipeline.requeue import requeue_after
+from pipeline.status_config import StatusConfig
 from pipeline.stop_signals import StopSignal, stop_signals_raised
 
 
@@ -40,7 +41,7 @@ COMMANDS = {
     "plan": Command(options.PlanConfig, "pipeline.api:plan", "pipeline.planning.explain:describe_plan"),
     "preprocess": Command(options.PreprocessConfig, "pipeline.api:preprocess"),
     "train": Command(options.TrainConfig, "pipeline.api:train"),
-    "status": Command(options.StatusConfig, "pipeline.api:status", "pipeline.status:describe_status"),
+    "status": Command(StatusConfig, "pipeline.api:status", "pipeline.status:describe_status"),
     "predict": Command(options.PredictConfig, "pipeline.api:predict"),
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"

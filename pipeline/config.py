@@ -342,16 +342,6 @@ class EvaluateConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusConfig(Checked):
-    """Say how far trainings are, and whether they are alive, stopped, finished or gone."""
-
-    path: str
-    """A run folder, or a work folder with several folds."""
-    json: bool = False
-    """Print JSON instead of a table."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig(Checked):
     """Plan, preprocess, train, predict, evaluate and report; the same command again continues where it was."""
 

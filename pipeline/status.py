@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import psutil
 
 from pipeline.artifacts import read_artifact, to_json
-from pipeline.config import StatusConfig
 from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.plan import GIB, Record
+from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
     from rich.table import Table

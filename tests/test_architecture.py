@@ -12,7 +12,18 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    {"errors", "log", "geometry", "durations", "option_checks", "config", "rungs", "plan", "allocation"},
+    {
+        "errors",
+        "log",
+        "geometry",
+        "durations",
+        "option_checks",
+        "config",
+        "status_config",
+        "rungs",
+        "plan",
+        "allocation",
+    },
     {"artifacts", "saved_config", "parallel", "io", "stop_signals", "requeue"},
     {"status", "store", "synthetic", "synthetic_dicom", "datasets"},
     {"preprocessing"},
@@ -38,6 +49,7 @@ SAME_LAYER_ALLOWED = {
     ("durations", "errors"),
     ("option_checks", "errors"),
     ("config", "option_checks"),
+    ("status_config", "option_checks"),
     ("config", "durations"),
     ("log", "errors"),
 }
