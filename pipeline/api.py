@@ -24,6 +24,7 @@ from pipeline.config import (
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
+from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pipeline.datasets.splits import Splits
     from pipeline.evaluation.slices import ReportCase
     from pipeline.evaluation.summary import Metrics
+    from pipeline.status import WorkStatus
     from pipeline.store import CaseStore
     from pipeline.training.trainer import FitResult
 
@@ -186,6 +188,16 @@ def _splits(store: CaseStore, config: TrainConfig) -> Splits:
         splits = make_splits(patients, num_folds=config.num_folds, seed=config.seed)
     check_splits(splits, patients)
     return splits
+
+
+# ---- status
+
+
+def status(config: StatusConfig) -> WorkStatus:
+    """How far the trainings in a folder are, and whether they are alive, stopped, finished or gone."""
+    from pipeline.status import read_status
+
+    return read_status(config)
 
 
 # ---- predict

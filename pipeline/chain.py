@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 # What may change between two calls of `run` in one folder: another fold is a run of its own, and the rest decides how
 # the work is done, not what comes of it.
 HOW_ONLY = ("num_workers", "skip_bad_cases", "plan.probe", "train.validate_every_n_epochs", "train.hardware.")
-FREE_TO_CHANGE = ("work_dir", "fold", *HOW_ONLY)
+FREE_TO_CHANGE = ("work_dir", "fold", "train.max_time", "train.save_every_minutes", *HOW_ONLY)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _facts(config: RunConfig, run_dir: Path) -> dict[str, str]:
         "fold": f"{config.fold} of {config.train.num_folds}",
         "spacing": f"{format_spacing(made.target_spacing)} mm",
         "patch": f"{format_shape(record.get('patch_size') or made.patch_size)} voxels, batch {record['batch_size']}",
-        "training": f"{config.max_epochs} epochs, {record['counts']['optimizer_step']} optimiser steps",
+        "training": f"{record['counts']['epoch']} epochs, {record['counts']['optimizer_step']} optimiser steps",
         "precision": f"{record['precision']} on {record['device']}",
         "mirroring": config.tta,
     }

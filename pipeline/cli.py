@@ -17,10 +17,13 @@ from typing import Any, NamedTuple, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
-from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.log import configure_logging
 from pipeline.option_checks import Checked
+from pipeline.requeue import requeue_after
 from pipeline.slurm_config import SlurmConfig
+from pipeline.status_config import StatusConfig
+from pipeline.stop_signals import StopSignal, stop_signals_raised
 
 
 class Command(NamedTuple):
@@ -39,16 +42,19 @@ COMMANDS = {
     "plan": Command(options.PlanConfig, "pipeline.api:plan", "pipeline.planning.explain:describe_plan"),
     "preprocess": Command(options.PreprocessConfig, "pipeline.api:preprocess"),
     "train": Command(options.TrainConfig, "pipeline.api:train"),
+    "status": Command(StatusConfig, "pipeline.api:status", "pipeline.status:describe_status"),
     "predict": Command(options.PredictConfig, "pipeline.api:predict"),
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
     ),
     "slurm": Command(SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"),
 }
+# What the one argument without a name is for, by command.
+POSITIONAL = {
+    "inspect": "A dataset (folder, dataset.json, CSV or JSON list), or a folder with DICOM series at any depth.",
+    "status": "A run folder, or a work folder with several folds.",
+}
 PROGRAM = "voxfit"
-INSPECTED = (
-    "A dataset (MSD or nnU-Net folder, dataset.json, CSV or JSON list), or a folder with DICOM series at any depth."
-)
 NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?")
 UNION_ERROR = re.compile(
     r'Parser key "(?P<key>[^"]+)":\s+Does not validate.*?Subtypes: \[(?P<kinds>[^\n]*)\]'
@@ -76,9 +82,9 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     for name, command in COMMANDS.items():
         sub = Parser(description=command.config.__doc__)
         sub.add_argument("--config", action="config", help="YAML file; flags override it.")
-        if name == "inspect":
-            sub.add_argument("path", type=str, help=INSPECTED)
-        sub.add_class_arguments(command.config, skip={"path"} if name == "inspect" else None)
+        if name in POSITIONAL:
+            sub.add_argument("path", type=str, help=POSITIONAL[name])
+        sub.add_class_arguments(command.config, skip={"path"} if name in POSITIONAL else None)
         subcommands.add_subcommand(name, sub, help=command.config.__doc__)
         sub.prog = f"{PROGRAM} {name}"
         subparsers[name] = sub
@@ -88,15 +94,22 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, build the frozen config, import the command's module, run it; returns the exit code."""
     try:
-        name, config = parse(sys.argv[1:] if arguments is None else arguments)
-        configure_logging()
-        return run_command(COMMANDS[name], config)
+        # A scheduler's signals end a command like Ctrl-C does; a training finishes its step first.
+        with stop_signals_raised():
+            name, config = parse(sys.argv[1:] if arguments is None else arguments)
+            configure_logging()
+            return run_command(COMMANDS[name], config)
+    except StoppedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        requeue_after(error.signal)
+        return error.exit_code
     except VoxfitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command continues the work", file=sys.stderr)
-        return 75
+        requeue_after(stop.number if isinstance(stop, StopSignal) else 0)
+        return StoppedError.exit_code
     except Exception:
         traceback.print_exc()
         return 1

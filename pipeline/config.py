@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from pipeline.durations import epoch_problems, time_problems
 from pipeline.option_checks import Auto, Checked, at_least, within_unit
 
 
@@ -252,6 +253,11 @@ class TrainOptions(Checked):
     """Epochs between whole-volume validations; the last epoch is always validated."""
     max_validation_cases: int = 0
     """Cases of a validation during training; 0 takes all. The final one always takes all."""
+    save_every_minutes: float = 10.0
+    """Minutes between saves within an epoch, at an optimiser step; 0 saves at the end of epochs only."""
+    max_time: str = ""
+    """Time that this start of the training may take, such as 90m, 11h30m or 2-03:00:00: it begins no epoch that would
+    not be finished, validated and saved by then, and ends with exit code 75; the same command goes on."""
     seed: int = 0
     """Seed of the split, the weights, the patches and the augmentation."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -260,7 +266,8 @@ class TrainOptions(Checked):
 
     def problems(self) -> list[str]:
         found = at_least(self, 1, "iterations_per_epoch", "batch_size", "effective_batch", "validate_every_n_epochs")
-        found += at_least(self, 0, "max_validation_cases", "seed")
+        found += at_least(self, 0, "max_validation_cases", "seed", "save_every_minutes")
+        found += time_problems(self.max_time)
         return found + at_least(self, 2, "num_folds") + within_unit(self, "foreground_fraction")
 
 
@@ -276,11 +283,13 @@ class TrainConfig(TrainOptions):
     """The run's own folder: same folder and same options resume."""
     fold: int | Literal["all"] = 0
     """Fold held out for validation; "all" trains on every case and validates on none."""
-    max_epochs: int = 100
-    """Epochs."""
+    max_epochs: int | Auto = 100
+    """Epochs, over which the learning rate falls; auto takes as many as fit into max_time by a rehearsal of a few
+    steps. It is decided at the first start and kept when the run goes on."""
 
     def problems(self) -> list[str]:
-        return super().problems() + at_least(self, 1, "max_epochs") + _fold_problems(self.fold, self.num_folds)
+        found = super().problems() + at_least(self, 1, "max_epochs") + _fold_problems(self.fold, self.num_folds)
+        return found + epoch_problems(self.max_epochs, self.max_time)
 
 
 def _fold_problems(fold: int | str, num_folds: int) -> list[str]:
@@ -363,8 +372,9 @@ class RunConfig(Checked):
     """Memory budget such as 24GiB; auto takes the GPU's, or 8GiB where there is none."""
     fold: int = 0
     """Fold held out for validation, prediction and the report."""
-    max_epochs: int = 100
-    """Epochs."""
+    max_epochs: int | Auto = 100
+    """Epochs, over which the learning rate falls; auto takes as many as fit into max_time by a rehearsal of a few
+    steps. It is decided at the first start and kept when the run goes on."""
     tta: Literal["none", "mirror"] = "none"
     """Test-time augmentation of the prediction."""
     skip_bad_cases: bool = False
@@ -376,6 +386,7 @@ class RunConfig(Checked):
 
     def problems(self) -> list[str]:
         found = at_least(self, 1, "max_epochs", "num_workers")
+        found += epoch_problems(self.max_epochs, self.train.max_time)
         return found + _fold_problems(self.fold, self.train.num_folds)
 
 

@@ -50,9 +50,18 @@ class CasesFailedError(VoxfitError):
 
 
 class StoppedError(VoxfitError):
-    """Stopped on request; the same command continues the work."""
+    """Stopped on request; the same command continues the work.
+
+    Args:
+        what, fix: As for any error.
+        signal: Number of the signal that asked for it; 0 for none.
+    """
 
     exit_code = 75
+
+    def __init__(self, what: str, *, fix: str = "", signal: int = 0) -> None:
+        super().__init__(what, fix=fix)
+        self.signal = signal
 
 
 class TrainingDivergedError(VoxfitError):

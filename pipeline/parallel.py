@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ def map_unordered(
     from joblib import Parallel, delayed, parallel_config
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+    _start_tracker()
     with parallel_config(backend="loky", inner_max_num_threads=1):
         pool = Parallel(
             n_jobs=num_workers,
@@ -61,6 +63,17 @@ def map_unordered(
         ) from error
     finally:
         _close_quietly(outcomes)
+
+
+def _start_tracker() -> None:
+    """Start the process that sweeps up behind joblib with SIGUSR1 blocked, which schedulers send to a whole job."""
+    from joblib.externals.loky.backend.resource_tracker import ensure_running
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _close_quietly(outcomes: Generator[Any, None, None]) -> None:

@@ -12,9 +12,21 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 LAYERS = [
-    {"errors", "log", "geometry", "option_checks", "config", "slurm_config", "rungs", "plan", "allocation"},
-    {"artifacts", "saved_config", "parallel", "io"},
-    {"store", "synthetic", "synthetic_dicom", "datasets"},
+    {
+        "errors",
+        "log",
+        "geometry",
+        "durations",
+        "option_checks",
+        "config",
+        "status_config",
+        "slurm_config",
+        "rungs",
+        "plan",
+        "allocation",
+    },
+    {"artifacts", "saved_config", "parallel", "io", "stop_signals", "requeue"},
+    {"status", "store", "synthetic", "synthetic_dicom", "datasets"},
     {"preprocessing"},
     {"slabs"},
     {"networks", "losses", "sampling"},
@@ -35,9 +47,12 @@ SAME_LAYER_ALLOWED = {
     ("plan", "rungs"),
     ("rungs", "errors"),
     ("rungs", "geometry"),
+    ("durations", "errors"),
     ("option_checks", "errors"),
     ("config", "option_checks"),
+    ("status_config", "option_checks"),
     ("slurm_config", "option_checks"),
+    ("config", "durations"),
     ("log", "errors"),
 }
 SAME_LAYER_ALLOWED |= {("parallel", "artifacts"), ("io", "artifacts"), ("saved_config", "artifacts")}

@@ -42,6 +42,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([*PREPROCESS, "--shard", "4/3"], "shard: must be as in 3/16, counted from 1, got 4/3"),
         ([*PREPROCESS, "--shard", "third"], "shard: must be as in 3/16"),
         ([*PREPROCESS, "--shard", "1/2", "--verify"], "verify: looks at the whole store"),
+        ([*TRAIN, "--max_time", "3x"], 'max_time: "3x" is no span of time'),
+        ([*TRAIN, "--max_epochs", "auto"], "max_epochs: auto needs a max_time"),
         (["rum"], "invalid choice: 'rum'"),
     ],
 )
@@ -90,6 +92,13 @@ def test_switches_and_number_lists_are_typed_as_people_type_them() -> None:
     _, config = parse(["plan", "--dataset", "d", "--target_spacing", "1,1.5,3", "--skip_bad_cases", "false"])
     assert config.target_spacing == (1.0, 1.5, 3.0)
     assert config.skip_bad_cases is False
+
+
+def test_epochs_may_follow_from_the_time() -> None:
+    _, config = parse([*TRAIN, "--max_epochs", "auto", "--max_time", "2-03:00:00"])
+    assert (config.max_epochs, config.max_time) == ("auto", "2-03:00:00")
+    _, config = parse(["run", "--dataset", "d", "--work_dir", "w", "--max_epochs", "auto", "--train.max_time", "90"])
+    assert (config.max_epochs, config.train.max_time) == ("auto", "90")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

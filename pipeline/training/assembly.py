@@ -13,16 +13,19 @@ from torch import nn
 
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold
+from pipeline.durations import parse_duration
 from pipeline.networks.unet import UNet
 from pipeline.plan import Plan
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import PatchDataset
+from pipeline.stop_signals import StopRequest
 from pipeline.training.checkpoints import AtomicCheckpointIO, CheckpointWriter
 from pipeline.training.datamodule import PatchDataModule
 from pipeline.training.divergence import SCALER_PATIENCE, DivergenceGuard
 from pipeline.training.ema import WeightAverage
 from pipeline.training.epoch_report import EpochReport, EpochTimer
 from pipeline.training.gradient_noise import GradientNoise
+from pipeline.training.heartbeat import HeartbeatWriter
 from pipeline.training.last_step import LastStep, ValidationEnd
 from pipeline.training.loop_state import ResumePoint
 from pipeline.training.metrics_table import MetricsTable
@@ -30,6 +33,8 @@ from pipeline.training.processes import NICENESS_BESIDE_CPU_NETWORK
 from pipeline.training.run_folder import Counts, RunFolder
 from pipeline.training.seeding import IterationSeed
 from pipeline.training.settings import Settings
+from pipeline.training.stops import StopPoint, leave_signals_alone
+from pipeline.training.time_budget import TimeBudget
 from pipeline.training.validation import Validator, WholeVolumeValidation
 
 
@@ -79,7 +84,13 @@ def make_data(
 
 
 def make_validator(
-    plan: Plan, store_folder: Path, case_ids: tuple[str, ...], settings: Settings, *, scores_on_host: bool
+    plan: Plan,
+    store_folder: Path,
+    case_ids: tuple[str, ...],
+    settings: Settings,
+    *,
+    request: StopRequest,
+    scores_on_host: bool,
 ) -> Validator:
     """Whole-volume validation with the training patch as its window."""
     return Validator(
@@ -88,6 +99,7 @@ def make_validator(
         patch_size=settings.patch_size,
         num_classes=plan.num_classes,
         scores_on_host=scores_on_host,
+        request=request,
     )
 
 
@@ -97,16 +109,18 @@ class Callbacks:
 
     Attributes:
         in_order: Resume point, clock, seed, guard, average, validation and its end, gradient noise, report, last step,
-            checkpoints.
+            checkpoints, heartbeat, time budget, stop point.
         guard: Stops a training that diverges.
         last_step: Knows the last finished optimiser step; stands after all that do something when one is finished.
-        writer: Saves checkpoints; the last one.
+        writer: Saves checkpoints; the last one that does something with the state.
+        heartbeat: Says how far the training is.
     """
 
     in_order: list[pl.Callback]
     guard: DivergenceGuard
     last_step: LastStep
     writer: CheckpointWriter
+    heartbeat: HeartbeatWriter
 
 
 def make_callbacks(
@@ -135,10 +149,26 @@ def make_callbacks(
     report = EpochReport(table, timer, validation, noise=noise, max_epochs=config.max_epochs, **counts)
     seeds = IterationSeed(config.seed, iterations_per_epoch=pace.passes_per_epoch)
     guard, last_step = DivergenceGuard(folder.last_checkpoint, pace=pace, patience=patience), LastStep(pace, start)
-    writer = CheckpointWriter(folder, last_step, validation=validation)
+    between = 60 * config.save_every_minutes
+    writer = CheckpointWriter(folder, last_step, guard=guard, validation=validation, seconds_between_saves=between)
+    epochs = {"validation": validation, "max_epochs": config.max_epochs}
+    heartbeat = HeartbeatWriter(folder.heartbeat, last_step, table=table, **epochs)
     validated = [validation, ValidationEnd(last_step)]
-    all_ = [ResumePoint(pace), timer, seeds, guard, average, *validated, noise, report, last_step, writer]
-    return Callbacks([callback for callback in all_ if callback is not None], guard, last_step, writer)
+    all_ = [ResumePoint(pace), timer, seeds, guard, average, *validated, noise, report, last_step, writer, heartbeat]
+    stops = _stops(validator.request, heartbeat, writer, config)
+    in_order = [callback for callback in [*all_, *stops] if callback is not None]
+    return Callbacks(in_order, guard, last_step, writer, heartbeat)
+
+
+def _stops(
+    request: StopRequest, heartbeat: HeartbeatWriter, writer: CheckpointWriter, config: TrainConfig
+) -> list[pl.Callback]:
+    """What ends a training before it is done."""
+    request.while_checking = heartbeat.beat_if_due
+    stops: list[pl.Callback] = [StopPoint(request, heartbeat.last_step.pace)]
+    if config.max_time:
+        stops.insert(0, TimeBudget(request, heartbeat, writer, seconds=parse_duration(config.max_time)))
+    return stops
 
 
 def make_trainer(
@@ -147,7 +177,7 @@ def make_trainer(
     """Lightning's trainer: the loop, precision, accumulation and clipping; everything else is in our callbacks."""
     # What an epoch whose end is done again has logged is dropped, too.
     purge_step = start.epoch * settings.pace.steps_per_epoch + 1
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="gpu" if settings.device_type == "cuda" else "cpu",
         devices=1,
         precision=settings.precision.precision,
@@ -166,3 +196,4 @@ def make_trainer(
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
     )
+    return leave_signals_alone(trainer)

@@ -15,6 +15,7 @@ from pipeline.errors import StoppedError
 from pipeline.log import get_logger
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.plan import Plan
+from pipeline.stop_signals import StopRequest
 from pipeline.training.assembly import (
     Callbacks,
     make_callbacks,
@@ -46,6 +47,7 @@ class Job:
     Attributes:
         network: Of the user's own, or None for the plan's.
         settings: As resolved for the plan's own step.
+        request: Whether to stop.
     """
 
     plan: Plan
@@ -56,6 +58,7 @@ class Job:
     folder: RunFolder
     settings: Settings
     network: nn.Module | None
+    request: StopRequest
 
 
 def train_once(job: Job, standing: Standing, start: Counts) -> RunRecord | OutOfMemoryReport:
@@ -74,9 +77,11 @@ def train_once(job: Job, standing: Standing, start: Counts) -> RunRecord | OutOf
             return attempt.run()
         except StoppedError:
             attempt.keep_last_step()
+            attempt.say_last("stopped")
             raise
         except Exception as error:
             if not is_out_of_memory(error):
+                attempt.say_last("failed")
                 raise
             message = first_line(error)
             # First of all: the rest needs memory itself.
@@ -106,22 +111,28 @@ class _Attempt:
         found = find_checkpoint(job.folder, module.state_dict())
         self.start = start = found.counts if found is not None else Counts()
         data = make_data(job.plan, job.store_folder, job.fold, job.config, settings, start=start)
+        data.request = job.request
         table = MetricsTable(job.folder.metrics, class_names=job.plan.class_names[1:], keep_epochs=start.epoch)
-        on_host = self.standing.scores_on_host
-        validator = make_validator(job.plan, job.store_folder, job.fold.validation, settings, scores_on_host=on_host)
+        watched = {"request": job.request, "scores_on_host": self.standing.scores_on_host}
+        validator = make_validator(job.plan, job.store_folder, job.fold.validation, settings, **watched)
         callbacks = make_callbacks(network, data, job.folder, table, validator, job.config, settings, start)
         record = self._begin(network)
         if found is not None:
             logger.info("going on from %s, after optimiser step %d", found.path.name, start.optimizer_step)
         trainer = make_trainer(job.folder, callbacks.in_order, job.config, settings, start=start)
         self.trainer, self.callbacks = trainer, callbacks
-        with stops_as_errors(trainer):
-            trainer.fit(module, datamodule=data, ckpt_path=str(found.path) if found is not None else None)
-        callbacks.last_step.phase = "validation"
-        record = finished_record(
-            record, trainer=trainer, network=network, validator=validator, writer=callbacks.writer, table=table
-        )
+        with stops_as_errors(trainer, job.request):
+            try:
+                trainer.fit(module, datamodule=data, ckpt_path=str(found.path) if found is not None else None)
+            finally:
+                data.end_workers()
+            callbacks.last_step.phase = "validation"
+            record = finished_record(
+                record, trainer=trainer, network=network, validator=validator, writer=callbacks.writer, table=table
+            )
         write_artifact(job.folder.record, record)
+        callbacks.heartbeat.beat("finished")
+        job.folder.previous_checkpoint.unlink(missing_ok=True)
         return record
 
     def _begin(self, network: nn.Module) -> RunRecord:
@@ -143,6 +154,7 @@ class _Attempt:
             splits=job.splits,
             step_downs=before.step_downs if before is not None else (),
             predicted_bytes=predicted_bytes(job.plan, self.settings.rung) if job.network is None else None,
+            max_epochs=job.config.max_epochs,
         )
         write_artifact(job.folder.record, record)
         return record
@@ -150,6 +162,8 @@ class _Attempt:
     def keep_last_step(self) -> None:
         """Save the last finished optimiser step, where memory holds it and has room to, and it passes the guard."""
         if self.trainer is None or self.callbacks is None or not self.callbacks.last_step.is_current:
+            return
+        if self.callbacks.last_step.counts == self.callbacks.writer.saved:
             return
         try:
             self.callbacks.guard.check(self.trainer, self.trainer.lightning_module)
@@ -160,6 +174,11 @@ class _Attempt:
             # What is on disk is older, and whole.
             let_go(error)
 
+    def say_last(self, word: str) -> None:
+        """Leave a last word in the heartbeat, once there is one."""
+        if self.callbacks is not None:
+            self.callbacks.heartbeat.beat(word)
+
     def report(self, error: str) -> OutOfMemoryReport:
         """What an out-of-memory came to, once everything that is to be kept is on disk.
 
@@ -167,6 +186,8 @@ class _Attempt:
             error: Its first line.
         """
         callbacks, on_gpu = self.callbacks, self.settings.device_type == "cuda"
+        # It calls a part of this attempt, all of which is to go.
+        self.job.request.while_checking = None
         return OutOfMemoryReport(
             where=callbacks.last_step.phase if callbacks is not None else "start",
             counts=callbacks.last_step.counts if callbacks is not None else self.start,

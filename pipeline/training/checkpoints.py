@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, found again, and never replaced by worse ones.
 
-`checkpoints/last.ckpt` follows the start, every epoch and an interruption, `checkpoints/best.ckpt` the best validation.
-Both are Lightning checkpoints that can be resumed from, and load with `torch.load(weights_only=True)`. On top of
-Lightning's keys they hold `counts` (epoch, iteration, optimizer_step) and, where an average is kept, `ema_state_dict`.
+`checkpoints/last.ckpt` follows the start, every epoch, every few minutes and an interruption, `checkpoints/best.ckpt`
+the best validation; `checkpoints/previous.ckpt` is the `last` before, by a link, should the newest one be torn. All are
+Lightning checkpoints that can be resumed from, and load with `torch.load(weights_only=True)`. On top of Lightning's
+keys they hold `counts` (epoch, iteration, optimizer_step) and, where an average is kept, `ema_state_dict`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import errno
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -23,6 +27,7 @@ from torch import Tensor
 from pipeline.artifacts import atomic_path
 from pipeline.errors import InputError
 from pipeline.log import get_logger
+from pipeline.training.divergence import DivergenceGuard
 from pipeline.training.last_step import LastStep
 from pipeline.training.out_of_memory import is_out_of_memory
 from pipeline.training.run_folder import Counts, RunFolder
@@ -71,17 +76,32 @@ class CheckpointWriter(pl.Callback):
     Args:
         folder: The run folder.
         last_step: Knows the counts.
+        guard: Asked before a save within an epoch.
         validation: Whose result decides; None without validation cases.
+        seconds_between_saves: Within an epoch; 0 saves at its end only.
 
     Attributes:
         saved: Counts of the newest `last` of this run on disk.
+        save_seconds: What the slowest save took.
     """
 
-    def __init__(self, folder: RunFolder, last_step: LastStep, *, validation: WholeVolumeValidation | None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        last_step: LastStep,
+        *,
+        guard: DivergenceGuard,
+        validation: WholeVolumeValidation | None,
+        seconds_between_saves: float = 0.0,
+    ) -> None:
         self.folder = folder
         self.last_step = last_step
+        self.guard = guard
         self.validation = validation
+        self.seconds_between_saves = seconds_between_saves
         self.saved = last_step.counts
+        self.save_seconds = 0.0
+        self._saved_at = monotonic()
         self._best = _Best()
         # What the checkpoint that is being written says.
         self._written = (last_step.counts, self._best)
@@ -97,18 +117,38 @@ class CheckpointWriter(pl.Callback):
         return self._best.result
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Save what a run starts from."""
-        if not self.folder.last_checkpoint.is_file():
+        """Save what a run starts from, also in place of a torn `last`, which is never to become the one before."""
+        if trainer.ckpt_path is None or Path(trainer.ckpt_path) != self.folder.last_checkpoint:
+            self._save(trainer)
+        self._saved_at = monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Save a finished optimiser step every few minutes."""
+        due = 0 < self.seconds_between_saves <= monotonic() - self._saved_at
+        if due and self.last_step.counts != self.saved:
+            self.guard.check(trainer, pl_module)
             self.save_last(trainer)
 
     def save_last(self, trainer: pl.Trainer) -> None:
-        """Save what the newest count stands for."""
+        """Save what the newest count stands for, and keep the save before."""
+        self._keep_previous()
+        self._save(trainer)
+
+    def _keep_previous(self) -> None:
+        # A copy would cost as much as the save.
+        if self.folder.last_checkpoint.is_file():
+            with suppress(InputError), atomic_path(self.folder.previous_checkpoint) as temporary:
+                os.link(self.folder.last_checkpoint, temporary)
+
+    def _save(self, trainer: pl.Trainer) -> None:
         self._write(trainer, self.folder.last_checkpoint, self.last_step.counts, self._best)
         self.saved = self.last_step.counts
 
     def _write(self, trainer: pl.Trainer, path: Path, counts: Counts, best: _Best) -> None:
-        self._written = (counts, best)
+        self._written, started = (counts, best), monotonic()
         trainer.save_checkpoint(path)
+        self._saved_at = monotonic()
+        self.save_seconds = max(self.save_seconds, self._saved_at - started)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save what has to be saved, and count the epoch as finished once `best` is on disk."""
@@ -121,6 +161,7 @@ class CheckpointWriter(pl.Callback):
         self._best = best
         self.last_step.finish_epoch(finished)
         if best.result is None:
+            self._keep_previous()
             _link_or_copy(self.folder.best_checkpoint, self.folder.last_checkpoint)
             self.saved = finished
         else:
@@ -165,7 +206,7 @@ class FoundCheckpoint(NamedTuple):
 
 
 def find_checkpoint(folder: RunFolder, state: dict[str, Tensor]) -> FoundCheckpoint | None:
-    """The newest usable checkpoint of a run: `last`, or `best` when `last` is torn; None before the first.
+    """The newest usable checkpoint of a run: `last`, or the newer of `previous` and `best` when that is torn, or None.
 
     Args:
         folder: The run folder.
@@ -175,21 +216,27 @@ def find_checkpoint(folder: RunFolder, state: dict[str, Tensor]) -> FoundCheckpo
         InputError: There are checkpoints and none is usable, or they are of another network, or one cannot be read now:
             going on from an older one would cost what is in it.
     """
-    problems = []
-    for path in (folder.last_checkpoint, folder.best_checkpoint):
-        if not path.is_file():
-            continue
+    problems: list[_UnusableError] = []
+    found = list(_usable([folder.last_checkpoint], state, problems))
+    found = found or list(_usable([folder.previous_checkpoint, folder.best_checkpoint], state, problems))
+    if not found:
+        if problems:
+            raise problems[0]
+        return None
+    newest = max(found, key=lambda each: (each.counts.optimizer_step, each.counts.epoch))
+    if newest.path != folder.last_checkpoint:
+        what = str(problems[0]) if problems else f"{folder.last_checkpoint} is gone"
+        place = f"epoch {newest.counts.epoch}, optimiser step {newest.counts.optimizer_step}"
+        get_logger("train").warning("%s; going on from %s (%s)", what, newest.path.name, place)
+    return newest
+
+
+def _usable(paths: list[Path], state: dict[str, Tensor], problems: list[_UnusableError]) -> Iterator[FoundCheckpoint]:
+    for path in filter(Path.is_file, paths):
         try:
-            counts = _read_counts(path, state)
+            yield FoundCheckpoint(path, _read_counts(path, state))
         except _UnusableError as error:
             problems.append(error)
-            continue
-        if problems:
-            get_logger("train").warning("%s; going on from %s (epoch %d)", problems[0], path.name, counts.epoch)
-        return FoundCheckpoint(path, counts)
-    if problems:
-        raise problems[0]
-    return None
 
 
 def _read_counts(path: Path, state: dict[str, Tensor]) -> Counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.errors import VoxfitError
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import EpochSampler, collate_patches
+from pipeline.stop_signals import StopRequest
 from pipeline.training.processes import PREFETCH_FACTOR, prepare_worker
 
 
@@ -55,6 +57,7 @@ class PatchDataModule(pl.LightningDataModule):
 
     Attributes:
         wait_clock: How long batches were waited for; what is done with them afterwards does not count.
+        request: What a wait for a batch may be left for.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class PatchDataModule(pl.LightningDataModule):
         self.augmentation = augmentation
         self.niceness = niceness
         self.wait_clock = WaitClock()
+        self.request = StopRequest()
+        self._loader: _TimedLoader | None = None
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The batches of an epoch, which is the one to start from until the sampler is told of another."""
@@ -93,12 +98,19 @@ class PatchDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=_collate,
             pin_memory=self.pin_memory,
-            worker_init_fn=partial(prepare_worker, niceness=self.niceness),
+            worker_init_fn=partial(prepare_worker, niceness=self.niceness, parent=os.getpid()),
             persistent_workers=self.num_workers > 0,
             prefetch_factor=PREFETCH_FACTOR if self.num_workers > 0 else None,
         )
-        loader.clock = self.wait_clock
+        loader.clock, loader.request = self.wait_clock, self.request
+        self._loader = loader
         return loader
+
+    def end_workers(self) -> None:
+        """End data workers that are still busy when a training is over: they ignore what torch ends them with."""
+        for worker in self._loader.workers if self._loader is not None else ():
+            if worker.is_alive():
+                worker.kill()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Raise the error of a data worker as it was."""
@@ -140,19 +152,27 @@ class StreamSampler(EpochSampler):
 
 
 class _TimedLoader(DataLoader[Any]):
-    """A loader whose clock runs while it is waited for: until a batch is there, and until an epoch has begun."""
+    """A loader whose clock runs while it is waited for: until a batch is there, and until an epoch has begun.
 
-    # No argument of its own: Lightning looks into the constructors of loaders.
+    Attributes:
+        request: What a wait may be left for.
+        workers: Its processes.
+    """
+
+    # No arguments of its own: Lightning looks into the constructors of loaders.
     clock = WaitClock()
+    request = StopRequest()
+    workers: Sequence[Any] = ()
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with self.clock.running():
             batches = super().__iter__()
+        self.workers = getattr(batches, "_workers", ())
         return self._timed(batches)
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
-            with self.clock.running():
+            with self.request.at_any_line(), self.clock.running():
                 try:
                     batch = next(batches)
                 except StopIteration:

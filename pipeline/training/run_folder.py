@@ -15,12 +15,13 @@ from pipeline.errors import InputError
 from pipeline.geometry import Shape3
 from pipeline.plan import Plan, Record, Rung
 from pipeline.saved_config import find_changes, write_config
+from pipeline.status import HEARTBEAT_NAME
 
 # Parts of a plan that no training depends on; what was measured is not the same in two plannings.
 SAID_ONLY = ("candidates", "memory", "notes", "probe", "segment_codes")
 # What may change between two starts of one run. Paths may: what they lead to is compared instead (the plan) or was
 # checked against it (the store). `max_epochs` may not: the learning-rate schedule is stretched over it.
-HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs", "hardware.")
+HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs", "save_every_minutes", "max_time", "hardware.")
 # What a training is doing.
 Phase = Literal["start", "data", "forward", "backward", "optimiser", "validation", "report"]
 
@@ -71,6 +72,7 @@ class RunRecord(Record):
     Attributes:
         status: "running" from the first start on, "finished" once everything is done.
         fold: Of the split, or "all".
+        max_epochs: Epochs in all, as decided at the first start; None in records of earlier versions.
         splits_hash: Of the folds; "" in records of earlier versions.
         versions: Of the software that matters.
         device: The GPU's name, or "cpu".
@@ -95,6 +97,7 @@ class RunRecord(Record):
     schema_version: int = 1
     status: Literal["running", "finished"] = "running"
     fold: int | Literal["all"]
+    max_epochs: int | None = None
     splits_hash: str = ""
     versions: dict[str, str]
     device: str
@@ -156,6 +159,16 @@ class RunFolder:
     def last_checkpoint(self) -> Path:
         """Everything that is needed to go on, as of the newest finished epoch, or of a later optimiser step."""
         return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        """The `last` before the newest one, in case that is torn, until a run is finished; only where links are."""
+        return self.path / "checkpoints" / "previous.ckpt"
+
+    @property
+    def heartbeat(self) -> Path:
+        """How far the training is; written while it runs."""
+        return self.path / HEARTBEAT_NAME
 
     @property
     def best_checkpoint(self) -> Path:

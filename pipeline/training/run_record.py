@@ -34,10 +34,12 @@ def started_record(
     splits: Splits,
     step_downs: tuple[StepDown, ...] = (),
     predicted_bytes: int | None = None,
+    max_epochs: int | None = None,
 ) -> RunRecord:
     """The record of a run that begins, also before it has a network, or goes on."""
     return RunRecord(
         fold=fold,
+        max_epochs=max_epochs,
         splits_hash=hash_of(splits),
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         device=settings.device_name,

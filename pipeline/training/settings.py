@@ -87,7 +87,7 @@ class Settings(NamedTuple):
 
 
 def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
-    """Every "auto" replaced by the plan's value or by what the machine offers.
+    """Every "auto" replaced by the plan's value or by what the machine offers; epochs stay to be decided (1 meanwhile).
 
     Raises:
         InputError: A GPU is asked for where there is none, or more than one, or the effective batch is no multiple of
@@ -107,7 +107,7 @@ def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
         patch_size=plan.patch_size,
         batch_size=batch_size,
         pace=pace,
-        total_steps=pace.steps_per_epoch * config.max_epochs,
+        total_steps=pace.steps_per_epoch * (1 if config.max_epochs == "auto" else config.max_epochs),
         execution=_execution(plan, config),
         processes=share_cpus(
             num_threads=hardware.num_threads,

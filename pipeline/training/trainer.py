@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic
 
 from torch import nn
 
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold, Splits
+from pipeline.durations import parse_duration
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.plan import Plan
+from pipeline.stop_signals import stop_signals_noted
 from pipeline.store import CaseStore
 from pipeline.training.attempt import Job, train_once
 from pipeline.training.metrics_table import finished_epochs
 from pipeline.training.processes import keep_freed_memory
 from pipeline.training.recovery import OutOfMemoryReport, free_memory, go_down
+from pipeline.training.rehearsal import rehearse
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_lock import run_lock
 from pipeline.training.settings import resolve_settings
@@ -74,13 +79,13 @@ def fit_fold(
     Raises:
         InputError: Options do not fit the plan, the machine or the run found in the folder; cases are missing in the
             store; another process trains in the folder; memory ran out at the end of the ladder.
-        StoppedError: Ctrl-C or SIGTERM; the same call goes on.
+        StoppedError: Ctrl-C, SIGTERM or SIGUSR1 came, or the time is up; the same call goes on.
         TrainingDivergedError: The loss is NaN or infinite.
     """
     folder, settings = RunFolder(Path(config.run_dir)), resolve_settings(plan, config)
     fold = select_fold(splits, config.fold)
     _check_cases(store_folder, fold)
-    with run_lock(folder.path):
+    with run_lock(folder.path), stop_signals_noted() as request:
         folder.begin(plan, splits, config)
         record = folder.read_record()
         if record is not None and record.status == "finished":
@@ -95,7 +100,11 @@ def fit_fold(
             folder=folder,
             settings=settings,
             network=network,
+            request=request,
         )
+        if config.max_epochs == "auto":
+            job = _with_epochs(job, record)
+            config, settings = job.config, job.settings
         step_downs = record.step_downs if record is not None else ()
         standing = Standing.of(plan, config, settings, step_downs, has_own_network=network is not None)
         start = finished_epochs(folder.metrics)
@@ -105,6 +114,25 @@ def fit_fold(
             free_memory(network)
             standing, start = go_down(folder, plan, config, standing, ended), ended.continues_from
         return FitResult.of(folder, ended)
+
+
+def _with_epochs(job: Job, record: RunRecord | None) -> Job:
+    """The job with the number of epochs that was decided before, or that fits into its time."""
+    epochs = record.max_epochs if record is not None else None
+    if epochs is None:
+        pace, budget = job.settings.pace, parse_duration(job.config.max_time)
+
+        def train(config: TrainConfig, fold: Fold) -> None:
+            splits = Splits(seed=job.splits.seed, folds=(fold,))
+            network = deepcopy(job.network)
+            fit_fold(job.plan, job.store_folder, splits, replace(config, fold=0), network=network)
+
+        cost = rehearse(train, job.config, job.fold, iterations_per_step=pace.iterations_per_step)
+        left = budget - (monotonic() - job.request.made_at)
+        epochs = cost.epochs_within(left, job.config, num_cases=len(job.fold.validation))
+        logger.info("max_epochs: %d epochs fit into %s", epochs, job.config.max_time)
+    settings = job.settings._replace(total_steps=job.settings.pace.steps_per_epoch * epochs)
+    return replace(job, config=replace(job.config, max_epochs=epochs), settings=settings)
 
 
 def select_fold(splits: Splits, fold: int | str) -> Fold:

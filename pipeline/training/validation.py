@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,6 +22,7 @@ from pipeline.evaluation.metrics import dice
 from pipeline.geometry import Shape3
 from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.networks.precision import free_vram_bytes
+from pipeline.stop_signals import StopRequest
 from pipeline.store import CaseStore
 
 SCORE_SHARE_OF_FREE_MEMORY = 0.5
@@ -66,6 +67,7 @@ class Validator:
         num_classes: Background included.
         overlap: Of neighbouring windows.
         scores_on_host: Add up the scores of a volume in host memory, even where the GPU seems to have room.
+        request: What a validation is left for, which may take many minutes; looked at before every window.
     """
 
     store_folder: Path
@@ -74,6 +76,7 @@ class Validator:
     num_classes: int
     overlap: float = 0.5
     scores_on_host: bool = False
+    request: StopRequest = field(default_factory=StopRequest)
 
     def limited_to(self, count: int) -> Validator:
         """The same for the first `count` cases; 0 takes all."""
@@ -91,8 +94,9 @@ class Validator:
         """
         started, store = perf_counter(), CaseStore(self.store_folder)
         by_case = {}
-        with evaluating(network), forward_context():
+        with self.request.at_any_line(), evaluating(network), forward_context():
             for case_id in self.case_ids:
+                self.request.check()
                 image, label = store.read_case(case_id)
                 by_case[case_id] = dice_by_class(self._segment(network, image, device), label, self.num_classes)
         return ValidationResult(by_case, perf_counter() - started)
@@ -102,7 +106,7 @@ class Validator:
         if device.type == "cuda" and self._scores_fit(volume, device):
             volume = volume.to(device)
         scores = sliding_window_scores(
-            network,
+            _Watching(network, self.request),
             volume,
             window=self.patch_size,
             num_classes=self.num_classes,
@@ -117,6 +121,23 @@ class Validator:
             return False
         needed = (self.num_classes + len(volume)) * volume[0].numel() * 4
         return needed < SCORE_SHARE_OF_FREE_MEMORY * free_vram_bytes(device)
+
+
+class _Watching:
+    """A network that looks for a request to stop before every window."""
+
+    def __init__(self, network: nn.Module, request: StopRequest) -> None:
+        self.network, self.request = network, request
+
+    def __call__(self, windows: Tensor) -> Any:
+        self.request.check()
+        return self.network(windows)
+
+    @property
+    def pending_logits(self) -> Any:
+        """The network's own, if it has one; it is asked for with every window."""
+        self.request.check()
+        return self.network.pending_logits
 
 
 @contextmanager
@@ -158,9 +179,12 @@ class WholeVolumeValidation(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Validate when it is time."""
-        epoch = trainer.current_epoch + 1
-        due = epoch % self.every_n_epochs == 0 or epoch == self.max_epochs
-        self.result = self._validate(trainer, pl_module) if due and self.validator.case_ids else None
+        due = self.is_due(trainer.current_epoch + 1)
+        self.result = self._validate(trainer, pl_module) if due else None
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether epoch number `epoch`, from 1, ends with a validation."""
+        return bool(self.validator.case_ids) and (epoch % self.every_n_epochs == 0 or epoch == self.max_epochs)
 
     def _validate(self, trainer: pl.Trainer, pl_module: Any) -> ValidationResult:
         network = self.network if self.network is not None else pl_module.network

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.artifacts import write_artifact
+from pipeline.cli import main
 from pipeline.config import AugmentationConfig, HardwareConfig, TrainConfig
 from pipeline.datasets.splits import Splits, make_splits
 from pipeline.geometry import Grid
@@ -148,3 +152,63 @@ def assert_same_run() -> Callable[[Path, Path], None]:
         _assert_equal(*({key: each[key] for key in ("state_dict", "counts")} for each in best))
 
     return compare
+
+
+class Trainings:
+    """Starts `voxfit train` in processes of their own, forked so that a start takes no seconds.
+
+    Args:
+        arguments: Of the command, without the run folder.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+
+    def start(self, run_dir: Path, prepare: Callable[[], None] | None = None) -> Any:
+        """A training in `run_dir`, as a process group of its own; `prepare` is called in it first."""
+        process = multiprocessing.get_context("fork").Process(target=self._train, args=(run_dir, prepare))
+        process.start()
+        return process
+
+    def finish(self, run_dir: Path) -> None:
+        """Train to the end."""
+        process = self.start(run_dir)
+        process.join()
+        assert process.exitcode == 0
+
+    def _train(self, run_dir: Path, prepare: Callable[[], None] | None) -> None:
+        os.setsid()
+        if prepare is not None:
+            prepare()
+        # As at the end of a command: without what the test runner would do then.
+        os._exit(main(["train", *self.arguments, "--run_dir", str(run_dir)]))
+
+
+@pytest.fixture(scope="session")
+def trainings(plan: Plan, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    """Small trainings with accumulation, an average of the weights, augmentation and validations."""
+    plan_path = tmp_path_factory.mktemp("plan") / "plan.json"
+    write_artifact(plan_path, plan)
+    options = {
+        "plan": plan_path,
+        "store": store,
+        "num_folds": 3,
+        "max_epochs": 6,
+        "iterations_per_epoch": 5,
+        "effective_batch": 4,
+        "validate_every_n_epochs": 2,
+        "optim.name": "adamw",
+        "optim.ema_decay": 0.9,
+        "hardware.accelerator": "cpu",
+        "hardware.num_workers": 0,
+        "hardware.num_threads": 1,
+    }
+    return Trainings([word for key, value in options.items() for word in (f"--{key}", str(value))])
+
+
+@pytest.fixture(scope="session")
+def undisturbed(trainings: Trainings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of such a training that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    trainings.finish(run_dir)
+    return run_dir

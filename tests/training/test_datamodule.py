@@ -14,6 +14,7 @@ from pipeline.config import AugmentationConfig
 from pipeline.errors import InputError
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import PatchDataset
+from pipeline.stop_signals import StopRequest
 from pipeline.store import CaseStore
 from pipeline.training.datamodule import PatchDataModule
 from pipeline.training.processes import torch_threads
@@ -111,7 +112,7 @@ class Dies(Dataset):
 def test_a_killed_data_worker_is_said_in_one_line():
     data = PatchDataModule(Dies(), batch_size=1, iterations_per_epoch=1, num_workers=1)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(InputError, match="a data worker was killed") as raised, stops_as_errors(trainer):
+    with pytest.raises(InputError, match="a data worker was killed") as raised, stops_as_errors(trainer, StopRequest()):
         next(iter(data.train_dataloader()))
     assert "hardware.num_workers" in str(raised.value)
 
@@ -141,7 +142,7 @@ class Fails(Dataset):
 def test_an_error_in_a_data_worker_is_said_for_what_it_is(error, expected, said):
     data = PatchDataModule(Fails(error), batch_size=1, iterations_per_epoch=1, num_workers=1)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(expected, match=said) as raised, stops_as_errors(trainer):
+    with pytest.raises(expected, match=said) as raised, stops_as_errors(trainer, StopRequest()):
         next(iter(data.train_dataloader()))
     if expected is InputError:
         assert str(raised.value).startswith("hardware.num_workers: ")

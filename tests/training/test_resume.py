@@ -134,19 +134,61 @@ def test_a_process_killed_at_random_moments_resumes_to_the_same_end(plan, store,
     assert rows_of(killed.run_dir) == rows_of(whole.run_dir)
 
 
-def test_a_torn_last_checkpoint_is_named_and_the_best_one_used(plan, store, splits, make_config, caplog):
+@pytest.mark.parametrize(
+    ("torn", "used"),
+    [
+        # Epoch 3 ended last, without a validation, and epoch 2 with one.
+        (["last.ckpt"], "previous.ckpt (epoch 2, optimiser step 8)"),
+        (["last.ckpt", "previous.ckpt"], "best.ckpt (epoch 2, optimiser step 8)"),
+        (["last.ckpt", "best.ckpt"], "previous.ckpt (epoch 2, optimiser step 8)"),
+    ],
+)
+def test_torn_checkpoints_are_named_and_the_newest_whole_one_is_used(
+    plan, store, splits, make_config, caplog, torn, used
+):
     options = {"max_epochs": 4, "validate_every_n_epochs": 2}
     whole = fit_fold(plan, store, splits, make_config("whole", **options), network=Dropping(plan))
     with pytest.raises(PowerCutError):
         fit_fold(plan, store, splits, make_config("torn", **options), network=Dropping(plan, fails_at=14))
-    last = Path(make_config("torn").run_dir) / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    checkpoints = Path(make_config("torn").run_dir) / "checkpoints"
+    for name in torn:
+        # A new file: `previous` and `last` may be the same one.
+        half = (checkpoints / name).read_bytes()[: (checkpoints / name).stat().st_size // 2]
+        (checkpoints / name).unlink()
+        (checkpoints / name).write_bytes(half)
     caplog.set_level(logging.WARNING, "voxfit")
-    torn = fit_fold(plan, store, splits, make_config("torn", **options), network=Dropping(plan))
+    cut = fit_fold(plan, store, splits, make_config("torn", **options), network=Dropping(plan))
     assert "last.ckpt: is torn" in caplog.text
-    assert "going on from best.ckpt (epoch 2)" in caplog.text
-    assert_equal(state_of(torn.run_dir), state_of(whole.run_dir))
-    assert rows_of(torn.run_dir) == rows_of(whole.run_dir)
+    assert f"going on from {used}" in caplog.text
+    assert_equal(state_of(cut.run_dir), state_of(whole.run_dir))
+    assert rows_of(cut.run_dir) == rows_of(whole.run_dir)
+
+
+def test_a_torn_checkpoint_never_becomes_the_one_before(plan, store, splits, make_config):
+    """Stopped right after it was gone on from another one: what was saved then is whole, and so is what is kept."""
+    with pytest.raises(PowerCutError):
+        fit_fold(plan, store, splits, make_config(), network=Dropping(plan, fails_at=10))
+    folder = RunFolder(Path(make_config().run_dir))
+    folder.last_checkpoint.unlink()
+    folder.last_checkpoint.write_bytes(b"torn")
+    with pytest.raises(PowerCutError):
+        fit_fold(plan, store, splits, make_config(), network=Dropping(plan, fails_at=1))
+    for path, epoch in ((folder.last_checkpoint, 2), (folder.previous_checkpoint, 1)):
+        assert torch.load(path, weights_only=True)["counts"]["epoch"] == epoch
+
+
+def test_saves_within_an_epoch_change_nothing_and_are_gone_on_from(plan, store, splits, make_config):
+    options = {"effective_batch": 4, "iterations_per_epoch": 5, "optim": OptimConfig(name="adamw", ema_decay=0.9)}
+    whole = fit_fold(plan, store, splits, make_config("whole", **options), network=Dropping(plan))
+    config = make_config("saved", **options, save_every_minutes=1e-9)
+    with pytest.raises(PowerCutError):
+        fit_fold(plan, store, splits, config, network=Dropping(plan, fails_at=9))
+    last = RunFolder(Path(config.run_dir)).last_checkpoint
+    # Three passes of the second epoch were made, the first two of which are a step.
+    assert torch.load(last, weights_only=True)["counts"] == {"epoch": 1, "iteration": 7, "optimizer_step": 4}
+    saved = fit_fold(plan, store, splits, make_config("saved", **options), network=Dropping(plan))
+    assert_equal(state_of(saved.run_dir), state_of(whole.run_dir))
+    assert rows_of(saved.run_dir) == rows_of(whole.run_dir)
 
 
 def test_a_run_killed_after_its_last_epoch_only_writes_its_record(plan, store, splits, make_config):

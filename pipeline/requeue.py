@@ -1,0 +1,55 @@
+"""Ask SLURM to start a job again that was stopped before it was done."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+
+from pipeline.log import get_logger
+
+SECONDS_FOR_SLURM = 30
+# Of the signals that stop a training, those that come from a scheduler; Ctrl-C comes from a person.
+SIGNALS_OF_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def requeue_after(number: int) -> bool:
+    """Ask for the job to be queued again where a scheduler's signal has stopped it; whether SLURM agreed.
+
+    Only the first task of a job asks. A job that a person cancelled, or that was submitted with `--no-requeue`, stays
+    ended.
+    """
+    job = _job_id()
+    if number not in SIGNALS_OF_SCHEDULERS or not job or os.environ.get("SLURM_PROCID", "0") != "0":
+        return False
+    logger, facts = get_logger(), _scontrol("show", "job", "--oneliner", job)
+    if "JobState=CANCELLED" in facts:
+        logger.info("job %s was cancelled and is not queued again", job)
+        return False
+    if re.search(r"\bRequeue=0\b", facts):
+        logger.info("job %s may not be queued again; submit it with --requeue to have it go on by itself", job)
+        return False
+    problem = _scontrol("requeue", job, wants_error=True)
+    logger.info("job %s: %s", job, f"could not be queued again ({problem})" if problem else "queued again")
+    return not problem
+
+
+def _job_id() -> str:
+    """By the name that SLURM's tools take, also for a task of an array."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID", "") for part in ("JOB", "TASK"))
+    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    return job if re.fullmatch(r"[0-9_]+", job) else ""
+
+
+def _scontrol(*arguments: str, wants_error: bool = False) -> str:
+    """What `scontrol` says, or in one line why it failed."""
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, check=False, timeout=SECONDS_FOR_SLURM
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error) if wants_error else ""
+    if not wants_error:
+        return done.stdout
+    return " ".join(done.stderr.split()) or f"scontrol ended with {done.returncode}" if done.returncode else ""
