@@ -17,15 +17,16 @@ SIGNALS_OF_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
 def requeue_after(number: int) -> bool:
     """Ask for the job to be queued again where a scheduler's signal has stopped it; whether SLURM agreed.
 
-    Only the first task of a job asks. A job that a person cancelled, or that was submitted with `--no-requeue`, stays
-    ended.
+    Only the first task of a job asks, and only while SLURM counts the job as running. A job that a person cancels is
+    "completing" by the time that TERM arrives, and stays ended; so is one that SLURM pre-empts to queue it again itself.
+    A job that was submitted with `--no-requeue` stays ended as well.
     """
     job = _job_id()
     if number not in SIGNALS_OF_SCHEDULERS or not job or os.environ.get("SLURM_PROCID", "0") != "0":
         return False
     logger, facts = get_logger(), _scontrol("show", "job", "--oneliner", job)
-    if "JobState=CANCELLED" in facts:
-        logger.info("job %s was cancelled and is not queued again", job)
+    if "JobState=" in facts and "JobState=RUNNING" not in facts:
+        logger.info("job %s is being ended by SLURM and is not queued again from here", job)
         return False
     if re.search(r"\bRequeue=0\b", facts):
         logger.info("job %s may not be queued again; submit it with --requeue to have it go on by itself", job)

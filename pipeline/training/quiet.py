@@ -17,6 +17,7 @@ NO_NEWS = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*pin_memory.*no accelerator is found.*",
+    r".*`srun` command is available on your system but is not used.*",
     # The sampler knows where to go on, without what Lightning looks for.
     r".*resuming from a checkpoint that ended before the epoch ended.*",
 )

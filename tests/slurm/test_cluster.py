@@ -6,7 +6,6 @@ All tests that need it are in this file, because the test processes share out fi
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,20 +26,6 @@ MARK = "<!-- run by tests/slurm/test_cluster.py -->\n"
 CANNOT_RUN_HERE = 69
 SAMPLES = ROOT / "data_samples" / "msd_blobs"
 NUM_CASES = len(list((SAMPLES / "imagesTr").glob("*.nii.gz")))
-# Stands for `voxfit train`: stops on USR1 as training does, asks for a requeue, and is done at the second start.
-STOPPING = """#!{python}
-import os, signal, subprocess, sys, time
-print("started", os.environ.get("SLURM_RESTART_COUNT", "0"), sys.argv[1], flush=True)
-if "SLURM_RESTART_COUNT" in os.environ or sys.argv[1] != "train":
-    sys.exit(0)
-def stop(number, frame):
-    print("stopped by", signal.Signals(number).name, flush=True)
-    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-    sys.exit(75)
-signal.signal(signal.SIGUSR1, stop)
-open("ready", "w").close()
-time.sleep(100)
-"""
 
 
 @dataclass(frozen=True)
@@ -150,31 +136,57 @@ def test_sbatch_takes_every_script_with_a_gpu_and_with_paths_that_need_quotes(
         assert "to start at" in cluster.run(f"sbatch --test-only {smaller} {script}", folder)
 
 
-def test_a_signal_reaches_the_process_and_the_chain_waits_until_it_has_gone_on(
+def start_training(cluster: Cluster, folder: Path) -> dict[str, str]:
+    """Submit the chain; returns its jobs once the training of fold 0 has made an optimiser step."""
+    (folder / "train.yaml").write_text("iterations_per_epoch: 150\n")
+    write_scripts(cluster, folder, "--gpus 0 --cpus 1 --num_folds 2 --max_epochs 4 --train_config train.yaml")
+    jobs = submitted(cluster.run("bash jobs/submit.sh", folder))
+    end = time.monotonic() + 90
+    heartbeat = folder / "work" / "fold_0" / "heartbeat.json"
+    while not (heartbeat.is_file() and json.loads(heartbeat.read_text()).get("optimizer_step", 0) > 0):
+        assert time.monotonic() < end, cluster.run("squeue; tail -n 20 work/logs/*", folder)
+        time.sleep(0.1)
+    return jobs
+
+
+def test_a_training_that_is_pre_empted_is_queued_again_and_ends_as_one_that_was_not(
     cluster: Cluster, planned: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
-    write_scripts(cluster, tmp_path)
-    stub = tmp_path / "bin" / "voxfit"
-    stub.parent.mkdir()
-    stub.write_text(STOPPING.replace("{python}", shutil.which("python", path=cluster.environment["PATH"]) or ""))
-    stub.chmod(0o755)
-    path = f"{stub.parent}{os.pathsep}{cluster.environment['PATH']}"
-    jobs = submitted(cluster.run("bash jobs/submit.sh --array=0", tmp_path, PATH=path))
-    end = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    jobs = start_training(cluster, tmp_path)
     cluster.run(f"scancel --signal=USR1 --batch {jobs['train']}_0", tmp_path)
-    time.sleep(1)
-    assert cluster.states(tmp_path, {name: jobs[name] for name in ("train", "predict")}) == {
-        "train": {"PENDING"},
-        "predict": {"PENDING"},
-    }
+    log = tmp_path / "work" / "logs" / f"voxfit-train-{jobs['train']}_0.out"
+    end = time.monotonic() + 40
+    while "queued again" not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+    assert cluster.states(tmp_path, {"predict": jobs["predict"]}) == {"predict": {"PENDING"}}
     cluster.wait(tmp_path)
     assert cluster.states(tmp_path, jobs) == {name: {"COMPLETED"} for name in jobs}
+    assert "stopped on request" in log.read_text()
+    assert "going on from last.ckpt" in log.read_text()
+    weights = last_weights(tmp_path / "work" / "fold_0")
+    options = "--config train.yaml --max_epochs 4 --num_folds 2"
+    whole = f"voxfit train --plan work/plan.json --store work/store --run_dir whole --fold 0 {options}"
+    cluster.run(f"taskset --cpu-list 0 {whole}", tmp_path)
+    assert all(torch.equal(weights[name], value) for name, value in last_weights(tmp_path / "whole").items())
+
+
+def last_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    found = torch.load(run_dir / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    assert found
+    return dict(found)
+
+
+def test_a_training_that_is_cancelled_stays_ended(cluster: Cluster, planned: Path, tmp_path: Path) -> None:
+    shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
+    jobs = start_training(cluster, tmp_path)
+    cluster.run(f"scancel {jobs['train']} {jobs['predict']} {jobs['evaluate']}", tmp_path)
+    cluster.wait(tmp_path, seconds=60)
+    assert cluster.states(tmp_path, {"train": jobs["train"]}) == {"train": {"CANCELLED"}}
+    assert not (tmp_path / "work" / "logs").joinpath(f"voxfit-predict-{jobs['predict']}.out").exists()
     log = (tmp_path / "work" / "logs" / f"voxfit-train-{jobs['train']}_0.out").read_text()
-    assert re.findall("started.*|stopped.*", log) == ["started 0 train", "stopped by SIGUSR1", "started 1 train"]
+    assert "is not queued again from here" in log
 
 
 def test_a_case_that_cannot_be_made_stops_the_chain_which_goes_on_to_the_metrics_once_it_is_put_right(

@@ -127,7 +127,7 @@ def test_a_training_stopped_at_random_moments_again_and_again_gets_to_the_same_e
         codes.append(process.exitcode)
         assert len(codes) < 80
     assert set(codes[:-1]) == {75}
-    assert len(codes) > 3
+    assert len(codes) > 1
     assert_same_run(tmp_path / "run", undisturbed)
 
 
