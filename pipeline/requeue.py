@@ -18,8 +18,8 @@ def requeue_after(number: int) -> bool:
     """Ask for the job to be queued again where a scheduler's signal has stopped it; whether SLURM agreed.
 
     Only the first task of a job asks, and only while SLURM counts the job as running. A job that a person cancels is
-    "completing" by the time that TERM arrives, and stays ended; so is one that SLURM pre-empts to queue it again itself.
-    A job that was submitted with `--no-requeue` stays ended as well.
+    "completing" by the time that TERM arrives, and stays ended; one that SLURM pre-empts to queue it again itself is so
+    as well. A job that was submitted with `--no-requeue` stays ended, too.
     """
     job = _job_id()
     if number not in SIGNALS_OF_SCHEDULERS or not job or os.environ.get("SLURM_PROCID", "0") != "0":
