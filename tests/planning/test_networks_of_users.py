@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -94,6 +94,16 @@ def test_fake_tensors_count_byte_for_byte_as_real_ones(
     assert sum(metered.parts.values()) == metered.peak_bytes
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch adds up the gradient of an indexed table atomically: with several threads in any order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @each_network
 def test_recomputation_by_module_name_gives_the_same_gradients_bit_by_bit(case: Case) -> None:
     network = case.make().train()
