@@ -239,6 +239,7 @@ def predict(
 
 def _inputs(config: PredictConfig, references: Path, case_ids: Collection[str] | None) -> tuple[Case, ...]:
     """The cases to segment; for those of a DICOM tree, small files that stand for the series go to `references`."""
+    from pipeline.datasets.dicom_cases import parse_channels
     from pipeline.inference.dicom_inputs import find_dicom_inputs, may_be_dicom
     from pipeline.inference.inputs import find_inputs
     from pipeline.inference.loading import read_plan
@@ -254,7 +255,7 @@ def _inputs(config: PredictConfig, references: Path, case_ids: Collection[str] |
         path,
         references,
         [channel.name for channel in read_plan(Path(config.run_dir)).channels],
-        channels=[part.strip() for part in config.channels.split(",") if part.strip()],
+        channels=parse_channels(config.channels),
         allow_tilt=config.allow_tilt,
         num_workers=resolve_num_workers("auto"),
         case_ids=case_ids,

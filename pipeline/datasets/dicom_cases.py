@@ -63,6 +63,11 @@ def case_id_of(series: Series) -> str:
     return f"case_{series.key}"
 
 
+def parse_channels(text: str) -> list[str]:
+    """Channels from `CT, PT`."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def matches(series: Series, channel: str) -> bool:
     """Whether a series belongs to a channel, by its modality or by a pattern for its description."""
     wanted = channel.strip().casefold()

@@ -12,6 +12,23 @@ from pipeline.io.dicom.series import Series
 def objects_of(scan: Scan) -> dict[str, tuple[Header, ...]]:
     """Structure sets and segmentations by the key of the series that they were drawn on.
 
+    Segmentations that this program has made are left aside where a series has others: they are no truth to learn from.
+    """
+    return {
+        key: tuple(label for label in labels if not label.is_own) or tuple(labels)
+        for key, labels in _drawn_on(scan).items()
+    }
+
+
+def unplaced_objects(scan: Scan) -> tuple[Header, ...]:
+    """Structure sets and segmentations whose series is not in the tree."""
+    placed = {label.path for labels in _drawn_on(scan).values() for label in labels}
+    return tuple(label for label in scan.label_objects if label.path not in placed)
+
+
+def _drawn_on(scan: Scan) -> dict[str, list[Header]]:
+    """All objects by the key of their series.
+
     Where the same series lies in several folders, an object belongs to the nearest copy. One that names several series
     belongs to each of them, and one that names none to the only one in its frame of reference.
     """
@@ -27,31 +44,7 @@ def objects_of(scan: Scan) -> dict[str, tuple[Header, ...]]:
             copies = [series for series in drawn_on if series.first.series_uid == uid]
             nearest = max(copies, key=lambda series: shared_parts(series.first, label))
             found[nearest.key].append(label)
-    return {key: _without_own(labels) for key, labels in found.items()}
-
-
-def _without_own(labels: list[Header]) -> tuple[Header, ...]:
-    """Without segmentations that this program has made, where a series has others: they are no truth to learn from."""
-    others = tuple(label for label in labels if not label.is_own)
-    return others or tuple(labels)
-
-
-def own_aside(scan: Scan) -> tuple[Header, ...]:
-    """Segmentations made by this program that are left aside for others on the same series."""
-    used = {label.path for labels in objects_of(scan).values() for label in labels}
-    labelled = {uid for labels in objects_of(scan).values() for label in labels for uid in label.referenced_series}
-    return tuple(
-        label
-        for label in scan.label_objects
-        if label.is_own and label.path not in used and labelled & set(label.referenced_series)
-    )
-
-
-def unplaced_objects(scan: Scan) -> tuple[Header, ...]:
-    """Structure sets and segmentations whose series is not in the tree."""
-    used = {label.path for labels in objects_of(scan).values() for label in labels}
-    used |= {label.path for label in own_aside(scan)}
-    return tuple(label for label in scan.label_objects if label.path not in used)
+    return found
 
 
 def num_in_space(scan: Scan, label: Header) -> int:

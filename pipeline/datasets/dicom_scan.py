@@ -13,7 +13,7 @@ from pipeline.datasets.folder_pair import find_folder_pair
 from pipeline.datasets.listing import nifti_files
 from pipeline.datasets.msd import DATASET_FILE
 from pipeline.errors import InputError
-from pipeline.io.dicom.headers import Header, is_dicom_file, read_header
+from pipeline.io.dicom.headers import Header, claims_dicom, is_candidate_name, read_header
 from pipeline.io.dicom.rtstruct_file import RT_STRUCTURE_SET
 from pipeline.io.dicom.seg_header import SEGMENTATION_CLASSES
 from pipeline.io.dicom.series import (
@@ -105,7 +105,7 @@ def _files_under(root: Path, unreadable: list[tuple[Path, str]]) -> Iterable[Pat
             continue
         seen.add(place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (Path(folder, name) for name in names if not name.startswith(".") and name.upper() != "DICOMDIR")
+        yield from (Path(folder, name) for name in names if is_candidate_name(name))
 
 
 def _read_batch(paths: Sequence[Path]) -> _Batch:
@@ -114,11 +114,7 @@ def _read_batch(paths: Sequence[Path]) -> _Batch:
     for path in paths:
         try:
             # To open a pipe would wait for ever.
-            if not S_ISREG(path.stat().st_mode):
-                others += 1
-                continue
-            # A file that is called DICOM and is none belongs to a series, and something is wrong with it.
-            if path.suffix.lower() != ".dcm" and not is_dicom_file(path):
+            if not S_ISREG(path.stat().st_mode) or not claims_dicom(path):
                 others += 1
                 continue
             batch.headers.append(read_header(path))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import InspectConfig
 from pipeline.datasets.case import Dataset
 from pipeline.datasets.dataset import LOOKED_FOR, TABLE_SUFFIXES, read_dataset
+from pipeline.datasets.dicom_cases import parse_channels
 from pipeline.datasets.dicom_classes import parse_classes
 from pipeline.datasets.dicom_dataset import is_made_from_dicom, write_dicom_dataset
 from pipeline.datasets.dicom_inspection import DicomInspection, describe_dicom, inspection_facts
@@ -74,7 +75,7 @@ def _inspect_dicom(path: Path, config: InspectConfig, *, num_workers: int) -> Di
     written = write_dicom_dataset(
         scan,
         Path(config.write_dataset),
-        channels=[part.strip() for part in config.channels.split(",") if part.strip()],
+        channels=parse_channels(config.channels),
         classes=classes,
         threshold=config.threshold,
         allow_tilt=config.allow_tilt,

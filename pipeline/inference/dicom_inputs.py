@@ -18,6 +18,7 @@ from pipeline.datasets.dicom_cases import (
 from pipeline.datasets.dicom_scan import Scan, is_volume_dataset, scan_folder
 from pipeline.errors import InputError
 from pipeline.io.dicom.headers import is_dicom_file
+from pipeline.io.dicom.reader import LOOK
 from pipeline.io.dicom.references import SERIES_SUFFIX, write_series_file
 from pipeline.io.dicom.series import Series
 from pipeline.io.nifti import is_nifti_name
@@ -71,7 +72,7 @@ def find_dicom_inputs(
     volumes = [series for series in scan.series if not series.left_out]
     if not volumes:
         what = "holds neither NIfTI files nor a DICOM series of images"
-        raise InputError(what, where=shown_root(scan), fix="Look at it with `voxfit inspect`")
+        raise InputError(what, where=shown_root(scan), fix=LOOK)
     chosen = tuple(channels) or _channels_of(volumes, channel_names)
     # The phases of a single series may be all the channels.
     if len(chosen) not in (1, len(channel_names)):

@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 from pipeline.io.dicom.elements import items, number, shown, tag_of, text, whole_number, words
 from pipeline.io.dicom.frames import Frame, PixelData, PixelFormat
 from pipeline.io.dicom.phases import PHASE_KEYWORDS
-from pipeline.io.dicom.pixel_location import PixelDataMissingError, locate_pixel_data, missing_bytes, surplus_bytes
+from pipeline.io.dicom.pixel_location import PixelDataMissingError, check_size, locate_pixel_data
 from pipeline.io.dicom.placement import CSA_TAGS, read_frames, read_pixel_format
 from pipeline.io.dicom.privacy import IDENTITY_KEYWORDS, identity_of
 from pipeline.io.dicom.quiet import errors_named
@@ -103,6 +103,20 @@ def is_dicom_file(path: Path) -> bool:
     return start[:4] in (b"\x02\0\0\0", b"\x02\0\1\0", b"\x08\0\0\0", b"\x08\0\5\0", b"\x08\0\x08\0", b"\0\x08\0\x05")
 
 
+def is_candidate_name(name: str) -> bool:
+    """Whether a file of this name may hold a DICOM object; hidden files and a DICOMDIR do not."""
+    return not name.startswith(".") and name.upper() != "DICOMDIR"
+
+
+def claims_dicom(path: Path) -> bool:
+    """Whether a file is to be read: one that is called DICOM and is none belongs to a series, and is wrong there.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    return path.suffix.lower() == ".dcm" or is_dicom_file(path)
+
+
 def read_header(path: Path) -> Header:
     """Read all that matters before the pixels.
 
@@ -128,10 +142,7 @@ def _read(path: Path, stream: BinaryIO) -> Header:
         pixels = read_pixel_format(dataset)
         data = _pixel_data(path, stream, dataset, header.transfer_syntax)
         data = replace(data, num_frames=whole_number(dataset, "NumberOfFrames", 1))
-        if missing_bytes(pixels, data):
-            raise PixelDataMissingError("is truncated (it holds fewer pixels than its size needs)")
-        if surplus_bytes(pixels, data):
-            raise PixelDataMissingError("holds more pixels than its size says")
+        check_size(pixels, data)
         if header.structure_names:
             return header
         frames = read_frames(dataset, path, data, pixels)

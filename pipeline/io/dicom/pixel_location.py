@@ -54,22 +54,20 @@ def locate_pixel_data(stream: BinaryIO, syntax: str, *, is_implicit: bool, is_li
     return PixelData(transfer_syntax=syntax, offset=offset, length=length)
 
 
-def missing_bytes(pixels: PixelFormat, data: PixelData) -> int:
-    """How many bytes of uncompressed pixels are missing; 0 for compressed ones, whose length says nothing."""
-    if data.length is None:
-        return 0
-    num_bits = pixels.rows * pixels.columns * pixels.samples * data.num_frames * pixels.bits_allocated
-    return max(0, (num_bits + 7) // 8 - data.length)
+def check_size(pixels: PixelFormat, data: PixelData) -> None:
+    """Compare the bytes of uncompressed pixels with what their size needs; the length of compressed ones says nothing.
 
-
-def surplus_bytes(pixels: PixelFormat, data: PixelData) -> int:
-    """How many bytes there are beyond the uncompressed pixels; a row or a column of them is no padding."""
+    Raises:
+        PixelDataMissingError: Bytes are missing, or there are more than padding; a row or a column is no padding.
+    """
     if data.length is None:
-        return 0
+        return
     num_bits = pixels.rows * pixels.columns * pixels.samples * data.num_frames * pixels.bits_allocated
-    padding = max(1, min(pixels.rows, pixels.columns) * pixels.bits_allocated // 8 - 1)
     surplus = data.length - (num_bits + 7) // 8
-    return surplus if surplus > padding else 0
+    if surplus < 0:
+        raise PixelDataMissingError("is truncated (it holds fewer pixels than its size needs)")
+    if surplus > max(1, min(pixels.rows, pixels.columns) * pixels.bits_allocated // 8 - 1):
+        raise PixelDataMissingError("holds more pixels than its size says")
 
 
 def fragments_of(stream: BinaryIO) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from pipeline.allocation import allotted_cpus
 from pipeline.errors import InputError
 from pipeline.geometry import AxisOrder, format_shape
 from pipeline.io.dicom.frames import Stack
-from pipeline.io.dicom.headers import is_dicom_file, read_header
+from pipeline.io.dicom.headers import claims_dicom, is_candidate_name, read_header
 from pipeline.io.dicom.pixels import read_stack
 from pipeline.io.dicom.privacy import hide
 from pipeline.io.dicom.series import MOST_NAMED, Series, examine_series, group_by_series, name_of
@@ -115,15 +115,10 @@ def dicom_files(folder: Path) -> list[Path]:
         InputError: The folder, or a file in it, cannot be read.
     """
     try:
-        files = sorted(path for path in folder.iterdir() if path.is_file() and is_candidate(path))
-        return [path for path in files if path.suffix.lower() == ".dcm" or is_dicom_file(path)]
+        files = sorted(path for path in folder.iterdir() if path.is_file() and is_candidate_name(path.name))
+        return [path for path in files if claims_dicom(path)]
     except OSError as error:
         raise InputError(f"a folder of DICOM files cannot be read ({error.strerror})", fix="Check its rights") from None
-
-
-def is_candidate(path: Path) -> bool:
-    """Whether a name may be that of a DICOM object."""
-    return not path.name.startswith(".") and path.name.upper() != "DICOMDIR"
 
 
 def source_of(stack: Stack) -> SourceGrid:

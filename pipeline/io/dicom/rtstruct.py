@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError
 from pipeline.geometry import Grid, check_affine
 from pipeline.io.dicom.contours import Contours, fill_contours
-from pipeline.io.dicom.rtstruct_file import Roi, read_rois
+from pipeline.io.dicom.rtstruct_file import EXPORT_AGAIN, Roi, read_rois
 from pipeline.io.dicom.structures import Structure
 from pipeline.log import get_logger
 
@@ -27,7 +27,6 @@ ROUNDING_MM = 0.01
 FARTHEST_MM = 1e6
 CLOSED_TYPES = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 OPEN_TYPES = ("POINT", "OPEN_PLANAR", "OPEN_NONPLANAR")
-_EXPORT_AGAIN = "Export the structure set again"
 _OTHER_SERIES = "Give the series that the structures were drawn on, all of it, or leave this one out"
 
 logger = get_logger("rtstruct")
@@ -92,12 +91,12 @@ def _points(data: bytes, roi: Roi) -> NDArray[np.float64]:
     try:
         values = np.array([float(text) for text in data.rstrip(b" \0").split(b"\\")] if data.strip(b" \0") else [])
     except ValueError:
-        raise InputError("contour data that are not numbers", where=roi.place, fix=_EXPORT_AGAIN) from None
+        raise InputError("contour data that are not numbers", where=roi.place, fix=EXPORT_AGAIN) from None
     if values.size % 3:
         text = f"a contour of {values.size} values, which is not a multiple of 3"
-        raise InputError(text, where=roi.place, fix=_EXPORT_AGAIN)
+        raise InputError(text, where=roi.place, fix=EXPORT_AGAIN)
     if not np.all(np.abs(values) < FARTHEST_MM):
-        raise InputError("a contour with a point at no finite place", where=roi.place, fix=_EXPORT_AGAIN)
+        raise InputError("a contour with a point at no finite place", where=roi.place, fix=EXPORT_AGAIN)
     return values.reshape(-1, 3)
 
 

@@ -16,7 +16,7 @@ from pipeline.io.dicom.quiet import errors_named
 RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 CONTOUR_DATA = 0x30060050
 UNDEFINED_LENGTH = 0xFFFFFFFF
-_EXPORT_AGAIN = "Export the structure set again"
+EXPORT_AGAIN = "Export the structure set again"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _names(dataset: Any, path: Path) -> dict[int, str]:
             raise InputError(f"structure number {number} has no name", where=path.name, fix="Name it, and export again")
         if number in names:
             text = f"{names[number]!r} and {name!r} are both structure number {number}"
-            raise InputError(text, where=path.name, fix=_EXPORT_AGAIN)
+            raise InputError(text, where=path.name, fix=EXPORT_AGAIN)
         names[number] = name
     return names
 
@@ -103,7 +103,7 @@ def _text(value: Any) -> str:
 def _sequence(dataset: Any, keyword: str, path: Path) -> Sequence[Any]:
     items: Sequence[Any] | None = dataset.get(keyword)
     if not items:
-        raise InputError(f"holds no {keyword}, so no structures", where=path.name, fix=_EXPORT_AGAIN)
+        raise InputError(f"holds no {keyword}, so no structures", where=path.name, fix=EXPORT_AGAIN)
     return items
 
 
@@ -122,9 +122,9 @@ def _contours_by_number(dataset: Any, names: dict[int, str], path: Path) -> dict
         number = int(item.ReferencedROINumber)
         if number not in names:
             text = f"contours of structure number {number}, which has no name"
-            raise InputError(text, where=path.name, fix=_EXPORT_AGAIN)
+            raise InputError(text, where=path.name, fix=EXPORT_AGAIN)
         if number in items:
-            raise InputError(f"two sets of contours of {names[number]!r}", where=path.name, fix=_EXPORT_AGAIN)
+            raise InputError(f"two sets of contours of {names[number]!r}", where=path.name, fix=EXPORT_AGAIN)
         items[number] = item
     return items
 
@@ -135,7 +135,7 @@ def _roi(number: int, name: str, item: Any, path: Path) -> Roi:
     for contour in (item.get("ContourSequence") or ()) if item is not None else ():
         kind = _text(contour.get("ContourGeometricType"))
         if not kind:
-            raise InputError("a contour without a geometric type", where=place, fix=_EXPORT_AGAIN)
+            raise InputError("a contour without a geometric type", where=place, fix=EXPORT_AGAIN)
         contours.append((kind, _data(contour, place)))
     return Roi(name, number, place, tuple(contours))
 
@@ -146,5 +146,5 @@ def _data(contour: Any, place: str) -> bytes:
     if element is None:
         return b""
     if _is_cut(element):
-        raise InputError("contour data that end too soon", where=place, fix=_EXPORT_AGAIN)
+        raise InputError("contour data that end too soon", where=place, fix=EXPORT_AGAIN)
     return element.value or b""

@@ -54,12 +54,17 @@ class Series:
     @property
     def identity(self) -> frozenset[str]:
         """Texts that tell who the patient is; never shown."""
-        return frozenset[str]().union(*(header.identity for header in self.headers))
+        return identity_of_all(self.headers)
 
     @property
     def name(self) -> str:
         """The series for messages: `series 3 "T1 post" (MR, 4f2a9c81)`."""
         return name_of(self.headers)
+
+
+def identity_of_all(headers: Iterable[Header]) -> frozenset[str]:
+    """Texts that tell who the patients of several files are; never shown."""
+    return frozenset[str]().union(*(header.identity for header in headers))
 
 
 def key_of(headers: Sequence[Header]) -> str:
@@ -71,7 +76,7 @@ def key_of(headers: Sequence[Header]) -> str:
 def name_of(headers: Sequence[Header]) -> str:
     """A series for messages, without anything that tells the patient."""
     first = headers[0]
-    identity = frozenset[str]().union(*(header.identity for header in headers))
+    identity = identity_of_all(headers)
     description = f' "{hide(first.description, identity)}"' if first.description else ""
     return f"series {hide(first.series_number, identity) or '?'}{description} ({first.modality}, {key_of(headers)})"
 
@@ -171,7 +176,7 @@ def _file_problems(headers: Sequence[Header]) -> list[str]:
 
 
 def _files(found: Sequence[Header], total: int) -> str:
-    identity = frozenset[str]().union(*(header.identity for header in found))
+    identity = identity_of_all(found)
     names = ", ".join(hide(header.path.name, identity) for header in found[:MOST_NAMED])
     more = ", ..." if len(found) > MOST_NAMED else ""
     return f"{len(found)} of {total} files ({names}{more}):"

@@ -39,12 +39,10 @@ class Arrangement:
     Attributes:
         stack: None when there are problems.
         problems: Sentences without a full stop.
-        tilt_degrees: How far the steps lean against the normal.
     """
 
     stack: Stack | None
     problems: tuple[str, ...]
-    tilt_degrees: float = 0.0
 
 
 def arrange(name: str, frames: Sequence[Frame], pixels: PixelFormat, *, allow_tilt: bool = False) -> Arrangement:
@@ -74,14 +72,14 @@ def arrange(name: str, frames: Sequence[Frame], pixels: PixelFormat, *, allow_ti
         fix = f"the slices are shifted against each other by a tilt of {tilt:.1f} degrees (--allow_tilt resamples them)"
         drift_problems = (*drift_problems, fix)
     if drift_problems:
-        return Arrangement(None, drift_problems, tilt)
+        return Arrangement(None, drift_problems)
     grid = _grid(phases[0][0], pixels, origin, step, len(values))
     try:
         check_affine(grid.affine, name)
     except InputError as error:
-        return Arrangement(None, (error.what,), tilt)
+        return Arrangement(None, (error.what,))
     stack = Stack(name=name, frames=phases, phase_names=division.names, pixels=pixels, grid=grid)
-    return Arrangement(stack, (), tilt)
+    return Arrangement(stack, ())
 
 
 def _plane_problems(frames: Sequence[Frame]) -> tuple[str, ...]:
