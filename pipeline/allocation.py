@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from pipeline.rank_place import entry_of_this_node, find_place, tasks_on_this_node
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC_CGROUP = Path("/proc/self/cgroup")
@@ -21,22 +22,29 @@ class Limit(NamedTuple):
 
 
 def allotted_cpus() -> int:
-    """CPUs this process may use: the least of affinity, what SLURM says and the cgroup quota."""
-    return max(1, int(_tightest(_cpu_limits()).amount))
+    """CPUs this process may use: the least of affinity, what SLURM says and the cgroup quota, or its share of them."""
+    return max(1, int(_tightest(_cpu_limits()).amount) // _sharers())
 
 
 def allotted_memory_bytes() -> int:
-    """Memory this process may use: the least of the machine's, SLURM's and the cgroup limits."""
-    return int(_tightest(_memory_limits()).amount)
+    """Memory this process may use: the least of the machine's, SLURM's and the cgroup limits, or its share of it."""
+    return int(_tightest(_memory_limits()).amount) // _sharers()
 
 
 def describe_allocation() -> str:
     """What was found, as a line for the log: the figures, what set each, and the machine's own."""
     cpus, memory, machine = _tightest(_cpu_limits()), _tightest(_memory_limits()), _machine_memory()
     return (
-        f"allotted {allotted_cpus()} CPU(s) (by {cpus.source}; the machine has {os.cpu_count() or 1}) and"
+        f"allotted {max(1, int(cpus.amount))} CPU(s) (by {cpus.source}; the machine has {os.cpu_count() or 1}) and"
         f" {memory.amount / 2**30:.1f} GiB of memory (by {memory.source}; the machine has {machine / 2**30:.1f})"
+        f"{f', shared by {_sharers()} processes' if _sharers() > 1 else ''}"
     )
+
+
+def _sharers() -> int:
+    """Processes that train together and share what was found; for tasks of `srun` the limits are those of each."""
+    place = find_place()
+    return place.num_local_ranks if place.launcher == "torchrun" else 1
 
 
 def resolve_num_workers(option: int | str, *, bytes_per_worker: int = 0) -> int:
@@ -84,7 +92,7 @@ def _slurm_cpu_limits() -> Iterator[Limit]:
         yield Limit(per_task, "SLURM_CPUS_PER_TASK")
     elif on_node := _number("SLURM_CPUS_ON_NODE"):
         yield Limit(max(1, on_node // _tasks_here()), "SLURM_CPUS_ON_NODE")
-    elif listed := _on_this_node("SLURM_JOB_CPUS_PER_NODE"):
+    elif listed := entry_of_this_node("SLURM_JOB_CPUS_PER_NODE"):
         yield Limit(max(1, listed // _tasks_here()), "SLURM_JOB_CPUS_PER_NODE")
 
 
@@ -102,16 +110,7 @@ def _slurm_memory_limits() -> Iterator[Limit]:
 
 def _tasks_here() -> int:
     """Processes that share this node's part of the job: several only where `srun` started this one as one of them."""
-    return max(1, _on_this_node("SLURM_STEP_TASKS_PER_NODE")) if "SLURM_STEP_ID" in os.environ else 1
-
-
-def _on_this_node(name: str) -> int:
-    """The entry of this node in a list such as "2(x3),4"; 0 where there is none."""
-    counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get(name, "")):
-        counts += [int(count)] * int(times or 1)
-    node = _number("SLURM_NODEID")
-    return counts[node] if node < len(counts) else 0
+    return tasks_on_this_node() if "SLURM_STEP_ID" in os.environ else 1
 
 
 def _number(name: str) -> int:

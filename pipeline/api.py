@@ -7,6 +7,7 @@ Heavy libraries are imported when a function needs them, so that importing this 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +25,8 @@ from pipeline.config import (
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
+from pipeline.rank_place import find_place
+from pipeline.saved_config import write_config
 from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
@@ -160,6 +163,9 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
         config: Options.
         network: Any network that maps (B, C, I, J, K) to logits (B, classes, I, J, K), or to a list of them from the
             highest resolution down, instead of the plan's U-Net. `replace_batchnorm` makes it fit for batch size 1.
+
+    With `hardware.devices` above 1 this starts that many processes and waits for them, unless `srun` or `torchrun` have
+    started this one as one of several.
     """
     from pipeline.store import CaseStore
     from pipeline.training.trainer import fit_fold
@@ -168,9 +174,30 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
     store = CaseStore(Path(config.store))
     store.check_plan(made)
     splits = _splits(store, config)
-    with log_to_file(Path(config.run_dir) / "log.txt"):
+    place, devices = find_place(), config.hardware.devices
+    if devices not in ("auto", 1) and not place.launcher:
+        return _train_in_processes(config, int(devices), network)
+    # The first of several processes speaks for all.
+    with log_to_file(Path(config.run_dir) / "log.txt") if place.is_first else nullcontext():
         get_logger("train").info("%s", describe_allocation())
         return fit_fold(made, Path(config.store), splits, config, network=network)
+
+
+def _train_in_processes(config: TrainConfig, num: int, network: nn.Module | None) -> FitResult:
+    """Train in processes of this machine, one for each device."""
+    from pipeline.launching import run_in_processes
+    from pipeline.training.trainer import read_result
+
+    if network is not None:
+        fix = "Start your program with torchrun, which runs it once for each device"
+        raise InputError(
+            "a network of one's own cannot be handed to other processes", where="hardware.devices", fix=fix
+        )
+    with TemporaryDirectory() as folder:
+        options = Path(folder) / "train.yaml"
+        write_config(options, config)
+        run_in_processes(["train", "--config", str(options)], num)
+    return read_result(Path(config.run_dir))
 
 
 def _splits(store: CaseStore, config: TrainConfig) -> Splits:

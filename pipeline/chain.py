@@ -14,6 +14,7 @@ from pipeline.config import EvaluateConfig, PlanConfig, PredictConfig, Preproces
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import log_to_file
 from pipeline.plan import Plan
+from pipeline.rank_place import find_place
 from pipeline.saved_config import find_changes, write_config
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ def run(config: RunConfig, *, network: nn.Module | None = None) -> RunResult:
 
     Raises:
         CasesFailedError: Everything is done, without the cases that it lists.
+        InputError: It was started several times at once, as by `srun` with several tasks.
     """
+    if find_place().num_ranks > 1:
+        fix = "Start it once, with --train.hardware.devices, or use the separate commands"
+        raise InputError("run starts the processes of its training itself", fix=fix)
     work_dir = Path(config.work_dir)
     _keep_config(work_dir / "config.yaml", config)
     with log_to_file(work_dir / "log.txt"):

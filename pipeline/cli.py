@@ -20,6 +20,7 @@ from pipeline import config as options
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.log import configure_logging
 from pipeline.option_checks import Checked
+from pipeline.rank_place import find_place
 from pipeline.requeue import requeue_after
 from pipeline.slurm_config import SlurmConfig
 from pipeline.status_config import StatusConfig
@@ -97,14 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A scheduler's signals end a command like Ctrl-C does; a training finishes its step first.
         with stop_signals_raised():
             name, config = parse(sys.argv[1:] if arguments is None else arguments)
-            configure_logging()
+            configure_logging(find_place().rank)
             return run_command(COMMANDS[name], config)
     except StoppedError as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        _say("stopped", error)
         requeue_after(error.signal)
         return error.exit_code
     except VoxfitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say("error", error)
         return error.exit_code
     except KeyboardInterrupt as stop:
         print("stopped; the same command continues the work", file=sys.stderr)
@@ -113,6 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _say(word: str, error: VoxfitError) -> None:
+    """Say how a command ended, in one place where several processes end for the same reason."""
+    if not error.is_said_elsewhere:
+        print(f"{word}: {error}", file=sys.stderr)
 
 
 def run_command(command: Command, config: Any) -> int:

@@ -17,9 +17,13 @@ class VoxfitError(Exception):
         what: The problem, as a sentence without a full stop.
         where: File, case or key that it was found in.
         fix: What the user can do about it.
+
+    Attributes:
+        is_said_elsewhere: Another of the processes that train together says it.
     """
 
     exit_code = 2
+    is_said_elsewhere = False
 
     def __init__(self, what: str, *, where: str | Path = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, str(where), fix

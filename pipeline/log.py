@@ -22,10 +22,14 @@ def get_logger(name: str = "") -> logging.Logger:
     return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
 
 
-def configure_logging() -> None:
-    """Send the project's log to standard error: styled on a terminal, plain lines otherwise."""
+def configure_logging(rank: int = 0) -> None:
+    """Send the project's log to standard error: styled on a terminal, plain lines otherwise.
+
+    Args:
+        rank: Number of this process among those that train together; those after the first one only warn.
+    """
     logger = get_logger()
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
     logger.propagate = False
     for handler in [h for h in logger.handlers if not isinstance(h, logging.FileHandler)]:
         logger.removeHandler(handler)

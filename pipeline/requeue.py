@@ -8,6 +8,7 @@ import signal
 import subprocess
 
 from pipeline.log import get_logger
+from pipeline.rank_place import find_place
 
 SECONDS_FOR_SLURM = 30
 # Of the signals that stop a training, those that come from a scheduler; Ctrl-C comes from a person.
@@ -22,7 +23,7 @@ def requeue_after(number: int) -> bool:
     as well. A job that was submitted with `--no-requeue` stays ended, too.
     """
     job = _job_id()
-    if number not in SIGNALS_OF_SCHEDULERS or not job or os.environ.get("SLURM_PROCID", "0") != "0":
+    if number not in SIGNALS_OF_SCHEDULERS or not job or not find_place().is_first or not _is_first_task():
         return False
     logger, facts = get_logger(), _scontrol("show", "job", "--oneliner", job)
     if "JobState=" in facts and "JobState=RUNNING" not in facts:
@@ -34,6 +35,11 @@ def requeue_after(number: int) -> bool:
     problem = _scontrol("requeue", job, wants_error=True)
     logger.info("job %s: %s", job, f"could not be queued again ({problem})" if problem else "queued again")
     return not problem
+
+
+def _is_first_task() -> bool:
+    """Also of tasks that have nothing to do with each other."""
+    return os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def _job_id() -> str:

@@ -31,11 +31,13 @@ class SlurmConfig(Checked):
     max_epochs: int | Auto = "auto"
     """Epochs; auto leaves them to train_config and its default."""
     gpus: int = 1
-    """GPUs of a training or prediction job: 1, or 0 for a network on CPUs."""
+    """GPUs of a training job on each node, a process for each; 0 for a network on CPUs. A prediction takes one."""
+    nodes: int = 1
+    """Nodes of a training job."""
     gpu_type: str = ""
     """Kind of GPU as the cluster names it, such as a100; any without."""
     cpus: int = 8
-    """CPUs of a job."""
+    """CPUs of a job; of a training for each of its processes."""
     memory: str = "auto"
     """Memory of a training job as SLURM takes it, such as 48G; auto follows from plan and dataset."""
     shards: int | Auto = "auto"
@@ -60,9 +62,7 @@ class SlurmConfig(Checked):
     def problems(self) -> list[str]:
         """What is wrong with these values, each as `key: problem`."""
         found = at_least(self, 1, "cpus", "shards", "max_epochs") + at_least(self, 2, "num_folds")
-        found += at_least(self, 1, "signal_seconds")
-        if self.gpus not in (0, 1):
-            found.append(f"gpus: a training uses 1 or 0 (CPUs), got {self.gpus}")
+        found += at_least(self, 1, "signal_seconds", "nodes") + at_least(self, 0, "gpus")
         for name in ("time", "short_time"):
             if not _TIME.fullmatch(getattr(self, name)):
                 found.append(f"{name}: must be as in 90, 04:00:00 or 1-12:00:00, got {getattr(self, name)}")

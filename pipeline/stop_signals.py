@@ -5,12 +5,13 @@ SLURM sends TERM, or what `--signal` names, before it kills; a person presses Ct
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,6 +21,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTS_THAT_KILL = 3
 # A step that takes longer than this is not waited for: schedulers kill half a minute after they asked.
 PATIENCE_SECONDS = 12.0
+# Linux's prctl: a signal for the process whose parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 class StopSignal(KeyboardInterrupt):
@@ -127,7 +130,7 @@ def stop_signals_noted() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    with _handlers(request.note, STOP_SIGNALS):
+    with handled(request.note, STOP_SIGNALS):
         yield request
     if request.signal:
         signal.raise_signal(request.signal)
@@ -145,12 +148,22 @@ def stop_signals_raised() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with _handlers(end, (signal.SIGTERM, signal.SIGUSR1)):
+    with handled(end, (signal.SIGTERM, signal.SIGUSR1)):
         yield
 
 
+def end_with(parent: int) -> None:
+    """Let the system kill this process as soon as the one that started it is gone, where it can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have gone before that.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 @contextmanager
-def _handlers(handler: Any, numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+def handled(handler: Any, numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Let a handler take signals while the block runs; one that is ignored stays so."""
     before = {number: signal.getsignal(number) for number in numbers}
     taken = [number for number in numbers if before[number] is not signal.SIG_IGN]
     for number in taken:

@@ -37,6 +37,7 @@ class Job:
         command: Of `voxfit`.
         arguments: Of the command, as shell words.
         stops: Whether it is told to stop before its time limit and goes on later.
+        launcher: What starts `voxfit`, once for each process of the job; "" for a single one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Job:
     command: str
     arguments: tuple[str, ...]
     stops: bool = False
+    launcher: str = ""
 
 
 class Chain:
@@ -88,13 +90,16 @@ class Chain:
         )
 
     def _train(self) -> Job:
-        config = self.config
-        memory = train_memory(self.plan, self.sizes, cpus=config.cpus, on_gpu=self.on_gpu)
+        config, per_node = self.config, max(1, self.config.gpus)
+        memory = train_memory(self.plan, self.sizes, cpus=config.cpus, on_gpu=self.on_gpu, per_node=per_node)
         if config.memory != "auto":
             memory = Memory(config.memory, "as given")
+        is_shared = per_node * config.nodes > 1
+        # With srun the processes are steps of the job, which get the signal without being named.
+        receiver = "all processes of the training" if is_shared else "the process that this script turns into"
         signal = (
-            f"--signal=B:USR1@{config.signal_seconds}",
-            f"USR1 comes {config.signal_seconds} s before the time limit, to the process that this script turns into.",
+            f"--signal={'' if is_shared else 'B:'}USR1@{config.signal_seconds}",
+            f"USR1 comes {config.signal_seconds} s before the time limit, to {receiver}.",
         )
         own = {"config": config.train_config, "max_epochs": _given(config.max_epochs)}
         own["num_folds"] = _given(config.num_folds)
@@ -103,7 +108,7 @@ class Chain:
             name="train",
             title="Train every fold, each as a task of its own.",
             options=(
-                *self._options("train", cpus=config.cpus, memory=memory, array=self._folds, is_long=True),
+                *self._options("train", cpus=config.cpus, memory=memory, array=self._folds, num_gpus=config.gpus),
                 signal,
             ),
             command="train",
@@ -116,6 +121,8 @@ class Chain:
                 accelerator,
             ),
             stops=True,
+            # srun does not take the CPUs over from sbatch, and would wait for the others when one has failed.
+            launcher=f"srun --kill-on-bad-exit=1 --cpus-per-task={config.cpus} " if is_shared else "",
         )
 
     def _predict(self) -> Job:
@@ -123,7 +130,7 @@ class Chain:
         return Job(
             name="predict",
             title="Segment with every fold the cases that it held out: together, each case once.",
-            options=self._options("predict", cpus=self.config.cpus, memory=memory, array=self._folds, has_gpu=True),
+            options=self._options("predict", cpus=self.config.cpus, memory=memory, array=self._folds, num_gpus=1),
             command="predict",
             arguments=(
                 f"--run_dir {self._work('fold_')}{TASK}",
@@ -164,20 +171,22 @@ class Chain:
         return _quoted(str(Path(self.config.work_dir) / name))
 
     def _options(
-        self, name: str, *, cpus: int, memory: Memory, array: str = "", is_long: bool = False, has_gpu: bool = False
+        self, name: str, *, cpus: int, memory: Memory, array: str = "", num_gpus: int = 0
     ) -> tuple[tuple[str, str], ...]:
-        config = self.config
-        gres = f"--gres=gpu:{config.gpu_type + ':' if config.gpu_type else ''}{config.gpus}"
+        config, is_training = self.config, name == "train"
+        nodes, tasks = (config.nodes, max(1, config.gpus)) if is_training else (1, 1)
+        shared = f"--nodes={nodes} --ntasks-per-node={tasks}"
+        gres = f"--gres=gpu:{config.gpu_type + ':' if config.gpu_type else ''}{num_gpus}"
         log = str(Path(config.work_dir) / "logs" / ("%x-%A_%a.out" if array else "%x-%j.out"))
         given = {"account": config.account, "partition": config.partition, "qos": config.qos}
         return (
             (f"--job-name=voxfit-{name}", ""),
             *([(f"--array={array}", "")] if array else []),
-            ("--nodes=1 --ntasks=1", ""),
+            ("--nodes=1 --ntasks=1" if nodes * tasks == 1 else shared, ""),
             (f"--cpus-per-task={cpus}", ""),
-            *([(gres, "")] if self.on_gpu and (is_long or has_gpu) else []),
+            *([(gres, "")] if self.on_gpu and num_gpus else []),
             (f"--mem={memory.amount}", f"{memory.amount}: {memory.reason}."),
-            (f"--time={config.time if is_long else config.short_time}", ""),
+            (f"--time={config.time if is_training else config.short_time}", ""),
             ("--requeue", "A job that was pre-empted or lost its node starts again, and its log goes on."),
             ("--open-mode=append", ""),
             (f"--output={shlex.quote(log)}", ""),

@@ -73,20 +73,20 @@ def preprocess_memory(sizes: CaseSizes, *, num_workers: int) -> Memory:
     return _sum({name: num_workers * sizes.preparing_bytes, "for the process itself": PROCESS_BYTES})
 
 
-def train_memory(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool) -> Memory:
-    """Of a training job: the process, its data workers, pinned memory, the largest validation case."""
+def train_memory(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool, per_node: int = 1) -> Memory:
+    """Of a training job on a node: its processes, their data workers, pinned memory, the largest validation cases."""
     workers, worker_bytes = _data_workers(plan, cpus, on_gpu=on_gpu)
     pinned = max([plan.memory.host_bytes, *(rung.host_bytes for rung in plan.fallbacks)])
     step = 0 if on_gpu else CPU_STEP_FACTOR * plan.memory.peak_bytes
-    return _sum(
-        {
-            "for the process": GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES,
-            "for the step's tensors": step,
-            f"for {workers} data worker(s)": workers * worker_bytes,
-            "pinned for offloading (plan.json)": pinned,
-            "for the largest validation case and its scores": _scored_bytes(plan, sizes),
-        }
-    )
+    parts = {
+        "for the process": GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES,
+        "for the step's tensors": step,
+        f"for {workers} data worker(s)": workers * worker_bytes,
+        "pinned for offloading (plan.json)": pinned,
+        "for the largest validation case and its scores": _scored_bytes(plan, sizes),
+    }
+    each = f", in each of {per_node} processes" if per_node > 1 else ""
+    return _sum({f"{name}{each}": per_node * size for name, size in parts.items()})
 
 
 def predict_memory(plan: Plan, sizes: CaseSizes, *, on_gpu: bool) -> Memory:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import nn
@@ -24,15 +26,18 @@ from pipeline.training.datamodule import PatchDataModule
 from pipeline.training.divergence import SCALER_PATIENCE, DivergenceGuard
 from pipeline.training.ema import WeightAverage
 from pipeline.training.epoch_report import EpochReport, EpochTimer
+from pipeline.training.gradient_exchange import GradientExchange
 from pipeline.training.gradient_noise import GradientNoise
 from pipeline.training.heartbeat import HeartbeatWriter
 from pipeline.training.last_step import LastStep, ValidationEnd
 from pipeline.training.loop_state import ResumePoint
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.processes import NICENESS_BESIDE_CPU_NETWORK
+from pipeline.training.ranks import Ranks
 from pipeline.training.run_folder import Counts, RunFolder
 from pipeline.training.seeding import IterationSeed
 from pipeline.training.settings import Settings
+from pipeline.training.step_strategy import StepStrategy
 from pipeline.training.stops import StopPoint, leave_signals_alone
 from pipeline.training.time_budget import TimeBudget
 from pipeline.training.validation import Validator, WholeVolumeValidation
@@ -71,7 +76,7 @@ def make_data(
         augmentation=augmentation,
         defer_augmentation=settings.augment_on_gpu,
     )
-    return PatchDataModule(
+    data = PatchDataModule(
         dataset,
         batch_size=settings.batch_size,
         iterations_per_epoch=settings.pace.passes_per_epoch,
@@ -81,6 +86,8 @@ def make_data(
         augmentation=augmentation if settings.augment_on_gpu else None,
         niceness=NICENESS_BESIDE_CPU_NETWORK if settings.device_type == "cpu" else 0,
     )
+    data.share = (settings.pace.rank, settings.pace.num_ranks)
+    return data
 
 
 def make_validator(
@@ -90,6 +97,7 @@ def make_validator(
     settings: Settings,
     *,
     request: StopRequest,
+    ranks: Ranks,
     scores_on_host: bool,
 ) -> Validator:
     """Whole-volume validation with the training patch as its window."""
@@ -100,6 +108,7 @@ def make_validator(
         num_classes=plan.num_classes,
         scores_on_host=scores_on_host,
         request=request,
+        ranks=ranks,
     )
 
 
@@ -108,8 +117,8 @@ class Callbacks:
     """Callbacks of a training; `in_order` they run.
 
     Attributes:
-        in_order: Resume point, clock, seed, guard, average, validation and its end, gradient noise, report, last step,
-            checkpoints, heartbeat, time budget, stop point.
+        in_order: Resume point, clock, seed, guard, average, validation and its end, gradient noise, exchange of
+            gradients between ranks, report, last step, checkpoints, heartbeat, time budget, stop point.
         guard: Stops a training that diverges.
         last_step: Knows the last finished optimiser step; stands after all that do something when one is finished.
         writer: Saves checkpoints; the last one that does something with the state.
@@ -145,16 +154,19 @@ def make_callbacks(
             max_epochs=config.max_epochs,
             network=average.network if average is not None else None,
         )
-    noise, counts = GradientNoise(), {"iterations_per_epoch": pace.iterations_per_epoch}
-    report = EpochReport(table, timer, validation, noise=noise, max_epochs=config.max_epochs, **counts)
-    seeds = IterationSeed(config.seed, iterations_per_epoch=pace.passes_per_epoch)
+    noise, counts = GradientNoise(pace.num_ranks), {"iterations_per_epoch": pace.iterations_per_epoch}
+    ranks = validator.ranks
+    exchange = GradientExchange(ranks, pace, noise) if ranks.num > 1 else None
+    shared = {"noise": noise, "exchange": exchange, "ranks": ranks}
+    report = EpochReport(table, timer, validation, max_epochs=config.max_epochs, **counts, **shared)
+    seeds = IterationSeed(config.seed, pace=pace)
     guard, last_step = DivergenceGuard(folder.last_checkpoint, pace=pace, patience=patience), LastStep(pace, start)
     between = 60 * config.save_every_minutes
     writer = CheckpointWriter(folder, last_step, guard=guard, validation=validation, seconds_between_saves=between)
     epochs = {"validation": validation, "max_epochs": config.max_epochs}
     heartbeat = HeartbeatWriter(folder.heartbeat, last_step, table=table, **epochs)
-    validated = [validation, ValidationEnd(last_step)]
-    all_ = [ResumePoint(pace), timer, seeds, guard, average, *validated, noise, report, last_step, writer, heartbeat]
+    measured = [validation, ValidationEnd(last_step), noise, exchange, report]
+    all_ = [ResumePoint(pace), timer, seeds, guard, average, *measured, last_step, writer, heartbeat]
     stops = _stops(validator.request, heartbeat, writer, config)
     in_order = [callback for callback in [*all_, *stops] if callback is not None]
     return Callbacks(in_order, guard, last_step, writer, heartbeat)
@@ -172,7 +184,13 @@ def _stops(
 
 
 def make_trainer(
-    folder: RunFolder, callbacks: list[pl.Callback], config: TrainConfig, settings: Settings, *, start: Counts
+    folder: RunFolder,
+    callbacks: list[pl.Callback],
+    config: TrainConfig,
+    settings: Settings,
+    ranks: Ranks,
+    *,
+    start: Counts,
 ) -> pl.Trainer:
     """Lightning's trainer: the loop, precision, accumulation and clipping; everything else is in our callbacks."""
     # What an epoch whose end is done again has logged is dropped, too.
@@ -186,14 +204,23 @@ def make_trainer(
         gradient_clip_val=config.optim.gradient_clip_norm or None,
         callbacks=callbacks,
         logger=TensorBoardLogger(folder.path, name="tensorboard", version="", purge_step=purge_step),
-        # Under SLURM Lightning would otherwise save and requeue from inside a signal handler.
-        plugins=[AtomicCheckpointIO(), LightningEnvironment()],
+        **_placed(settings, ranks),
         default_root_dir=folder.path,
         benchmark=settings.device_type == "cuda",
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=sys.stderr.isatty() and ranks.is_first,
     )
     return leave_signals_alone(trainer)
+
+
+def _placed(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """Trainer's options for a process on its own, or for one of several."""
+    if ranks.num == 1:
+        # Under SLURM Lightning would otherwise save and requeue from inside a signal handler.
+        return {"plugins": [AtomicCheckpointIO(), LightningEnvironment()]}
+    on_gpu = settings.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return {"strategy": StepStrategy(ranks.place, device, checkpoint_io=AtomicCheckpointIO())}

@@ -30,12 +30,13 @@ from pipeline.training.module import SegmentationModule
 from pipeline.training.out_of_memory import first_line, is_out_of_memory, let_go
 from pipeline.training.processes import torch_threads
 from pipeline.training.quiet import quiet_lightning
+from pipeline.training.ranks import Departure, PeersLeftError, RankFailedError, Ranks, departure_of, verdict
 from pipeline.training.recovery import OutOfMemoryReport, describe_memory
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_record import finished_record, predicted_bytes, started_record
 from pipeline.training.settings import Settings
 from pipeline.training.step_down import Standing
-from pipeline.training.stops import stops_as_errors
+from pipeline.training.stops import stopped_elsewhere, stops_as_errors
 
 logger = get_logger("train")
 
@@ -48,6 +49,7 @@ class Job:
         network: Of the user's own, or None for the plan's.
         settings: As resolved for the plan's own step.
         request: Whether to stop.
+        ranks: The processes that train together.
     """
 
     plan: Plan
@@ -59,6 +61,7 @@ class Job:
     settings: Settings
     network: nn.Module | None
     request: StopRequest
+    ranks: Ranks
 
 
 def train_once(job: Job, standing: Standing, start: Counts) -> RunRecord | OutOfMemoryReport:
@@ -75,19 +78,24 @@ def train_once(job: Job, standing: Standing, start: Counts) -> RunRecord | OutOf
     with torch_threads(attempt.settings.processes.num_threads), quiet_lightning():
         try:
             return attempt.run()
-        except StoppedError:
-            attempt.keep_last_step()
-            attempt.say_last("stopped")
-            raise
-        except Exception as error:
-            if not is_out_of_memory(error):
+        except (Exception, PeersLeftError) as error:
+            cause = attempt.agree_on(error)
+            if cause.kind == "error":
                 attempt.say_last("failed")
-                raise
-            message = first_line(error)
-            # First of all: the rest needs memory itself.
-            let_go(error)
+                raise _as_error(error, cause) from error
+            if cause.kind == "stop":
+                attempt.keep_last_step()
+                attempt.say_last("stopped")
+                raise _as_error(error, cause) from error
         attempt.keep_last_step()
-        return attempt.report(message)
+        return attempt.report(cause)
+
+
+def _as_error(error: BaseException, cause: Departure) -> BaseException:
+    """This rank's own error, or one that tells of the others'."""
+    if not isinstance(error, PeersLeftError):
+        return error
+    return stopped_elsewhere(cause) if cause.kind == "stop" else RankFailedError(cause)
 
 
 class _Attempt:
@@ -105,21 +113,23 @@ class _Attempt:
         if not job.folder.record.is_file():
             # An out-of-memory is written into it, however early.
             self._write_record(job.network)
+        job.ranks.meet()
         pl.seed_everything(job.config.seed, workers=True, verbose=False)
         network = make_network(job.plan, settings) if job.network is None else job.network
         module = SegmentationModule(network, make_loss(), optim=job.config.optim, total_steps=settings.total_steps)
-        found = find_checkpoint(job.folder, module.state_dict())
+        found = job.ranks.from_first(find_checkpoint(job.folder, module.state_dict()) if job.ranks.is_first else None)
         self.start = start = found.counts if found is not None else Counts()
         data = make_data(job.plan, job.store_folder, job.fold, job.config, settings, start=start)
         data.request = job.request
-        table = MetricsTable(job.folder.metrics, class_names=job.plan.class_names[1:], keep_epochs=start.epoch)
-        watched = {"request": job.request, "scores_on_host": self.standing.scores_on_host}
+        rows = {"keep_epochs": start.epoch, "is_written": job.ranks.is_first}
+        table = MetricsTable(job.folder.metrics, class_names=job.plan.class_names[1:], **rows)
+        watched = {"request": job.request, "ranks": job.ranks, "scores_on_host": self.standing.scores_on_host}
         validator = make_validator(job.plan, job.store_folder, job.fold.validation, settings, **watched)
         callbacks = make_callbacks(network, data, job.folder, table, validator, job.config, settings, start)
         record = self._begin(network)
         if found is not None:
             logger.info("going on from %s, after optimiser step %d", found.path.name, start.optimizer_step)
-        trainer = make_trainer(job.folder, callbacks.in_order, job.config, settings, start=start)
+        trainer = make_trainer(job.folder, callbacks.in_order, job.config, settings, job.ranks, start=start)
         self.trainer, self.callbacks = trainer, callbacks
         with stops_as_errors(trainer, job.request):
             try:
@@ -127,12 +137,15 @@ class _Attempt:
             finally:
                 data.end_workers()
             callbacks.last_step.phase = "validation"
+            # All of them read what the first one has written.
+            job.ranks.meet()
             record = finished_record(
                 record, trainer=trainer, network=network, validator=validator, writer=callbacks.writer, table=table
             )
-        write_artifact(job.folder.record, record)
-        callbacks.heartbeat.beat("finished")
-        job.folder.previous_checkpoint.unlink(missing_ok=True)
+        if job.ranks.is_first:
+            write_artifact(job.folder.record, record)
+            callbacks.heartbeat.beat("finished")
+            job.folder.previous_checkpoint.unlink(missing_ok=True)
         return record
 
     def _begin(self, network: nn.Module) -> RunRecord:
@@ -156,11 +169,38 @@ class _Attempt:
             predicted_bytes=predicted_bytes(job.plan, self.settings.rung) if job.network is None else None,
             max_epochs=job.config.max_epochs,
         )
-        write_artifact(job.folder.record, record)
+        if job.ranks.is_first:
+            write_artifact(job.folder.record, record)
         return record
+
+    def agree_on(self, error: BaseException) -> Departure:
+        """What ended the attempt on all ranks, of which each learns at the same meeting.
+
+        What an out-of-memory keeps alive is let go first of all: the rest needs memory itself.
+        """
+        own, departures = self._departure(error), getattr(error, "departures", None)
+        if own.kind == "memory" or departures is not None:
+            let_go(error)
+        return verdict(departures if departures is not None else self.job.ranks.leave(own))
+
+    def _departure(self, error: BaseException) -> Departure:
+        if isinstance(error, StoppedError):
+            return Departure(kind="stop", message=error.what, exit_code=error.exit_code, signal=error.signal)
+        if not isinstance(error, Exception) or not is_out_of_memory(error):
+            return departure_of(error)
+        callbacks = self.callbacks
+        return Departure(
+            kind="memory",
+            message=first_line(error),
+            where=callbacks.last_step.phase if callbacks is not None else "start",
+            counts=callbacks.last_step.counts if callbacks is not None else self.start,
+            memory=describe_memory(on_gpu=self.settings.device_type == "cuda"),
+        )
 
     def keep_last_step(self) -> None:
         """Save the last finished optimiser step, where memory holds it and has room to, and it passes the guard."""
+        if not self.job.ranks.is_first:
+            return
         if self.trainer is None or self.callbacks is None or not self.callbacks.last_step.is_current:
             return
         if self.callbacks.last_step.counts == self.callbacks.writer.saved:
@@ -179,20 +219,20 @@ class _Attempt:
         if self.callbacks is not None:
             self.callbacks.heartbeat.beat(word)
 
-    def report(self, error: str) -> OutOfMemoryReport:
+    def report(self, cause: Departure) -> OutOfMemoryReport:
         """What an out-of-memory came to, once everything that is to be kept is on disk.
 
         Args:
-            error: Its first line.
+            cause: As all ranks have agreed on.
         """
-        callbacks, on_gpu = self.callbacks, self.settings.device_type == "cuda"
         # It calls a part of this attempt, all of which is to go.
         self.job.request.while_checking = None
+        saved = self.callbacks.writer.saved if self.callbacks is not None else self.start
         return OutOfMemoryReport(
-            where=callbacks.last_step.phase if callbacks is not None else "start",
-            counts=callbacks.last_step.counts if callbacks is not None else self.start,
-            continues_from=callbacks.writer.saved if callbacks is not None else self.start,
-            on_gpu=on_gpu,
-            memory=describe_memory(on_gpu=on_gpu),
-            error=error,
+            where=cause.where,
+            counts=cause.counts,
+            continues_from=self.job.ranks.from_first(saved),
+            on_gpu=self.settings.device_type == "cuda",
+            memory=cause.memory,
+            error=cause.message,
         )

@@ -102,6 +102,8 @@ class CheckpointWriter(pl.Callback):
         self.saved = last_step.counts
         self.save_seconds = 0.0
         self._saved_at = monotonic()
+        # Of several ranks, which all have the same to save.
+        self._is_first = True
         self._best = _Best()
         # What the checkpoint that is being written says.
         self._written = (last_step.counts, self._best)
@@ -118,6 +120,7 @@ class CheckpointWriter(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save what a run starts from, also in place of a torn `last`, which is never to become the one before."""
+        self._is_first = trainer.is_global_zero
         if trainer.ckpt_path is None or Path(trainer.ckpt_path) != self.folder.last_checkpoint:
             self._save(trainer)
         self._saved_at = monotonic()
@@ -136,7 +139,7 @@ class CheckpointWriter(pl.Callback):
 
     def _keep_previous(self) -> None:
         # A copy would cost as much as the save.
-        if self.folder.last_checkpoint.is_file():
+        if self._is_first and self.folder.last_checkpoint.is_file():
             with suppress(InputError), atomic_path(self.folder.previous_checkpoint) as temporary:
                 os.link(self.folder.last_checkpoint, temporary)
 
@@ -146,7 +149,8 @@ class CheckpointWriter(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, path: Path, counts: Counts, best: _Best) -> None:
         self._written, started = (counts, best), monotonic()
-        trainer.save_checkpoint(path)
+        if self._is_first:
+            trainer.save_checkpoint(path)
         self._saved_at = monotonic()
         self.save_seconds = max(self.save_seconds, self._saved_at - started)
 
@@ -162,7 +166,8 @@ class CheckpointWriter(pl.Callback):
         self.last_step.finish_epoch(finished)
         if best.result is None:
             self._keep_previous()
-            _link_or_copy(self.folder.best_checkpoint, self.folder.last_checkpoint)
+            if self._is_first:
+                _link_or_copy(self.folder.best_checkpoint, self.folder.last_checkpoint)
             self.saved = finished
         else:
             self.save_last(trainer)

@@ -48,7 +48,7 @@ class PatchDataModule(pl.LightningDataModule):
     Args:
         dataset: Patches by global sample number, such as `PatchDataset`.
         batch_size: Patches per iteration.
-        iterations_per_epoch: Batches that make an epoch.
+        iterations_per_epoch: Batches that make an epoch, of this rank.
         start: Epochs that are done, and batches that are done of the one after them.
         num_workers: Data worker processes, kept alive over epochs; 0 makes the patches in the training process.
         pin_memory: Lay batches out for asynchronous copies to a GPU.
@@ -58,6 +58,7 @@ class PatchDataModule(pl.LightningDataModule):
     Attributes:
         wait_clock: How long batches were waited for; what is done with them afterwards does not count.
         request: What a wait for a batch may be left for.
+        share: Number of this rank, and how many there are: batches are dealt out in turn.
     """
 
     def __init__(
@@ -83,13 +84,14 @@ class PatchDataModule(pl.LightningDataModule):
         self.niceness = niceness
         self.wait_clock = WaitClock()
         self.request = StopRequest()
+        self.share = (0, 1)
         self._loader: _TimedLoader | None = None
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The batches of an epoch, which is the one to start from until the sampler is told of another."""
         epoch, batches = self.start
         sampler = StreamSampler(
-            self.iterations_per_epoch * self.batch_size, first_epoch=epoch, skipped=batches * self.batch_size
+            self.iterations_per_epoch, self.batch_size, first_epoch=epoch, skipped=batches, share=self.share
         )
         loader = _TimedLoader(
             _Guarded(self.dataset),
@@ -133,22 +135,37 @@ class StreamSampler(EpochSampler):
     Its length is always that of a whole epoch, by which Lightning knows the last batch.
 
     Args:
-        num: Samples of an epoch.
+        num_batches: Batches of an epoch, of this rank.
+        batch_size: Samples of a batch.
         first_epoch: The epoch to begin with, counted from 0.
-        skipped: Samples of it that were taken before.
+        skipped: Batches of it that were taken before.
+        share: Number of this rank, and how many there are: batch b of rank r is batch b * ranks + r of all.
     """
 
-    def __init__(self, num: int, *, first_epoch: int = 0, skipped: int = 0) -> None:
-        super().__init__(first_epoch * num, num)
+    def __init__(
+        self,
+        num_batches: int,
+        batch_size: int = 1,
+        *,
+        first_epoch: int = 0,
+        skipped: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        super().__init__(0, num_batches * batch_size)
+        self.num_batches, self.batch_size, self.share = num_batches, batch_size, share
         self.first_epoch, self.skipped = first_epoch, skipped
+        self.set_epoch(first_epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Go on to the samples of `epoch`, counted from 0."""
-        self.first = epoch * self.num
+        self.epoch = epoch
+        self.first = epoch * self.num * self.share[1]
 
     def __iter__(self) -> Iterator[int]:
-        skipped = self.skipped if self.first == self.first_epoch * self.num else 0
-        return iter(range(self.first + skipped, self.first + self.num))
+        rank, num_ranks = self.share
+        for batch in range(self.skipped if self.epoch == self.first_epoch else 0, self.num_batches):
+            first = self.first + (batch * num_ranks + rank) * self.batch_size
+            yield from range(first, first + self.batch_size)
 
 
 class _TimedLoader(DataLoader[Any]):

@@ -15,8 +15,10 @@ from torch import Tensor
 from pipeline.log import get_logger
 from pipeline.plan import GIB
 from pipeline.training.datamodule import WaitClock
+from pipeline.training.gradient_exchange import GradientExchange
 from pipeline.training.gradient_noise import GradientNoise
 from pipeline.training.metrics_table import COUNT_COLUMNS, NOISE_SCALE, VALIDATION_SECONDS, MetricsTable, Row
+from pipeline.training.ranks import Ranks
 from pipeline.training.validation import ValidationResult, WholeVolumeValidation
 
 
@@ -95,6 +97,8 @@ class EpochReport(pl.Callback):
         iterations_per_epoch: Iterations of an epoch, for the counts.
         max_epochs: Epochs of the training, for the log line.
         noise: The gradient noise scale; stands before the report among the callbacks.
+        exchange: Knows the losses over all ranks; None for a process on its own.
+        ranks: Whose largest figures are reported.
     """
 
     def __init__(
@@ -106,9 +110,11 @@ class EpochReport(pl.Callback):
         iterations_per_epoch: int,
         max_epochs: int,
         noise: GradientNoise | None = None,
+        exchange: GradientExchange | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.table, self.timer, self.validation = table, timer, validation
-        self.noise = noise
+        self.noise, self.exchange, self.ranks = noise, exchange, ranks or Ranks()
         self.class_names = table.class_names
         self.iterations_per_epoch = iterations_per_epoch
         self.max_epochs = max_epochs
@@ -134,6 +140,9 @@ class EpochReport(pl.Callback):
         """
         self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
         self._batch_sizes.append(len(batch["image"]))
+        if self.exchange is not None and self.exchange.losses:
+            losses = [loss.float() * trainer.accumulate_grad_batches for loss in self.exchange.losses]
+            self._losses[-len(losses) :], self.exchange.losses = losses, []
         if trainer.global_step > self._step:
             self._step, self._num_known, self._known_lr = trainer.global_step, len(self._losses), self._lr
 
@@ -170,15 +179,17 @@ class EpochReport(pl.Callback):
         self._step, self._num_known = state_dict["step"], len(self._losses)
 
     def _row(self, trainer: pl.Trainer, train_loss: float) -> Row:
-        epoch = trainer.current_epoch + 1
+        epoch, peaks = trainer.current_epoch + 1, (self.timer.peak_vram_bytes, peak_ram_bytes())
+        # What is too small for one rank is too small for the training.
+        peak_vram, peak_ram = (max(each) for each in zip(*self.ranks.meet(peaks), strict=True))
         row: Row = {
             "epoch": epoch,
             "iteration": epoch * self.iterations_per_epoch,
             "optimizer_step": int(trainer.global_step),
             "seconds": round(self.timer.seconds, 3),
             "data_wait_share": round(self.timer.wait_seconds / max(self.timer.seconds, 1e-9), 4),
-            "peak_vram_bytes": self.timer.peak_vram_bytes,
-            "peak_ram_bytes": peak_ram_bytes(),
+            "peak_vram_bytes": peak_vram,
+            "peak_ram_bytes": peak_ram,
             "lr": self._lr,
             "train_loss": train_loss,
         }

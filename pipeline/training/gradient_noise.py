@@ -33,13 +33,18 @@ class GradientNoise(pl.Callback):
     The estimate takes patches for drawn independently. `PatchSampler` spreads foreground patches and cases evenly
     instead, so the patches of a step differ more than independent ones would: over m micro-batches of one patch that
     lowers |G|^2 by up to 1 / (m - 1) of the variance between the kinds of patches, and raises the noise scale. Read it
-    as an upper bound at an accumulation of two or three. Batches are those of one process.
+    as an upper bound at an accumulation of two or three. Micro-batches of several ranks count like accumulated ones:
+    `GradientExchange` averages their norms.
+
+    Args:
+        num_ranks: Processes whose gradients are averaged.
 
     Attributes:
-        reading: As of the last finished epoch; None without accumulation.
+        reading: As of the last finished epoch; None where an optimiser step has a single micro-batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_ranks: int = 1) -> None:
+        self.num_ranks = num_ranks
         self.reading: NoiseReading | None = None
         self._sums = NoiseSums()
         self._pending: list[_Step] = []
@@ -53,23 +58,35 @@ class GradientNoise(pl.Callback):
         self._small: list[Tensor] = []
         self._inverse_batches: list[float] = []
         self._measured: _Step | None = None
+        self._mean_of_all: Tensor | None = None
+
+    def mean_of_own(self, device: torch.device) -> Tensor:
+        """Mean over this rank's micro-batches of the step of their squared norms; 0 where none were measured."""
+        return torch.stack(self._small).mean() if self._small else torch.zeros((), dtype=torch.float64, device=device)
+
+    def take_mean_of_all(self, mean: Tensor) -> None:
+        """Put the mean over all ranks in the place of this rank's own."""
+        self._mean_of_all = mean
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so where nothing can be measured."""
-        if trainer.accumulate_grad_batches == 1:
+        if not self._is_measured(trainer):
             get_logger("train").info(
                 "the gradient noise scale is not measured: that takes an effective_batch of at least twice batch_size"
             )
 
+    def _is_measured(self, trainer: pl.Trainer) -> bool:
+        return trainer.accumulate_grad_batches * self.num_ranks > 1
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: dict[str, Any], *_: Any) -> None:
         """Note how many patches the micro-batch has."""
         self._batch_size = len(batch["image"])
-        self._effective_batch = self._batch_size * trainer.accumulate_grad_batches
+        self._effective_batch = self._batch_size * trainer.accumulate_grad_batches * self.num_ranks
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Begin an optimiser step, between the forward and the backward pass of its first micro-batch."""
         self._begin_step()
-        if trainer.accumulate_grad_batches > 1 and not (self._handles or self._in_pieces):
+        if self._is_measured(trainer) and not (self._handles or self._in_pieces):
             parameters = [each for each in pl_module.parameters() if each.requires_grad]
             self._handles = [each.register_hook(self._hook(index)) for index, each in enumerate(parameters)]
 
@@ -91,18 +108,20 @@ class GradientNoise(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Note the norms of a whole step: Lightning's division by the accumulation and the fp16 scale taken out."""
-        num, accumulate = len(self._small), trainer.accumulate_grad_batches
+        per_rank, accumulate = len(self._small), trainer.accumulate_grad_batches
+        num = per_rank * self.num_ranks
         if num < 2 or self._in_pieces:
             return
-        small = torch.stack(self._small).mean() * accumulate**2
+        small = self._mean_of_all if self._mean_of_all is not None else torch.stack(self._small).mean()
+        small = small * accumulate**2
         gradients = [each.grad for each in pl_module.parameters() if each.grad is not None]
-        big = torch.nn.utils.get_total_norm(gradients).double().square() * (accumulate / num) ** 2
+        big = torch.nn.utils.get_total_norm(gradients).double().square() * (accumulate / per_rank) ** 2
         if trainer.scaler is not None:
             scale = trainer.scaler.scale(torch.ones_like(small))
             small = small / scale**2
             # Optimisers that undo the scale themselves, such as fused AdamW, have not done so yet.
             big = big / scale**2 if getattr(optimizer, "_step_supports_amp_scaling", False) else big
-        mean_inverse_batch = sum(self._inverse_batches) / num
+        mean_inverse_batch = sum(self._inverse_batches) / per_rank
         self._measured = _Step(torch.stack([small, big]), num, mean_inverse_batch)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -117,8 +136,8 @@ class GradientNoise(pl.Callback):
         if self._in_pieces and self._handles:
             get_logger("train").warning("no gradient noise scale: gradients of this network arrive in pieces")
             self._unhook()
-        measured = trainer.accumulate_grad_batches > 1 and not self._in_pieces
-        self.reading = self._sums.read() if measured else None
+        is_measured = self._is_measured(trainer) and not self._in_pieces
+        self.reading = self._sums.read() if is_measured else None
 
     def _collect(self) -> None:
         sums = replace(self._sums)

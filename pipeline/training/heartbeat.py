@@ -81,6 +81,8 @@ class HeartbeatWriter(pl.Callback):
     def beat(self, phase: str = "") -> None:
         """Write; `phase` in place of the training's own for a last word. That it cannot be written ends nothing."""
         self._last_beat = monotonic()
+        if not self.table.is_written:
+            return
         try:
             write_artifact(self.path, self._heartbeat(phase or self.last_step.phase))
         except InputError as error:

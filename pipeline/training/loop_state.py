@@ -20,27 +20,32 @@ class Pace(NamedTuple):
 
     An *iteration* takes `batch_size` patches of the run's own options; it is what is counted, from the first epoch to
     the last. A *pass* is what is run: one iteration, or a part of it once the training has stepped down to a smaller
-    batch. An optimiser step and an epoch take the same patches whatever the batch.
+    batch. An optimiser step and an epoch take the same patches whatever the batch. Several ranks share the passes out,
+    in turn, so that they take the same patches as one: passes are counted for each rank, iterations over all of them.
 
     Attributes:
         iterations_per_epoch: Iterations of an epoch.
         iterations_per_step: Iterations of an optimiser step.
         passes_per_iteration: Passes of an iteration.
+        num_ranks: Processes that train together; divides both numbers of iterations.
+        rank: Which of them this one is.
     """
 
     iterations_per_epoch: int
     iterations_per_step: int
     passes_per_iteration: int = 1
+    num_ranks: int = 1
+    rank: int = 0
 
     @property
     def passes_per_epoch(self) -> int:
-        """Passes of an epoch: Lightning's batches."""
-        return self.iterations_per_epoch * self.passes_per_iteration
+        """Passes of a rank in an epoch: Lightning's batches."""
+        return self.iterations_per_epoch * self.passes_per_iteration // self.num_ranks
 
     @property
     def passes_per_step(self) -> int:
-        """Passes of an optimiser step: Lightning's `accumulate_grad_batches`."""
-        return self.iterations_per_step * self.passes_per_iteration
+        """Passes of a rank in an optimiser step: Lightning's `accumulate_grad_batches`."""
+        return self.iterations_per_step * self.passes_per_iteration // self.num_ranks
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,11 +59,11 @@ class Pace(NamedTuple):
 
         Args:
             epoch: Epochs finished before.
-            passes: Passes of the epoch after them that are done, all of them in finished optimiser steps.
+            passes: Passes of a rank in the epoch after them that are done, all of them in finished optimiser steps.
         """
         return Counts(
             epoch=epoch,
-            iteration=epoch * self.iterations_per_epoch + passes // self.passes_per_iteration,
+            iteration=epoch * self.iterations_per_epoch + passes * self.num_ranks // self.passes_per_iteration,
             optimizer_step=epoch * self.steps_per_epoch + -(-passes // self.passes_per_step),
         )
 
@@ -68,11 +73,17 @@ class Pace(NamedTuple):
 
     def iteration(self, *, epoch: int, batch_idx: int) -> int:
         """Number, from 1 over all epochs, of the iteration that pass `batch_idx` (from 0) of an epoch is part of."""
-        return epoch * self.iterations_per_epoch + batch_idx // self.passes_per_iteration + 1
+        number = self.number(batch_idx) // self.passes_per_iteration
+        return epoch * self.iterations_per_epoch + number + 1
+
+    def number(self, batch_idx: int) -> int:
+        """Number, from 0 over all ranks, of pass `batch_idx` (from 0) of this rank in an epoch."""
+        return batch_idx * self.num_ranks + self.rank
 
     def passes_into_epoch(self, counts: Counts) -> int:
-        """Passes that are done of the epoch after the finished ones; all of them where only its end is missing."""
-        return (counts.iteration - counts.epoch * self.iterations_per_epoch) * self.passes_per_iteration
+        """Passes of a rank in the epoch after the finished ones; all of them where only its end is missing."""
+        done = counts.iteration - counts.epoch * self.iterations_per_epoch
+        return done * self.passes_per_iteration // self.num_ranks
 
 
 class ResumePoint(pl.Callback):

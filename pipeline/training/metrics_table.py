@@ -32,10 +32,13 @@ class MetricsTable:
         path: The file.
         class_names: Foreground classes.
         keep_epochs: Rows of later epochs are dropped: a resumed run does these epochs again.
+        is_written: Whether this process writes the file, or only keeps the rows.
     """
 
-    def __init__(self, path: Path, *, class_names: Sequence[str], keep_epochs: int = 0) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, *, class_names: Sequence[str], keep_epochs: int = 0, is_written: bool = True
+    ) -> None:
+        self.path, self.is_written = path, is_written
         self.class_names = tuple(class_names)
         self.columns = (*COLUMNS, *(f"val_dice_{name}" for name in class_names), VALIDATION_SECONDS, NOISE_SCALE)
         self.rows = [row for row in _read(path) if (row["epoch"] or 0) <= keep_epochs] if keep_epochs else []
@@ -43,6 +46,8 @@ class MetricsTable:
     def append(self, row: Mapping[str, int | float | None]) -> None:
         """Add a row and write the file."""
         self.rows.append(dict(row))
+        if not self.is_written:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
         writer.writeheader()

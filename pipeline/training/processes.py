@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.allocation import allotted_cpus, resolve_num_workers
-from pipeline.stop_signals import STOP_SIGNALS
+from pipeline.stop_signals import STOP_SIGNALS, end_with
 
 CPUS_PER_WORKER = 4
 MAX_WORKERS = 16
@@ -21,8 +21,6 @@ WORKER_BYTES = 300 * 1024**2
 COPIES_PER_PATCH = 4
 # Options of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# Linux's prctl: a signal for the process whose parent ends.
-PR_SET_PDEATHSIG = 1
 # A step on a CPU waits for its slowest thread, so a worker must not take a core from one; 10 is what `nice` adds.
 NICENESS_BESIDE_CPU_NETWORK = 10
 
@@ -107,15 +105,6 @@ def prepare_worker(_: int, *, niceness: int = 0, parent: int | None = None) -> N
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if parent is not None:
-        _end_with(parent)
+        end_with(parent)
     os.nice(niceness)
     torch.set_num_threads(1)
-
-
-def _end_with(parent: int) -> None:
-    """Let the system kill this process as soon as the one that started it is gone, where it can."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # It may have gone before that.
-    if os.getppid() != parent:
-        os._exit(1)

@@ -86,12 +86,12 @@ def free_memory(network: nn.Module | None) -> None:
 
 
 def go_down(
-    folder: RunFolder, plan: Plan, config: TrainConfig, standing: Standing, failure: OutOfMemoryReport
+    folder: RunFolder | None, plan: Plan, config: TrainConfig, standing: Standing, failure: OutOfMemoryReport
 ) -> Standing:
     """Decide how to go on, write it into `run.json` and say it in a line.
 
     Args:
-        folder: Of the run.
+        folder: Of the run; None where another process writes into it.
         plan: For the advice at the end of the ladder, as `config`.
         config: Options of the run.
         standing: Where memory ran out.
@@ -103,7 +103,7 @@ def go_down(
     below = standing.step_down(failure.where, on_gpu=failure.on_gpu)
     if below is None:
         raise _no_rung_left(plan, config, standing, failure)
-    record = folder.read_record()
+    record = folder.read_record() if folder is not None else None
     step = StepDown(
         where=failure.where,
         counts=failure.counts,
@@ -114,7 +114,7 @@ def go_down(
         scores_on_host=below.scores_on_host,
         error=failure.error,
     )
-    if record is not None:
+    if folder is not None and record is not None:
         write_artifact(folder.record, replace(record, step_downs=(*record.step_downs, step)))
     get_logger("train").warning("%s", _said(standing, below, failure))
     return below

@@ -15,6 +15,7 @@ from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
+from pipeline.training.ranks import Ranks
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.time_budget import MARGIN
 
@@ -61,7 +62,12 @@ class Cost:
 
 
 def rehearse(
-    train: Callable[[TrainConfig, Fold], object], config: TrainConfig, fold: Fold, *, iterations_per_step: int
+    train: Callable[[TrainConfig, Fold], object],
+    config: TrainConfig,
+    fold: Fold,
+    *,
+    iterations_per_step: int,
+    ranks: Ranks,
 ) -> Cost:
     """Train two short epochs with one validation case, and see what they took.
 
@@ -70,20 +76,34 @@ def rehearse(
         config: Options of the training.
         fold: Its cases.
         iterations_per_step: Iterations of an optimiser step.
+        ranks: Who trains.
     """
     logger.info("max_epochs auto: training for a few steps to see how many epochs fit; nothing of it is kept")
     iterations = min(config.iterations_per_epoch, STEPS * iterations_per_step)
     short = {"max_epochs": 2, "iterations_per_epoch": iterations, "validate_every_n_epochs": 1}
-    with TemporaryDirectory(prefix=".rehearsal.", dir=config.run_dir) as path, _quiet():
+    with _shared_folder(config.run_dir, ranks) as path, _quiet():
         train(
             replace(config, **short, run_dir=path, max_time="", save_every_minutes=0.0, max_validation_cases=0),
             replace(fold, validation=fold.validation[:1]),
         )
+        # The first one writes, and the others wait until it has.
+        ranks.meet()
         folder = RunFolder(Path(path))
         row = MetricsTable(folder.metrics, class_names=(), keep_epochs=2).rows[-1]
         # The row is written before the checkpoints, and the heartbeat after them.
         saving = max(0.0, folder.heartbeat.stat().st_mtime - folder.metrics.stat().st_mtime)
+        ranks.meet()
     return Cost(iteration=float(row["seconds"]) / iterations, case=float(row[VALIDATION_SECONDS] or 0), saving=saving)
+
+
+@contextmanager
+def _shared_folder(parent: str, ranks: Ranks) -> Iterator[str]:
+    """A folder of the first rank that all of them know, gone afterwards."""
+    if not ranks.is_first:
+        yield ranks.from_first()
+        return
+    with TemporaryDirectory(prefix=".rehearsal.", dir=parent) as path:
+        yield ranks.from_first(path)
 
 
 @contextmanager

@@ -80,6 +80,7 @@ class RunRecord(Record):
         num_threads, num_workers: Processes as they were resolved.
         patch_size, batch_size, accumulate_grad_batches: As they were resolved, after the last step down. The patch is
             None in records of earlier versions.
+        num_ranks: Processes that train together; batch x accumulation x processes is the effective batch.
         step_downs: Every out-of-memory that the training went on from.
         num_parameters: Of the network.
         counts: Where the training ended.
@@ -108,6 +109,7 @@ class RunRecord(Record):
     patch_size: Shape3 | None = None
     batch_size: int
     accumulate_grad_batches: int
+    num_ranks: int = 1
     step_downs: tuple[StepDown, ...] = ()
     num_parameters: int
     counts: Counts = field(default_factory=Counts)

@@ -50,6 +50,7 @@ def started_record(
         patch_size=settings.patch_size,
         batch_size=settings.batch_size,
         accumulate_grad_batches=settings.accumulate_grad_batches,
+        num_ranks=settings.pace.num_ranks,
         step_downs=step_downs,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()) if network is not None else 0,
         # Plans are for GPUs; a process on a CPU takes other things.

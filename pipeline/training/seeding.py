@@ -7,6 +7,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from pipeline.training.loop_state import Pace
+
 # Two large odd numbers keep the streams of neighbouring seeds and iterations apart; any would do.
 SEED_STRIDE = 0x9E3779B97F4A7C15
 ITERATION_STRIDE = 0xD1B54A32D192ED03
@@ -17,16 +19,17 @@ class IterationSeed(pl.Callback):
 
     Args:
         seed: Of the run.
-        iterations_per_epoch: Iterations of an epoch; passes, once the training has stepped down to a smaller batch.
+        pace: How an epoch is cut up; passes of several ranks have the numbers that they would have on one.
     """
 
-    def __init__(self, seed: int, *, iterations_per_epoch: int) -> None:
+    def __init__(self, seed: int, *, pace: Pace) -> None:
         self.seed = seed
-        self.iterations_per_epoch = iterations_per_epoch
+        self.pace = pace
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Seed the generators of the CPU and of the GPU in use."""
-        iteration = trainer.current_epoch * self.iterations_per_epoch + batch_idx
+        passes_per_epoch = self.pace.passes_per_epoch * self.pace.num_ranks
+        iteration = trainer.current_epoch * passes_per_epoch + self.pace.number(batch_idx)
         seed = (self.seed * SEED_STRIDE + iteration * ITERATION_STRIDE) % 2**63
         # Not `torch.manual_seed`: for every kind of device that is absent it queues the call, with a stack trace.
         torch.default_generator.manual_seed(seed)

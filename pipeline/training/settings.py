@@ -11,6 +11,7 @@ from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
 from pipeline.networks.precision import DeviceType, PrecisionChoice, choose_device_type, choose_precision
 from pipeline.plan import Execution, Plan, Rung
+from pipeline.rank_place import RankPlace
 from pipeline.training.loop_state import Pace
 from pipeline.training.optim import accumulation_for
 from pipeline.training.processes import Processes, share_cpus
@@ -46,7 +47,7 @@ class Settings(NamedTuple):
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """Passes per optimiser step."""
+        """Passes of a rank per optimiser step."""
         return self.pace.passes_per_step
 
     @property
@@ -73,6 +74,10 @@ class Settings(NamedTuple):
         """The GPU's name, or "cpu"."""
         return torch.cuda.get_device_name() if self.device_type == "cuda" else "cpu"
 
+    def _describe_batch(self) -> str:
+        ranks = f" x {self.pace.num_ranks} processes" if self.pace.num_ranks > 1 else ""
+        return f"batch {self.batch_size} x accumulation {self.accumulate_grad_batches}{ranks}"
+
     def describe(self) -> str:
         """The settings as a line for the log."""
         left = self.pace.passes_per_epoch % self.pace.passes_per_step
@@ -80,26 +85,30 @@ class Settings(NamedTuple):
         return (
             f"device {self.device_name}; precision {self.precision.precision} ({self.precision.reason}); "
             f"patch {format_shape(self.patch_size)}, {self.execution}; "
-            f"batch {self.batch_size} x accumulation {self.accumulate_grad_batches}; "
+            f"{self._describe_batch()}; "
             f"{self.processes.num_threads} thread(s) for the network, {self.processes.num_workers} data worker(s); "
             f"{self.total_steps} optimiser steps in all{flushed}"
         )
 
 
-def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
+def resolve_settings(plan: Plan, config: TrainConfig, place: RankPlace | None = None) -> Settings:
     """Every "auto" replaced by the plan's value or by what the machine offers; epochs stay to be decided (1 meanwhile).
 
+    Args:
+        plan: The plan.
+        config: Options.
+        place: Of this process among those that train together; None for one on its own.
+
     Raises:
-        InputError: A GPU is asked for where there is none, or more than one, or the effective batch is no multiple of
-            the batch, or the network cannot run its stages as asked.
+        InputError: A GPU is asked for where there is none, or the effective batch is no multiple of the batch, or the
+            network cannot run its stages as asked, or what is asked for cannot be shared out evenly.
     """
-    hardware = config.hardware
-    if hardware.devices not in ("auto", 1):
-        raise InputError(f"{hardware.devices} devices: one is supported", where="hardware.devices", fix="Use 1")
+    hardware, place = config.hardware, place or RankPlace()
+    _check_devices(hardware, place)
     device_type = choose_device_type(hardware.accelerator)
     batch_size = plan.batch_size if config.batch_size == "auto" else config.batch_size
-    accumulate = _accumulation(plan, config, batch_size)
-    pace = Pace(config.iterations_per_epoch, accumulate)
+    accumulate = _accumulation(plan, config, batch_size, num_ranks=place.num_ranks)
+    pace = Pace(config.iterations_per_epoch, accumulate, num_ranks=place.num_ranks, rank=place.rank)
     planned = plan.precision if hardware.precision == "auto" else hardware.precision
     return Settings(
         device_type=device_type,
@@ -119,10 +128,33 @@ def resolve_settings(plan: Plan, config: TrainConfig) -> Settings:
     )
 
 
-def _accumulation(plan: Plan, config: TrainConfig, batch_size: int) -> int:
-    """Iterations per optimiser step; "auto" reaches the plan's effective batch or the next multiple of the batch."""
+def _check_devices(hardware: HardwareConfig, place: RankPlace) -> None:
+    if hardware.devices not in ("auto", place.num_local_ranks):
+        raise InputError(
+            f"{hardware.devices} are asked for, and {place.num_local_ranks} process(es) were started on this node",
+            where="hardware.devices",
+            fix="Start one process for each, by srun, torchrun or the `voxfit train` command alone, or leave it out",
+        )
+
+
+def _accumulation(plan: Plan, config: TrainConfig, batch_size: int, *, num_ranks: int) -> int:
+    """Iterations per optimiser step, over all ranks; "auto" reaches the plan's effective batch or the next multiple."""
+    if config.iterations_per_epoch % num_ranks:
+        fewer = config.iterations_per_epoch - config.iterations_per_epoch % num_ranks
+        raise InputError(
+            f"{config.iterations_per_epoch} cannot be shared out evenly over {num_ranks} processes",
+            where="iterations_per_epoch",
+            fix=f"Use {fewer + num_ranks}" + (f" or {fewer}" if fewer else ""),
+        )
+    together = batch_size * num_ranks
     if config.effective_batch == "auto":
-        return -(-plan.effective_batch // batch_size)
+        return -(-plan.effective_batch // together) * num_ranks
+    if config.effective_batch % together and num_ranks > 1:
+        raise InputError(
+            f"{config.effective_batch} is not a multiple of {num_ranks} processes x batch_size {batch_size}",
+            where="effective_batch",
+            fix=f"Use {config.effective_batch - config.effective_batch % together + together}",
+        )
     return accumulation_for(batch_size=batch_size, effective_batch=config.effective_batch)
 
 

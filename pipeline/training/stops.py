@@ -14,7 +14,9 @@ from pipeline.errors import InputError, StoppedError
 from pipeline.stop_signals import StopNow, StopRequest
 from pipeline.training.loop_state import Pace
 from pipeline.training.out_of_memory import is_worker_out_of_memory
+from pipeline.training.ranks import Departure
 
+FIX = "The same command goes on"
 # What torch says of a worker that is gone; errors in a worker are raised again with its traceback in the text.
 _WORKER_KILLED = re.compile(r"^DataLoader worker \(pid.*\) (?:exited unexpectedly|is killed by signal)")
 
@@ -50,8 +52,12 @@ class StopPoint(pl.Callback):
 
 
 def leave_signals_alone(trainer: pl.Trainer) -> pl.Trainer:
-    """Keep Lightning from listening to signals: it would end after any pass, or save within the handler."""
+    """Keep Lightning from listening to signals: it would end after any pass, or save within the handler.
+
+    Of several ranks it would have each wait for the first one before every pass, also for one that has left.
+    """
     trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
 
 
@@ -87,8 +93,13 @@ def _with_advice(what: str) -> InputError:
     return InputError(what, where="hardware.num_workers", fix="Use fewer, or ask for more memory")
 
 
+def stopped_elsewhere(cause: Departure) -> StoppedError:
+    """The error of a rank that stops because another one was asked to."""
+    return StoppedError(cause.message, fix=FIX, signal=cause.signal)
+
+
 def _stopped(trainer: pl.Trainer, request: StopRequest) -> StoppedError:
     name = f" ({signal.Signals(request.signal).name})" if request.signal else ""
     reason = request.reason if request.reason and not request.signal else "stopped on request"
     what = f"{reason} in epoch {trainer.current_epoch + 1}{name}"
-    return StoppedError(what, fix="The same command goes on", signal=request.signal)
+    return StoppedError(what, fix=FIX, signal=request.signal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,12 @@ from pipeline.store import CaseStore
 from pipeline.training.attempt import Job, train_once
 from pipeline.training.metrics_table import finished_epochs
 from pipeline.training.processes import keep_freed_memory
+from pipeline.training.ranks import Ranks, open_ranks, take_own_gpu
 from pipeline.training.recovery import OutOfMemoryReport, free_memory, go_down
 from pipeline.training.rehearsal import rehearse
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_lock import run_lock
-from pipeline.training.settings import resolve_settings
+from pipeline.training.settings import Settings, resolve_settings
 from pipeline.training.step_down import Standing
 
 logger = get_logger("train")
@@ -59,6 +61,19 @@ class FitResult:
         )
 
 
+def read_result(run_dir: Path) -> FitResult:
+    """What a finished training in another process came to.
+
+    Raises:
+        InputError: There is no finished run in the folder.
+    """
+    folder = RunFolder(run_dir)
+    record = folder.read_record()
+    if record is None or record.status != "finished":
+        raise InputError("holds no finished training", where=run_dir)
+    return FitResult.of(folder, record)
+
+
 def fit_fold(
     plan: Plan, store_folder: Path, splits: Splits, config: TrainConfig, *, network: nn.Module | None = None
 ) -> FitResult:
@@ -81,13 +96,25 @@ def fit_fold(
             store; another process trains in the folder; memory ran out at the end of the ladder.
         StoppedError: Ctrl-C, SIGTERM or SIGUSR1 came, or the time is up; the same call goes on.
         TrainingDivergedError: The loss is NaN or infinite.
+        RankFailedError: Another of the processes that train together failed.
     """
-    folder, settings = RunFolder(Path(config.run_dir)), resolve_settings(plan, config)
+    with open_ranks() as ranks:
+        return _fit_together(plan, store_folder, splits, config, network, ranks)
+
+
+def _fit_together(
+    plan: Plan, store_folder: Path, splits: Splits, config: TrainConfig, network: nn.Module | None, ranks: Ranks
+) -> FitResult:
+    folder, settings = RunFolder(Path(config.run_dir)), resolve_settings(plan, config, ranks.place)
     fold = select_fold(splits, config.fold)
     _check_cases(store_folder, fold)
-    with run_lock(folder.path), stop_signals_noted() as request:
-        folder.begin(plan, splits, config)
-        record = folder.read_record()
+    if settings.device_type == "cuda":
+        take_own_gpu(ranks)
+    with _own_folder(folder, ranks), stop_signals_noted() as request:
+        if ranks.is_first:
+            folder.begin(plan, splits, config)
+        record = ranks.from_first(folder.read_record() if ranks.is_first else None)
+        _check_effective_batch(record, settings)
         if record is not None and record.status == "finished":
             logger.info("%s is finished; give another --run_dir to train anew", folder.path)
             return FitResult.of(folder, record)
@@ -101,6 +128,7 @@ def fit_fold(
             settings=settings,
             network=network,
             request=request,
+            ranks=ranks,
         )
         if config.max_epochs == "auto":
             job = _with_epochs(job, record)
@@ -112,12 +140,32 @@ def fit_fold(
             keep_freed_memory()
         while isinstance(ended := train_once(job, standing, start), OutOfMemoryReport):
             free_memory(network)
-            standing, start = go_down(folder, plan, config, standing, ended), ended.continues_from
+            standing = go_down(folder if ranks.is_first else None, plan, config, standing, ended)
+            start = ended.continues_from
         return FitResult.of(folder, ended)
 
 
+def _own_folder(folder: RunFolder, ranks: Ranks) -> AbstractContextManager[None]:
+    """The run folder is the first rank's to write to."""
+    return run_lock(folder.path) if ranks.is_first else nullcontext()
+
+
+def _check_effective_batch(record: RunRecord | None, settings: Settings) -> None:
+    """A run goes on with any number of processes, as long as an optimiser step sees as many patches."""
+    if record is None:
+        return
+    before = record.batch_size * record.accumulate_grad_batches * record.num_ranks
+    now = settings.batch_size * settings.accumulate_grad_batches * settings.pace.num_ranks
+    if before != now:
+        raise InputError(
+            f"an optimiser step would see {now} patches on {settings.pace.num_ranks} process(es), and saw {before}",
+            where="effective_batch",
+            fix=f"Use a number of processes that divides it, {record.num_ranks} as before, or give another --run_dir",
+        )
+
+
 def _with_epochs(job: Job, record: RunRecord | None) -> Job:
-    """The job with the number of epochs that was decided before, or that fits into its time."""
+    """The job with the number of epochs that was decided before, or that fits into its time; the same on all ranks."""
     epochs = record.max_epochs if record is not None else None
     if epochs is None:
         pace, budget = job.settings.pace, parse_duration(job.config.max_time)
@@ -125,11 +173,11 @@ def _with_epochs(job: Job, record: RunRecord | None) -> Job:
         def train(config: TrainConfig, fold: Fold) -> None:
             splits = Splits(seed=job.splits.seed, folds=(fold,))
             network = deepcopy(job.network)
-            fit_fold(job.plan, job.store_folder, splits, replace(config, fold=0), network=network)
+            _fit_together(job.plan, job.store_folder, splits, replace(config, fold=0), network, job.ranks)
 
-        cost = rehearse(train, job.config, job.fold, iterations_per_step=pace.iterations_per_step)
+        cost = rehearse(train, job.config, job.fold, iterations_per_step=pace.iterations_per_step, ranks=job.ranks)
         left = budget - (monotonic() - job.request.made_at)
-        epochs = cost.epochs_within(left, job.config, num_cases=len(job.fold.validation))
+        epochs = job.ranks.from_first(cost.epochs_within(left, job.config, num_cases=len(job.fold.validation)))
         logger.info("max_epochs: %d epochs fit into %s", epochs, job.config.max_time)
     settings = job.settings._replace(total_steps=job.settings.pace.steps_per_epoch * epochs)
     return replace(job, config=replace(job.config, max_epochs=epochs), settings=settings)

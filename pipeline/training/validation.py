@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,6 +25,7 @@ from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.networks.precision import free_vram_bytes
 from pipeline.stop_signals import StopRequest
 from pipeline.store import CaseStore
+from pipeline.training.ranks import Ranks
 
 SCORE_SHARE_OF_FREE_MEMORY = 0.5
 
@@ -68,6 +70,7 @@ class Validator:
         overlap: Of neighbouring windows.
         scores_on_host: Add up the scores of a volume in host memory, even where the GPU seems to have room.
         request: What a validation is left for, which may take many minutes; looked at before every window.
+        ranks: Share the cases out among them, the largest first, and put the results together.
     """
 
     store_folder: Path
@@ -77,6 +80,7 @@ class Validator:
     overlap: float = 0.5
     scores_on_host: bool = False
     request: StopRequest = field(default_factory=StopRequest)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def limited_to(self, count: int) -> Validator:
         """The same for the first `count` cases; 0 takes all."""
@@ -85,7 +89,7 @@ class Validator:
     def score(
         self, network: nn.Module, *, device: torch.device, forward_context: Callable[[], AbstractContextManager[Any]]
     ) -> ValidationResult:
-        """Dice of every case.
+        """Dice of every case, on all ranks.
 
         Args:
             network: On `device`; put into evaluation mode meanwhile.
@@ -93,13 +97,21 @@ class Validator:
             forward_context: Opened around the network, for its precision.
         """
         started, store = perf_counter(), CaseStore(self.store_folder)
-        by_case = {}
+        own = {}
         with self.request.at_any_line(), evaluating(network), forward_context():
-            for case_id in self.case_ids:
+            for case_id in self._share(store):
                 self.request.check()
                 image, label = store.read_case(case_id)
-                by_case[case_id] = dice_by_class(self._segment(network, image, device), label, self.num_classes)
-        return ValidationResult(by_case, perf_counter() - started)
+                own[case_id] = dice_by_class(self._segment(network, image, device), label, self.num_classes)
+        scores = {case_id: dices for each in self.ranks.meet(own) for case_id, dices in each.items()}
+        return ValidationResult({case_id: scores[case_id] for case_id in self.case_ids}, perf_counter() - started)
+
+    def _share(self, store: CaseStore) -> tuple[str, ...]:
+        """The cases of this rank: dealt out from the largest down, so that no rank is waited for long."""
+        if self.ranks.num == 1:
+            return self.case_ids
+        by_size = sorted(self.case_ids, key=lambda case_id: (-prod(store.record(case_id).shape), case_id))
+        return tuple(by_size[self.ranks.place.rank :: self.ranks.num])
 
     def _segment(self, network: nn.Module, image: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
         volume = torch.from_numpy(image)

@@ -141,11 +141,7 @@ def start_training(cluster: Cluster, folder: Path) -> dict[str, str]:
     (folder / "train.yaml").write_text("iterations_per_epoch: 150\n")
     write_scripts(cluster, folder, "--gpus 0 --cpus 1 --num_folds 2 --max_epochs 4 --train_config train.yaml")
     jobs = submitted(cluster.run("bash jobs/submit.sh", folder))
-    end = time.monotonic() + 90
-    heartbeat = folder / "work" / "fold_0" / "heartbeat.json"
-    while not (heartbeat.is_file() and json.loads(heartbeat.read_text()).get("optimizer_step", 0) > 0):
-        assert time.monotonic() < end, cluster.run("squeue; tail -n 20 work/logs/*", folder)
-        time.sleep(0.1)
+    wait_for_steps(cluster, folder, folder / "work" / "fold_0")
     return jobs
 
 
@@ -170,6 +166,41 @@ def test_a_training_that_is_pre_empted_is_queued_again_and_ends_as_one_that_was_
     whole = f"voxfit train --plan work/plan.json --store work/store --run_dir whole --fold 0 {options}"
     cluster.run(f"taskset --cpu-list 0 {whole}", tmp_path)
     assert all(torch.equal(weights[name], value) for name, value in last_weights(tmp_path / "whole").items())
+
+
+def test_a_training_in_several_tasks_is_queued_again_and_ends_as_one_that_was_not(
+    cluster: Cluster, planned: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train.yaml").write_text("iterations_per_epoch: 150\nnum_folds: 2\n")
+    store = "voxfit preprocess --dataset data --plan work/plan.json --store work/store --num_workers 1"
+    cluster.run(store, tmp_path)
+    write_scripts(cluster, tmp_path, "--gpus 2 --cpus 1 --max_epochs 3 --train_config train.yaml --memory 8G")
+    # Without the GPUs that this machine does not have.
+    cluster.run("sed -i -e '/--gres/d' -e 's/accelerator gpu/accelerator cpu/' jobs/train.sbatch", tmp_path)
+    job = cluster.run("sbatch --parsable --array=0 jobs/train.sbatch", tmp_path).strip()
+    wait_for_steps(cluster, tmp_path, tmp_path / "work" / "fold_0")
+    cluster.run(f"scancel --signal=USR1 {job}_0", tmp_path)
+    cluster.wait(tmp_path)
+    assert cluster.states(tmp_path, {"train": job}) == {"train": {"COMPLETED"}}
+    log = (tmp_path / "work" / "logs" / f"voxfit-train-{job}_0.out").read_text()
+    for said in ("stopped: stopped on request", "queued again", "going on from last.ckpt"):
+        assert log.count(said) == 1, log
+    record = json.loads((tmp_path / "work" / "fold_0" / "run.json").read_text())
+    assert (record["status"], record["num_ranks"]) == ("finished", 2)
+    options = "--config train.yaml --max_epochs 3 --hardware.devices 2"
+    whole = f"voxfit train --plan work/plan.json --store work/store --run_dir whole --fold 0 {options}"
+    cluster.run(whole, tmp_path)
+    weights = last_weights(tmp_path / "work" / "fold_0")
+    assert all(torch.equal(weights[name], value) for name, value in last_weights(tmp_path / "whole").items())
+
+
+def wait_for_steps(cluster: Cluster, folder: Path, run_dir: Path) -> None:
+    """Until a training has made an optimiser step."""
+    end, heartbeat = time.monotonic() + 90, run_dir / "heartbeat.json"
+    while not (heartbeat.is_file() and json.loads(heartbeat.read_text()).get("optimizer_step", 0) > 0):
+        assert time.monotonic() < end, cluster.run("squeue; tail -n 20 work/logs/*", folder)
+        time.sleep(0.1)
 
 
 def last_weights(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -150,6 +150,22 @@ def test_a_gpu_is_asked_for_where_the_network_runs_and_only_there() -> None:
     assert parse(command(on_cpu["train.sbatch"])[1:])[1].hardware.accelerator == "cpu"
 
 
+def test_several_gpus_are_a_process_each_that_srun_starts_and_signals() -> None:
+    made = scripts(gpus=4, nodes=2, cpus=6, gpu_type="a100")
+    lines = directives(made["train.sbatch"])
+    assert {"--nodes=2 --ntasks-per-node=4", "--cpus-per-task=6", "--gres=gpu:a100:4", "--signal=USR1@180"} <= set(
+        lines
+    )
+    assert "exec srun --kill-on-bad-exit=1 --cpus-per-task=6 voxfit train" in made["train.sbatch"]
+    one = directives(scripts(gpus=1, cpus=6)["train.sbatch"])
+    memory = [int(next(line for line in each if line.startswith("--mem="))[6:-1]) for each in (lines, one)]
+    assert 3 * memory[1] < memory[0] <= 4 * memory[1]
+    for name in ("preprocess", "verify", "predict", "evaluate"):
+        assert "--nodes=1 --ntasks=1" in directives(made[f"{name}.sbatch"])
+        assert "srun" not in made[f"{name}.sbatch"]
+    assert "--gres=gpu:a100:1" in directives(made["predict.sbatch"])
+
+
 def test_the_signal_goes_to_the_process_that_takes_the_shell_s_place() -> None:
     made = scripts(signal_seconds=240, time="08:00:00", short_time="30")
     assert {"--signal=B:USR1@240", "--time=08:00:00"} <= set(directives(made["train.sbatch"]))
@@ -272,7 +288,7 @@ def test_folds_come_from_the_options_or_the_training_s_file(tmp_path: Path) -> N
     [
         ({"time": "a day"}, "time: must be as in 90, 04:00:00"),
         ({"memory": "lots"}, "memory: must be as in 48G"),
-        ({"gpus": 4}, "gpus: a training uses 1 or 0"),
+        ({"gpus": -1, "nodes": 0}, "nodes: must be at least 1, got 0; gpus: must be at least 0, got -1"),
         ({"partition": "gpu; reboot"}, "partition: must be a name"),
         ({"extra": "-C gpu;x"}, "extra: must be as in constraint=a100 mail-type=FAIL, got -C gpu;x"),
         ({"shards": 0, "cpus": 0}, "cpus: must be at least 1, got 0; shards: must be at least 1"),

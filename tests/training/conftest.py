@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from pipeline.config import AugmentationConfig, HardwareConfig, TrainConfig
 from pipeline.datasets.splits import Splits, make_splits
 from pipeline.geometry import Grid
 from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.rank_place import TORCHRUN_NAMES
 from pipeline.store import IGNORE_INDEX, CaseStore, StoreInfo
 
 PATCH = (16, 8, 12)
@@ -204,6 +207,62 @@ def trainings(plan: Plan, store: Path, tmp_path_factory: pytest.TempPathFactory)
         "hardware.num_threads": 1,
     }
     return Trainings([word for key, value in options.items() for word in (f"--{key}", str(value))])
+
+
+class RankedTrainings:
+    """Starts `voxfit train` in several processes that train together, as torchrun would, each forked.
+
+    Args:
+        arguments: Of the command, without the run folder.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+
+    def start(self, run_dir: Path, num_ranks: int, *options: str, prepare: Callable[[int], None] | None = None) -> Any:
+        """The processes, by rank; `prepare` is called in each first, with its rank."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context, processes = multiprocessing.get_context("fork"), []
+        for rank in range(num_ranks):
+            values = (rank, num_ranks, rank, num_ranks, "127.0.0.1", port)
+            environment = {name: str(value) for name, value in zip(TORCHRUN_NAMES, values, strict=True)}
+            words = ["train", *self.arguments, *options, "--run_dir", str(run_dir)]
+            process = context.Process(target=self._train, args=(environment, words, rank, prepare))
+            process.start()
+            processes.append(process)
+        return processes
+
+    def end(self, processes: Any, seconds: float = 60) -> list[int]:
+        """Wait for all; their exit codes."""
+        deadline = monotonic() + seconds
+        for process in processes:
+            process.join(max(0.0, deadline - monotonic()))
+        hanging = [process for process in processes if process.is_alive()]
+        for process in hanging:
+            process.kill()
+        assert not hanging, "ranks hang"
+        return [process.exitcode for process in processes]
+
+    def finish(self, run_dir: Path, num_ranks: int, *options: str) -> None:
+        """Train to the end."""
+        assert self.end(self.start(run_dir, num_ranks, *options)) == [0] * num_ranks
+
+    def _train(
+        self, environment: dict[str, str], words: list[str], rank: int, prepare: Callable[[int], None] | None
+    ) -> None:
+        os.environ.update(environment)
+        os.setsid()
+        if prepare is not None:
+            prepare(rank)
+        os._exit(main(words))
+
+
+@pytest.fixture(scope="session")
+def ranked_trainings(trainings: Trainings) -> RankedTrainings:
+    """The same small trainings in several processes."""
+    return RankedTrainings(trainings.arguments)
 
 
 @pytest.fixture(scope="session")
