@@ -213,7 +213,7 @@ class HardwareConfig(Checked):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the network runs."""
     devices: int | Auto = "auto"
-    """Number of GPUs; auto is one."""
+    """GPUs, a process each, on this node; auto is what srun or torchrun started, else one."""
     precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
     """auto: the plan's, else bf16 where the device has it, fp16 with a scaler on older GPUs, float32 otherwise."""
     num_workers: int | Auto = "auto"

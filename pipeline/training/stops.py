@@ -81,7 +81,8 @@ def stops_as_errors(trainer: pl.Trainer, request: StopRequest) -> Iterator[None]
     except Exception as error:
         if is_worker_out_of_memory(error):
             raise _with_advice("a data worker ran out of host memory") from error
-        if not _WORKER_KILLED.search(str(error)):
+        # A worker that is killed while it hands over a batch breaks a connection; nothing else in here has any.
+        if not _WORKER_KILLED.search(str(error)) and not isinstance(error, ConnectionError | EOFError):
             raise
         if request.came:
             # Before it could set its own handlers: SLURM and systemd send signals to the workers as well.

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # A real SLURM on this one machine, for tests and for trying: no systemd, nothing written outside of its own folder.
 # Needs Debian's or Ubuntu's packages (apt-get install --no-install-recommends slurm-wlm munge) and root.
-# Usage: bash scripts/slurm/start_local_cluster.sh [--folder FOLDER] [--cpus N] [--memory MIB] [--gpus N]
+# Usage: bash scripts/slurm/start_local_cluster.sh [--folder FOLDER] [--cpus N] [--memory MIB] [--gpus N] [--nodes N]
 #        source FOLDER/environment        then sinfo, sbatch, srun, squeue, scancel talk to it
 #        bash scripts/slurm/start_local_cluster.sh --stop [--folder FOLDER]
 # A cluster that already answers is left as it is. FOLDER is ${TMPDIR:-/tmp}/voxfit-slurm by default.
 # --gpus N makes N that are only counted: no device stands behind them, but jobs that ask for some can be tried.
+# --nodes N shares this machine's CPUs and memory out to N nodes, for jobs over several. Nobody can look up their names, so
+# what listens for others there is told MASTER_ADDR=127.0.0.1.
 # Exit codes: 0 it answers; 2 wrong options; 69 it cannot run here (the reason is on standard error).
 set -euo pipefail
 
-folder="${TMPDIR:-/tmp}/voxfit-slurm" cpus="$(env -u OMP_NUM_THREADS nproc)" memory="" gpus=0 stop=""
+folder="${TMPDIR:-/tmp}/voxfit-slurm" cpus="$(env -u OMP_NUM_THREADS nproc)" memory="" gpus=0 nodes=1 stop=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --stop) stop=yes; shift; continue ;;
-        --folder | --cpus | --memory | --gpus) [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; } ;;
+        --folder | --cpus | --memory | --gpus | --nodes) [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; } ;;
         *) echo "error: unknown option $1; the head of $0 tells which there are" >&2; exit 2 ;;
     esac
     case "$1" in
@@ -21,6 +23,7 @@ while [ $# -gt 0 ]; do
         --cpus) cpus="$2" ;;
         --memory) memory="$2" ;;
         --gpus) gpus="$2" ;;
+        --nodes) nodes="$2" ;;
     esac
     shift 2
 done
@@ -33,10 +36,10 @@ cannot() {
     exit 69
 }
 
-# Ends a daemon by the process id that it wrote, if that is still the same program.
+# end PROGRAM [NAME]: ends a daemon by the process id that it wrote, if that is still the same program.
 end() {
     local name="$1" pid
-    pid="$(cat "$folder/$name.pid" 2> /dev/null || true)"
+    pid="$(cat "$folder/${2:-$name}.pid" 2> /dev/null || true)"
     [ -n "$pid" ] && [ "$(cat "/proc/$pid/comm" 2> /dev/null)" = "$name" ] || return 0
     kill "$pid" 2> /dev/null || true
     for _ in $(seq 50); do
@@ -51,16 +54,20 @@ stop_all() {
     if [ -e "$SLURM_CONF" ] && answers; then
         scancel --user "$(id -un)" 2> /dev/null || true
     fi
-    end slurmd
+    for file in "$folder"/slurmd-*.pid; do
+        end slurmd "$(basename "$file" .pid)"
+    done
     end slurmctld
     end munged
     rm -rf "$folder/state" "$folder/spool"
     rm -f "$folder"/*.pid "$folder"/munge.* "$folder/jobs.txt" "$folder/environment" "$SLURM_CONF" "$folder"/{cgroup,gres}.conf
 }
 
-# Its node takes jobs; a stale folder has a configuration but nobody who answers.
+# All of its nodes take jobs; a stale folder has a configuration but nobody who answers.
 answers() {
-    timeout 10 scontrol show node --oneliner 2> /dev/null | grep -Eq 'State=(IDLE|MIXED|ALLOCATED)( |$)'
+    local states
+    states="$(timeout 10 scontrol show node --oneliner 2> /dev/null)" && [ -n "$states" ] &&
+        ! grep -Evq 'State=(IDLE|MIXED|ALLOCATED)( |$)' <<< "$states"
 }
 
 if [ -n "$stop" ]; then
@@ -89,11 +96,13 @@ free_ports() {
         grep -qix "$(printf '%04X' "$port")" <<< "$used" && continue
         echo "$port"
         found=$((found + 1))
-        [ "$found" -lt 2 ] || return 0
+        [ "$found" -le "$nodes" ] || return 0
     done
 }
 mapfile -t ports < <(free_ports)
-host="$(hostname -s)"
+host="$(hostname -s)" names=("$(hostname -s)")
+[ "$nodes" = 1 ] || mapfile -t names < <(seq --format 'node%g' "$nodes")
+[ "$nodes" -le "$cpus" ] || cannot "$nodes nodes need $nodes CPUs, and there are $cpus"
 
 head -c 1024 /dev/urandom > "$folder/munge.key"
 chmod 600 "$folder/munge.key"
@@ -108,16 +117,15 @@ cat > "$SLURM_CONF" << CONF
 ClusterName=voxfit
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=${ports[0]}
-SlurmdPort=${ports[1]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool/%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd-%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
 ProctrackType=proctrack/linuxproc
@@ -137,9 +145,12 @@ MinJobAge=86400
 JobRequeue=1
 RebootProgram=/bin/false
 GresTypes=gpu
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$memory Gres=gpu:$gpus State=UNKNOWN
-PartitionName=batch Nodes=$host Default=YES MaxTime=INFINITE State=UP
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
+for number in "${!names[@]}"; do
+    echo "NodeName=${names[$number]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[$((number + 1))]} \
+CPUs=$((cpus / nodes)) RealMemory=$((memory / nodes)) Gres=gpu:$gpus State=UNKNOWN" >> "$SLURM_CONF"
+done
 if [ "$gpus" -gt 0 ]; then
     # A GPU needs a file to be counted; an empty one stands in for the device.
     for number in $(seq 0 $((gpus - 1))); do
@@ -153,7 +164,10 @@ echo "CgroupPlugin=cgroup/v1" > "$folder/cgroup.conf"
 echo "export SLURM_CONF=$SLURM_CONF" > "$folder/environment"
 
 slurmctld || cannot "slurmctld did not start: see $folder/slurmctld.log"
-slurmd || cannot "slurmd did not start: see $folder/slurmd.log"
+for node in "${names[@]}"; do
+    mkdir -p "$folder/spool/$node"
+    slurmd -N "$node" || cannot "slurmd did not start: see $folder/slurmd.log"
+done
 for _ in $(seq 60); do
     if answers; then
         echo "source $folder/environment"

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,12 +64,13 @@ class Cluster:
         }
 
 
-@pytest.fixture(scope="module")
-def cluster(environment: dict[str, str]) -> Iterator[Cluster]:
+@contextmanager
+def started(environment: dict[str, str], *options: str) -> Iterator[Cluster]:
+    """A cluster while the context is open."""
     # Not in pytest's folder: the name of a socket has to be short.
     folder = Path(tempfile.mkdtemp(prefix="voxfit-"))
     variables = {**environment, "TMPDIR": str(folder)}
-    done = subprocess.run(["bash", START, "--gpus", "1"], env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", START, *options], env=variables, capture_output=True, text=True, check=False)
     try:
         if done.returncode == CANNOT_RUN_HERE:
             pytest.skip(done.stderr.strip())
@@ -78,6 +80,12 @@ def cluster(environment: dict[str, str]) -> Iterator[Cluster]:
     finally:
         subprocess.run(["bash", START, "--stop"], env=variables, check=True)
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: dict[str, str]) -> Iterator[Cluster]:
+    with started(environment, "--gpus", "1") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +201,29 @@ def test_a_training_in_several_tasks_is_queued_again_and_ends_as_one_that_was_no
     cluster.run(whole, tmp_path)
     weights = last_weights(tmp_path / "work" / "fold_0")
     assert all(torch.equal(weights[name], value) for name, value in last_weights(tmp_path / "whole").items())
+
+
+def test_a_training_over_two_nodes_is_that_of_two_processes_and_ends_with_either(
+    environment: dict[str, str], planned: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
+    options = "--plan work/plan.json --store work/store --num_folds 2 --iterations_per_epoch 40"
+    with started(environment, "--nodes", "2") as nodes:
+        nodes.run("voxfit preprocess --dataset data --plan work/plan.json --store work/store --num_workers 1", tmp_path)
+        # Nobody can look up the names of these nodes.
+        srun = "MASTER_ADDR=127.0.0.1 srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=1"
+        nodes.run(f"{srun} voxfit train {options} --max_epochs 1 --run_dir two", tmp_path)
+        long = f"{srun} voxfit train {options} --max_epochs 999 --run_dir long --hardware.num_workers 0"
+        killer = "sleep 0.5; until [ -s long/metrics.csv ]; do sleep 0.2; done; pkill -9 -f -n 'train.*--run_dir long'"
+        output = nodes.run(f"({killer}) & {long} || echo it ended", tmp_path)
+        assert output.count("Killed") == 1
+        assert "error: another process of this training is gone" in output
+        assert "it ended" in output
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["num_ranks"] == 2
+    command = f"voxfit train {options} --max_epochs 1 --run_dir one --hardware.devices 2"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
+    weights = last_weights(tmp_path / "two")
+    assert all(torch.equal(weights[name], value) for name, value in last_weights(tmp_path / "one").items())
 
 
 def wait_for_steps(cluster: Cluster, folder: Path, run_dir: Path) -> None:
