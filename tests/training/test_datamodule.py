@@ -117,6 +117,13 @@ def test_a_killed_data_worker_is_said_in_one_line():
     assert "hardware.num_workers" in str(raised.value)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_data_worker_killed_while_it_hands_over_a_batch_is_said_in_one_line(error):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(InputError, match="a data worker was killed"), stops_as_errors(trainer, StopRequest()):
+        raise error
+
+
 class Fails(Dataset):
     """Raises where an item is asked for."""
 

@@ -36,6 +36,10 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+def callback_states(run_dir: Path) -> dict[str, dict[str, float]]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+
+
 def record(run_dir: Path) -> RunRecord:
     return read_artifact(RunFolder(run_dir).record, RunRecord)
 
@@ -93,6 +97,8 @@ def test_two_processes_train_as_one_does_with_twice_the_accumulation(ranked_trai
     assert (one.accumulate_grad_batches, one.counts.optimizer_step) == (2, 20)
     for name, expected in weights(tmp_path / "one").items():
         assert torch.allclose(weights(tmp_path / "two")[name], expected, rtol=0, atol=1e-5), name
+    sums = [callback_states(tmp_path / name)["GradientNoise"] for name in ("two", "one")]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-3)
     for found, expected in zip(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), strict=True):
         assert numbers(found) == pytest.approx(numbers(expected), rel=1e-3)
 
