@@ -168,6 +168,9 @@ class TrainOptions(Checked):
     max_time: str = ""
     """Time that this start of the training may take, such as 90m, 11h30m or 2-03:00:00: it begins no epoch that would
     not be finished, validated and saved by then, and ends with exit code 75; the same command goes on."""
+    stage_to: str = ""
+    """Folder on the node's own disk, such as $TMPDIR: the cases of the fold are copied there first and read from there;
+    what is there already, whole and unchanged, is kept. For stores on a shared file system."""
     seed: int = 0
     """Seed of the split, the weights, the patches and the augmentation."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -178,6 +181,8 @@ class TrainOptions(Checked):
         found = at_least(self, 1, "iterations_per_epoch", "batch_size", "effective_batch", "validate_every_n_epochs")
         found += at_least(self, 0, "max_validation_cases", "seed", "save_every_minutes")
         found += time_problems(self.max_time)
+        if "$" in self.stage_to:
+            found.append(f"stage_to: variables are filled in by the shell only, got {self.stage_to}")
         return found + at_least(self, 2, "num_folds") + within_unit(self, "foreground_fraction")
 
 

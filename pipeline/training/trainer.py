@@ -18,6 +18,7 @@ from pipeline.plan import Plan
 from pipeline.stop_signals import stop_signals_noted
 from pipeline.store import CaseStore
 from pipeline.training.attempt import Job, train_once
+from pipeline.training.local_store import local_store
 from pipeline.training.metrics_table import finished_epochs
 from pipeline.training.processes import keep_freed_memory
 from pipeline.training.recovery import OutOfMemoryReport, free_memory, go_down
@@ -78,7 +79,8 @@ def fit_fold(
 
     Raises:
         InputError: Options do not fit the plan, the machine or the run found in the folder; cases are missing in the
-            store; another process trains in the folder; memory ran out at the end of the ladder.
+            store; another process trains in the folder; memory ran out at the end of the ladder; there is no room for a
+            copy of the store.
         StoppedError: Ctrl-C, SIGTERM or SIGUSR1 came, or the time is up; the same call goes on.
         TrainingDivergedError: The loss is NaN or infinite.
     """
@@ -93,7 +95,7 @@ def fit_fold(
             return FitResult.of(folder, record)
         job = Job(
             plan=plan,
-            store_folder=store_folder,
+            store_folder=local_store(store_folder, fold, config.stage_to, request),
             splits=splits,
             fold=fold,
             config=config,
