@@ -91,6 +91,7 @@ def make_validator(
     *,
     request: StopRequest,
     scores_on_host: bool,
+    progress: Path | None = None,
 ) -> Validator:
     """Whole-volume validation with the training patch as its window."""
     return Validator(
@@ -100,6 +101,7 @@ def make_validator(
         num_classes=plan.num_classes,
         scores_on_host=scores_on_host,
         request=request,
+        progress=progress,
     )
 
 

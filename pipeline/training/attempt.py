@@ -114,6 +114,7 @@ class _Attempt:
         data.request = job.request
         table = MetricsTable(job.folder.metrics, class_names=job.plan.class_names[1:], keep_epochs=start.epoch)
         watched = {"request": job.request, "scores_on_host": self.standing.scores_on_host}
+        watched["progress"] = job.folder.validation_progress
         validator = make_validator(job.plan, job.store_folder, job.fold.validation, settings, **watched)
         callbacks = make_callbacks(network, data, job.folder, table, validator, job.config, settings, start)
         record = self._begin(network)
@@ -132,7 +133,8 @@ class _Attempt:
             )
         write_artifact(job.folder.record, record)
         callbacks.heartbeat.beat("finished")
-        job.folder.previous_checkpoint.unlink(missing_ok=True)
+        for path in (job.folder.previous_checkpoint, job.folder.validation_progress):
+            path.unlink(missing_ok=True)
         return record
 
     def _begin(self, network: nn.Module) -> RunRecord:

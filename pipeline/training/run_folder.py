@@ -172,6 +172,11 @@ class RunFolder:
         return self.path / HEARTBEAT_NAME
 
     @property
+    def validation_progress(self) -> Path:
+        """Which cases of the newest validation are scored, until a run is finished."""
+        return self.path / "validation_progress.json"
+
+    @property
     def best_checkpoint(self) -> Path:
         """The same after the epoch with the best validation."""
         return self.path / "checkpoints" / "best.ckpt"

@@ -46,7 +46,12 @@ class StopPoint(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End after a finished step."""
         self.request.in_step = not self.pace.ends_step(batch_idx)
+        self.request.got_on |= not self.request.in_step
         self.request.check()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """What the epoch came to is saved."""
+        self.request.got_on = True
 
 
 def leave_signals_alone(trainer: pl.Trainer) -> pl.Trainer:
@@ -61,12 +66,14 @@ def stops_as_errors(trainer: pl.Trainer, request: StopRequest) -> Iterator[None]
 
     Raises:
         StoppedError: A signal came, or the time is up.
-        InputError: A data worker was killed, or ran out of memory.
+        InputError: A data worker was killed, or ran out of memory; the time is too short for anything to be finished.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except StopNow as stop:
+        if not request.signal and not request.got_on:
+            raise _in_vain(trainer, request) from stop
         raise _stopped(trainer, request) from stop
     except SystemExit as error:
         # How Lightning ends after a Ctrl-C that nobody listened to, which it leaves ignored.
@@ -85,6 +92,14 @@ def stops_as_errors(trainer: pl.Trainer, request: StopRequest) -> Iterator[None]
 
 def _with_advice(what: str) -> InputError:
     return InputError(what, where="hardware.num_workers", fix="Use fewer, or ask for more memory")
+
+
+def _in_vain(trainer: pl.Trainer, request: StopRequest) -> InputError:
+    """Not a stop to go on from: the next start would end at the same place."""
+    what = (
+        f"{request.reason} in epoch {trainer.current_epoch + 1} before one optimiser step or validation case was done"
+    )
+    return InputError(what, fix="Give more max_time: every start would end like this one")
 
 
 def _stopped(trainer: pl.Trainer, request: StopRequest) -> StoppedError:

@@ -24,6 +24,7 @@ from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.networks.precision import free_vram_bytes
 from pipeline.stop_signals import StopRequest
 from pipeline.store import CaseStore
+from pipeline.training.validation_progress import ScoredCases, validation_key
 
 SCORE_SHARE_OF_FREE_MEMORY = 0.5
 
@@ -34,7 +35,7 @@ class ValidationResult:
 
     Attributes:
         by_case: Dice per foreground class by case; NaN where the case has none of the class and none was predicted.
-        seconds: Wall time.
+        seconds: Wall time, of all starts that had a part in it.
     """
 
     by_case: dict[str, tuple[float, ...]]
@@ -68,6 +69,7 @@ class Validator:
         overlap: Of neighbouring windows.
         scores_on_host: Add up the scores of a volume in host memory, even where the GPU seems to have room.
         request: What a validation is left for, which may take many minutes; looked at before every window.
+        progress: File that keeps the scores of cases that are done, for when it is left; None keeps none.
     """
 
     store_folder: Path
@@ -77,6 +79,7 @@ class Validator:
     overlap: float = 0.5
     scores_on_host: bool = False
     request: StopRequest = field(default_factory=StopRequest)
+    progress: Path | None = None
 
     def limited_to(self, count: int) -> Validator:
         """The same for the first `count` cases; 0 takes all."""
@@ -85,21 +88,31 @@ class Validator:
     def score(
         self, network: nn.Module, *, device: torch.device, forward_context: Callable[[], AbstractContextManager[Any]]
     ) -> ValidationResult:
-        """Dice of every case.
+        """Dice of every case; those that an earlier start scored with the same weights are not scored again.
 
         Args:
             network: On `device`; put into evaluation mode meanwhile.
             device: Where the windows are computed.
             forward_context: Opened around the network, for its precision.
         """
-        started, store = perf_counter(), CaseStore(self.store_folder)
-        by_case = {}
+        store = CaseStore(self.store_folder)
         with self.request.at_any_line(), evaluating(network), forward_context():
+            known = ScoredCases(self.progress, self._key(network, store, device))
             for case_id in self.case_ids:
+                if case_id in known.by_case:
+                    continue
                 self.request.check()
-                image, label = store.read_case(case_id)
-                by_case[case_id] = dice_by_class(self._segment(network, image, device), label, self.num_classes)
-        return ValidationResult(by_case, perf_counter() - started)
+                started, (image, label) = perf_counter(), store.read_case(case_id)
+                scores = dice_by_class(self._segment(network, image, device), label, self.num_classes)
+                known.add(case_id, scores, seconds=perf_counter() - started)
+                self.request.got_on = True
+        # In the order of the cases, in which means are summed up.
+        return ValidationResult({case_id: known.by_case[case_id] for case_id in self.case_ids}, known.seconds)
+
+    def _key(self, network: nn.Module, store: CaseStore, device: torch.device) -> str:
+        precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        cases = {case_id: store.record(case_id).key for case_id in self.case_ids}
+        return validation_key(network, self.patch_size, self.num_classes, self.overlap, device.type, precision, cases)
 
     def _segment(self, network: nn.Module, image: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
         volume = torch.from_numpy(image)
