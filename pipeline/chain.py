@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 # What may change between two calls of `run` in one folder: another fold is a run of its own, and the rest decides how
 # the work is done, not what comes of it.
 HOW_ONLY = ("num_workers", "skip_bad_cases", "plan.probe", "train.validate_every_n_epochs", "train.hardware.")
-FREE_TO_CHANGE = ("work_dir", "fold", "train.max_time", "train.save_every_minutes", *HOW_ONLY)
+FREE_TO_CHANGE = ("work_dir", "fold", "train.stage_to", "train.max_time", "train.save_every_minutes", *HOW_ONLY)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from pipeline.option_checks import Auto, Checked, at_least
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 _EXTRA = re.compile(r"(--)?[a-z][a-z-]+(=\S+)?")
 _MEMORY = re.compile(r"\d+[KMGT]?")
+# A variable of the shell, whose name is in one of the two groups.
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,9 @@ class SlurmConfig(Checked):
     """Time limit of a training job, as SLURM takes it; it ends resumable and is queued again."""
     short_time: str = "04:00:00"
     """Time limit of the other jobs."""
+    stage_to: str = ""
+    """Folder on the node's disk that a training copies its cases to first, as in '$TMPDIR' or '/scratch/$USER': names
+    of variables are filled in on the node, where they must be set."""
     signal_seconds: int = 180
     """Seconds before the time limit at which a training is told to stop: a step and the writing have to fit in."""
     account: str = ""
@@ -66,6 +71,8 @@ class SlurmConfig(Checked):
         for name in ("time", "short_time"):
             if not _TIME.fullmatch(getattr(self, name)):
                 found.append(f"{name}: must be as in 90, 04:00:00 or 1-12:00:00, got {getattr(self, name)}")
+        if re.search(r"[$`]", VARIABLE.sub("", self.stage_to)):
+            found.append(f"stage_to: may hold variables such as $TMPDIR and no other $ or `, got {self.stage_to}")
         if self.memory != "auto" and not _MEMORY.fullmatch(self.memory):
             found.append(f"memory: must be as in 48G or 64000M, got {self.memory}")
         for name in ("account", "partition", "qos", "gpu_type"):

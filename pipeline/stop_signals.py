@@ -49,6 +49,7 @@ class StopRequest:
         reason: Why it is to stop where no signal came.
         deadline: When to stop in any case, by the monotonic clock.
         made_at: When the work began, by the monotonic clock.
+        got_on: Whether something was finished that a later start need not do again.
         in_step: Whether passes of an unfinished optimiser step were made, which would be lost.
         while_checking: Called whenever the work looks here, such as between the windows of a validation.
     """
@@ -58,6 +59,7 @@ class StopRequest:
         self.reason = ""
         self.deadline = math.inf
         self.made_at = monotonic()
+        self.got_on = False
         self.in_step = False
         self.while_checking: Callable[[], None] | None = None
         self._since = math.inf

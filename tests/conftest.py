@@ -34,6 +34,12 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = PROJECT_ROOT.parent / "shared" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the soak test: `pytest tests/training/test_kills.py --kills 50 --kill_seed 1 --timeout 0`."""
+    parser.addoption("--kills", type=int, default=0, help="kills in tests/training/test_kills.py, in place of its own")
+    parser.addoption("--kill_seed", type=int, default=0, help="other moments for them")
+
+
 @pytest.fixture(scope="session")
 def project_root() -> Path:
     return PROJECT_ROOT

@@ -15,11 +15,8 @@ import pytest
 from pipeline import api, chain
 from pipeline.cli import main
 from pipeline.config import (
-    AugmentationConfig,
     EvaluateConfig,
-    HardwareConfig,
     InspectConfig,
-    OptimConfig,
     PlanConfig,
     PlanOptions,
     PredictConfig,
@@ -29,6 +26,7 @@ from pipeline.config import (
     TrainOptions,
 )
 from pipeline.errors import CasesFailedError, InputError
+from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
 from pipeline.saved_config import write_config
 from pipeline.store import CaseStore
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import AugmentationConfig
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.norms import GroupNorm
 from pipeline.networks.unet import UNet
+from pipeline.option_groups import AugmentationConfig
 from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NetworkPlan, Plan, Rung
 from pipeline.planning.meter import meter_step
 from pipeline.sampling.augmentation import Augmentation

@@ -373,7 +373,7 @@ def test_chunks_are_even_and_no_longer_than_the_patch(shape: tuple[int, ...], pa
 def test_a_patch_reads_less_than_the_file(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(1, 60, 60, 60)).astype(np.float32)
     chunks, blocks = fitted_chunks(array.shape, (20, 20, 20))
-    size = write_array(tmp_path / "a.b2nd", array, chunks=chunks, blocks=blocks)
+    size = write_array(tmp_path / "a.b2nd", array, chunks=chunks, blocks=blocks).size
     damaged = bytearray((tmp_path / "a.b2nd").read_bytes())
     # Chunks lie in order: what is in the middle of the file does not matter to the first corner.
     damaged[size // 2 : size // 2 + 1000] = bytes(1000)

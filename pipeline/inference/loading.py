@@ -12,9 +12,9 @@ import yaml
 from torch import Tensor, nn
 
 from pipeline.artifacts import read_artifact
-from pipeline.config import AugmentationConfig
 from pipeline.datasets.splits import Splits
 from pipeline.errors import InputError
+from pipeline.option_groups import AugmentationConfig
 from pipeline.plan import Plan, Precision
 
 PLAN_FIX = "Put back the plan.json that the run was trained with, or pass the network it was trained with"

@@ -18,7 +18,7 @@ from pipeline.job_scripts.memory import (
     train_memory,
 )
 from pipeline.plan import Plan
-from pipeline.slurm_config import SlurmConfig
+from pipeline.slurm_config import VARIABLE, SlurmConfig
 
 TASK = '"$SLURM_ARRAY_TASK_ID"'
 CASES_PER_SHARD, MAX_SHARDS = 8, 16
@@ -116,6 +116,7 @@ class Chain:
                 *(f"--{name} {shlex.quote(value)}" for name, value in own.items() if value),
                 f"--plan {_quoted(config.plan)}",
                 f"--store {self._work('store')}",
+                *([f"--stage_to {_filled_in(config.stage_to)}"] if config.stage_to else []),
                 f"--run_dir {self._work('fold_')}{TASK}",
                 f"--fold {TASK}",
                 accelerator,
@@ -204,6 +205,16 @@ def _num_shards(config: SlurmConfig, sizes: CaseSizes) -> int:
 def _given(value: int | str) -> str:
     """A number as a word; "" for "auto"."""
     return "" if value == "auto" else str(value)
+
+
+def _filled_in(path: str) -> str:
+    """A path as a shell word in which variables stand for their values; the script ends where one is not set."""
+    parts, end = [], 0
+    for found in VARIABLE.finditer(path):
+        name = found[1] or found[2]
+        parts += [path[end : found.start()] and shlex.quote(path[end : found.start()]), f'"${{{name}:?}}"']
+        end = found.end()
+    return "".join([*parts, path[end:] and shlex.quote(path[end:])])
 
 
 def _quoted(path: str) -> str:

@@ -3,6 +3,7 @@
 from pipeline.store.case_store import CaseStore, StoreWriteError
 from pipeline.store.filling import fill_store, lock_store
 from pipeline.store.records import IGNORE_INDEX, CaseRecord, CaseSource, PatchLocation, SourceFile, StoreInfo
+from pipeline.store.staging import stage_cases
 
 __all__ = [
     "IGNORE_INDEX",
@@ -15,4 +16,5 @@ __all__ = [
     "StoreWriteError",
     "fill_store",
     "lock_store",
+    "stage_cases",
 ]

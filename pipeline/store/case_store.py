@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.geometry import Grid, Shape3, Spacing
 from pipeline.log import get_logger
 from pipeline.plan import Plan
-from pipeline.store.chunks import fitted_chunks, read_array, write_array
+from pipeline.store.chunks import WrittenFile, fitted_chunks, read_array, write_array
 from pipeline.store.foreground import MAX_SAMPLED_VOXELS, count_voxels, sample_foreground
 from pipeline.store.records import CaseRecord, CaseSource, PatchLocation, StoreInfo
 
@@ -140,6 +140,20 @@ class CaseStore:
             self._records[case_id] = read_artifact(path, CaseRecord)
         return self._records[case_id]
 
+    def data_file(self, case_id: str, kind: str) -> Path:
+        """A data file of a case, `kind` being one of `DATA_KINDS`.
+
+        Raises:
+            InputError: There is no such case, or the file is missing or has not the size that it was written with.
+        """
+        record = self.record(case_id)
+        path, expected = self._data_path(case_id, record.key, kind), record.data_bytes.get(kind)
+        found = path.stat().st_size if path.is_file() else 0
+        if found != expected:
+            what = f"the {kind} of case {case_id} is damaged ({found} of {expected} bytes)"
+            raise InputError(what, where=path, fix=REDO_FIX)
+        return path
+
     def read_patch(self, case_id: str, location: PatchLocation) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
         """Read a box of voxels; only the blocks it touches are decompressed.
 
@@ -212,6 +226,7 @@ class CaseStore:
         if old_key == source.key:
             # The new files take the place of those that the old record speaks of, so the record goes first.
             self._forget(case_id)
+        written = self._write_data(case_id, source.key, image, label, counts)
         record = CaseRecord(
             case_id=case_id,
             patient=source.patient,
@@ -224,7 +239,8 @@ class CaseStore:
             native_affine=tuple(tuple(float(value) for value in row) for row in native_grid.affine),
             key=source.key,
             files=source.files,
-            data_bytes=self._write_data(case_id, source.key, image, label, counts),
+            data_bytes={kind: file.size for kind, file in written.items()},
+            data_crc32={kind: file.crc32 for kind, file in written.items()},
         )
         self.write_record(record)
         if self.mode == "shared":
@@ -265,7 +281,7 @@ class CaseStore:
         """Whether the case has a readable record and data files of the right size."""
         try:
             for kind in DATA_KINDS:
-                self._checked_path(case_id, kind)
+                self.data_file(case_id, kind)
         except InputError:
             return False
         return True
@@ -296,25 +312,16 @@ class CaseStore:
         return path.stat().st_mtime
 
     def _read(self, case_id: str, kind: str, part: Any) -> NDArray[Any]:
-        path = self._checked_path(case_id, kind)
+        path = self.data_file(case_id, kind)
         try:
             return read_array(path, part, memory_map=self.memory_map)
         except (RuntimeError, OSError, ValueError) as error:
             raise InputError(f"the {kind} of case {case_id} is damaged", where=path, fix=REDO_FIX) from error
 
-    def _checked_path(self, case_id: str, kind: str) -> Path:
-        record = self.record(case_id)
-        path, expected = self._data_path(case_id, record.key, kind), record.data_bytes.get(kind)
-        found = path.stat().st_size if path.is_file() else 0
-        if found != expected:
-            what = f"the {kind} of case {case_id} is damaged ({found} of {expected} bytes)"
-            raise InputError(what, where=path, fix=REDO_FIX)
-        return path
-
     def _write_data(
         self, case_id: str, key: str, image: NDArray[np.float32], label: NDArray[Any], counts: tuple[int, ...]
-    ) -> dict[str, int]:
-        """Write the three data files; their sizes by kind."""
+    ) -> dict[str, WrittenFile]:
+        """Write the three data files; what was written by kind."""
         chunks, blocks = fitted_chunks(image.shape, self.info.patch_size)
         stored_label = label.astype(np.int8 if self.info.num_classes <= 127 else np.int16, copy=False)
         voxels = sample_foreground(label, counts, case_id=case_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pipeline.geometry import Shape3, Spacing
@@ -86,6 +86,7 @@ class CaseRecord(Record):
         key: Hash of the source files' content and the settings that the voxels follow from.
         files: State of the source files when they were read.
         data_bytes: Size of each data file; a file of another size is damaged.
+        data_crc32: Checksum of each data file; none in records of earlier versions.
     """
 
     case_id: str
@@ -100,6 +101,7 @@ class CaseRecord(Record):
     key: str
     files: tuple[SourceFile, ...]
     data_bytes: dict[str, int]
+    data_crc32: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,7 @@ def make_validator(
     request: StopRequest,
     ranks: Ranks,
     scores_on_host: bool,
+    progress: Path | None = None,
 ) -> Validator:
     """Whole-volume validation with the training patch as its window."""
     return Validator(
@@ -109,6 +110,7 @@ def make_validator(
         scores_on_host=scores_on_host,
         request=request,
         ranks=ranks,
+        progress=progress,
     )
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from pipeline.artifacts import write_artifact
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold, Splits
-from pipeline.errors import StoppedError
 from pipeline.log import get_logger
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.plan import Plan
@@ -30,13 +29,13 @@ from pipeline.training.module import SegmentationModule
 from pipeline.training.out_of_memory import first_line, is_out_of_memory, let_go
 from pipeline.training.processes import torch_threads
 from pipeline.training.quiet import quiet_lightning
-from pipeline.training.ranks import Departure, PeersLeftError, RankFailedError, Ranks, departure_of, verdict
+from pipeline.training.ranks import Departure, PeersLeftError, Ranks, departure_of, own_or_theirs, verdict
 from pipeline.training.recovery import OutOfMemoryReport, describe_memory
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_record import finished_record, predicted_bytes, started_record
 from pipeline.training.settings import Settings
 from pipeline.training.step_down import Standing
-from pipeline.training.stops import stopped_elsewhere, stops_as_errors
+from pipeline.training.stops import stops_as_errors
 
 logger = get_logger("train")
 
@@ -82,20 +81,13 @@ def train_once(job: Job, standing: Standing, start: Counts) -> RunRecord | OutOf
             cause = attempt.agree_on(error)
             if cause.kind == "error":
                 attempt.say_last("failed")
-                raise _as_error(error, cause) from error
+                raise own_or_theirs(error, cause) from error.__cause__
             if cause.kind == "stop":
                 attempt.keep_last_step()
                 attempt.say_last("stopped")
-                raise _as_error(error, cause) from error
+                raise own_or_theirs(error, cause) from error.__cause__
         attempt.keep_last_step()
         return attempt.report(cause)
-
-
-def _as_error(error: BaseException, cause: Departure) -> BaseException:
-    """This rank's own error, or one that tells of the others'."""
-    if not isinstance(error, PeersLeftError):
-        return error
-    return stopped_elsewhere(cause) if cause.kind == "stop" else RankFailedError(cause)
 
 
 class _Attempt:
@@ -124,6 +116,7 @@ class _Attempt:
         rows = {"keep_epochs": start.epoch, "is_written": job.ranks.is_first}
         table = MetricsTable(job.folder.metrics, class_names=job.plan.class_names[1:], **rows)
         watched = {"request": job.request, "ranks": job.ranks, "scores_on_host": self.standing.scores_on_host}
+        watched["progress"] = self._validation_progress
         validator = make_validator(job.plan, job.store_folder, job.fold.validation, settings, **watched)
         callbacks = make_callbacks(network, data, job.folder, table, validator, job.config, settings, start)
         record = self._begin(network)
@@ -146,6 +139,7 @@ class _Attempt:
             write_artifact(job.folder.record, record)
             callbacks.heartbeat.beat("finished")
             job.folder.previous_checkpoint.unlink(missing_ok=True)
+        self._validation_progress.unlink(missing_ok=True)
         return record
 
     def _begin(self, network: nn.Module) -> RunRecord:
@@ -173,6 +167,12 @@ class _Attempt:
             write_artifact(job.folder.record, record)
         return record
 
+    @property
+    def _validation_progress(self) -> Path:
+        """Of this rank: each keeps the scores of its own cases."""
+        path, rank = self.job.folder.validation_progress, self.job.ranks.place.rank
+        return path.with_stem(f"{path.stem}_{rank}") if rank else path
+
     def agree_on(self, error: BaseException) -> Departure:
         """What ended the attempt on all ranks, of which each learns at the same meeting.
 
@@ -184,8 +184,6 @@ class _Attempt:
         return verdict(departures if departures is not None else self.job.ranks.leave(own))
 
     def _departure(self, error: BaseException) -> Departure:
-        if isinstance(error, StoppedError):
-            return Departure(kind="stop", message=error.what, exit_code=error.exit_code, signal=error.signal)
         if not isinstance(error, Exception) or not is_out_of_memory(error):
             return departure_of(error)
         callbacks = self.callbacks

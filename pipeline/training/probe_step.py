@@ -19,11 +19,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from pipeline.artifacts import to_json
-from pipeline.config import OptimConfig
 from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.precision import autocast, choose_precision
 from pipeline.networks.unet import UNet
+from pipeline.option_groups import OptimConfig
 from pipeline.plan import GIB, Plan, Precision, ProbedRung, Record, Rung
 from pipeline.training.optim import make_optimizer
 from pipeline.training.out_of_memory import is_out_of_memory, let_go

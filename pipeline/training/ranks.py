@@ -21,13 +21,14 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import InputError, VoxfitError
+from pipeline.errors import InputError, StoppedError, VoxfitError
 from pipeline.log import get_logger
 from pipeline.rank_place import RankPlace, find_place
 from pipeline.training.out_of_memory import first_line
 from pipeline.training.run_folder import Counts, Phase
 
 T = TypeVar("T")
+GOES_ON = "The same command goes on"
 # Nodes of a job may start minutes apart.
 START_TIMEOUT = timedelta(minutes=10)
 # One rank may still validate a large case, or write to a slow disk, where the others are done.
@@ -176,11 +177,22 @@ class Ranks:
 
 
 def departure_of(error: BaseException) -> Departure:
-    """An error that is neither a stop nor an out-of-memory as others are to learn of it."""
+    """An error, unless it is an out-of-memory, as others are to learn of it."""
     text = first_line(error)
+    if isinstance(error, StoppedError):
+        return Departure(kind="stop", message=error.what, exit_code=error.exit_code, signal=error.signal)
     if isinstance(error, VoxfitError):
         return Departure(kind="error", message=text, exit_code=error.exit_code)
     return Departure(kind="error", message=f"{type(error).__name__}: {text}")
+
+
+def own_or_theirs(error: BaseException, cause: Departure) -> BaseException:
+    """What ends this rank: its own error, or one that tells of the others'."""
+    if not isinstance(error, PeersLeftError):
+        return error
+    if cause.kind == "stop":
+        return StoppedError(cause.message, fix=GOES_ON, signal=cause.signal)
+    return RankFailedError(cause)
 
 
 @contextmanager
@@ -197,14 +209,15 @@ def open_ranks() -> Iterator[Ranks]:
         yield ranks
         ranks.meet()
     except PeersLeftError as left:
-        failed = RankFailedError(verdict(left.departures))
-        failed.is_said_elsewhere = not ranks.is_first
-        raise failed from left
+        error = own_or_theirs(left, verdict(left.departures))
+        error.is_said_elsewhere = not ranks.is_first
+        raise error from left
     except BaseException as error:
-        others = ranks.leave(departure_of(error))
+        own = departure_of(error)
+        others = ranks.leave(own)
         if isinstance(error, VoxfitError):
             # The first rank that ends for a reason says it for all that do.
-            same = [each.rank for each in others if each.message == first_line(error)]
+            same = [each.rank for each in others if each.message == own.message]
             error.is_said_elsewhere = min(same, default=place.rank) != place.rank
         raise
 

@@ -83,7 +83,9 @@ def rehearse(
     short = {"max_epochs": 2, "iterations_per_epoch": iterations, "validate_every_n_epochs": 1}
     with _shared_folder(config.run_dir, ranks) as path, _quiet():
         train(
-            replace(config, **short, run_dir=path, max_time="", save_every_minutes=0.0, max_validation_cases=0),
+            replace(
+                config, **short, run_dir=path, stage_to="", max_time="", save_every_minutes=0.0, max_validation_cases=0
+            ),
             replace(fold, validation=fold.validation[:1]),
         )
         # The first one writes, and the others wait until it has.

@@ -21,7 +21,8 @@ from pipeline.status import HEARTBEAT_NAME
 SAID_ONLY = ("candidates", "memory", "notes", "probe", "segment_codes")
 # What may change between two starts of one run. Paths may: what they lead to is compared instead (the plan) or was
 # checked against it (the store). `max_epochs` may not: the learning-rate schedule is stretched over it.
-HARMLESS = ("plan", "store", "run_dir", "validate_every_n_epochs", "save_every_minutes", "max_time", "hardware.")
+WHERE_ONLY = ("plan", "store", "stage_to", "run_dir")
+HARMLESS = (*WHERE_ONLY, "validate_every_n_epochs", "save_every_minutes", "max_time", "hardware.")
 # What a training is doing.
 Phase = Literal["start", "data", "forward", "backward", "optimiser", "validation", "report"]
 
@@ -171,6 +172,11 @@ class RunFolder:
     def heartbeat(self) -> Path:
         """How far the training is; written while it runs."""
         return self.path / HEARTBEAT_NAME
+
+    @property
+    def validation_progress(self) -> Path:
+        """Which cases of the newest validation are scored, until a run is finished."""
+        return self.path / "validation_progress.json"
 
     @property
     def best_checkpoint(self) -> Path:

@@ -14,9 +14,8 @@ from pipeline.errors import InputError, StoppedError
 from pipeline.stop_signals import StopNow, StopRequest
 from pipeline.training.loop_state import Pace
 from pipeline.training.out_of_memory import is_worker_out_of_memory
-from pipeline.training.ranks import Departure
+from pipeline.training.ranks import GOES_ON
 
-FIX = "The same command goes on"
 # What torch says of a worker that is gone; errors in a worker are raised again with its traceback in the text.
 _WORKER_KILLED = re.compile(r"^DataLoader worker \(pid.*\) (?:exited unexpectedly|is killed by signal)")
 
@@ -48,7 +47,12 @@ class StopPoint(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End after a finished step."""
         self.request.in_step = not self.pace.ends_step(batch_idx)
+        self.request.got_on |= not self.request.in_step
         self.request.check()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """What the epoch came to is saved."""
+        self.request.got_on = True
 
 
 def leave_signals_alone(trainer: pl.Trainer) -> pl.Trainer:
@@ -67,12 +71,14 @@ def stops_as_errors(trainer: pl.Trainer, request: StopRequest) -> Iterator[None]
 
     Raises:
         StoppedError: A signal came, or the time is up.
-        InputError: A data worker was killed, or ran out of memory.
+        InputError: A data worker was killed, or ran out of memory; the time is too short for anything to be finished.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except StopNow as stop:
+        if not request.signal and not request.got_on:
+            raise _in_vain(trainer, request) from stop
         raise _stopped(trainer, request) from stop
     except SystemExit as error:
         # How Lightning ends after a Ctrl-C that nobody listened to, which it leaves ignored.
@@ -94,13 +100,16 @@ def _with_advice(what: str) -> InputError:
     return InputError(what, where="hardware.num_workers", fix="Use fewer, or ask for more memory")
 
 
-def stopped_elsewhere(cause: Departure) -> StoppedError:
-    """The error of a rank that stops because another one was asked to."""
-    return StoppedError(cause.message, fix=FIX, signal=cause.signal)
+def _in_vain(trainer: pl.Trainer, request: StopRequest) -> InputError:
+    """Not a stop to go on from: the next start would end at the same place."""
+    what = (
+        f"{request.reason} in epoch {trainer.current_epoch + 1} before one optimiser step or validation case was done"
+    )
+    return InputError(what, fix="Give more max_time: every start would end like this one")
 
 
 def _stopped(trainer: pl.Trainer, request: StopRequest) -> StoppedError:
     name = f" ({signal.Signals(request.signal).name})" if request.signal else ""
     reason = request.reason if request.reason and not request.signal else "stopped on request"
     what = f"{reason} in epoch {trainer.current_epoch + 1}{name}"
-    return StoppedError(what, fix=FIX, signal=request.signal)
+    return StoppedError(what, fix=GOES_ON, signal=request.signal)

@@ -22,7 +22,8 @@ class TimeBudget(pl.Callback):
     """Begins no epoch that would not be finished, validated and saved in time; stands after what it reads.
 
     The first epoch of a start is always begun, since nothing is known of it: as everywhere, it can be stopped at any
-    optimiser step. So a start makes some progress however little time it has.
+    optimiser step. So is a validation of which one case fits: it goes on case by case. So a start makes some progress
+    however little time it has, and one that makes none is an error.
 
     Args:
         request: Where the time's end is noted.
@@ -53,14 +54,18 @@ class TimeBudget(pl.Callback):
             self._stop(f"no further epoch fits (it would take {format_duration(seconds)})")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the time for one more step and for saving it; begin no validation that would not be done in time."""
+        """Keep the time for one more step and for saving it; begin no validation of which not even a case fits."""
         pace, counts = self.heartbeat.last_step.pace, self.heartbeat.last_step.counts
         if not pace.ends_step(batch_idx):
             return
         self._set_deadline()
-        validation = MARGIN * self._validation_seconds(counts.epoch + 1)
-        if batch_idx + 1 == pace.passes_per_epoch and validation and monotonic() + validation > self.request.deadline:
-            self._stop(f"the validation does not fit (it would take {format_duration(validation)})")
+        case = MARGIN * self._validation_seconds(counts.epoch + 1) / self._num_cases
+        if batch_idx + 1 == pace.passes_per_epoch and case and monotonic() + case > self.request.deadline:
+            self._stop(f"no case of the validation fits (one would take {format_duration(case)})")
+
+    def on_fit_end(self, *_: Any) -> None:
+        """The final validation comes next, also where a start finds all epochs done."""
+        self._set_deadline()
 
     def _set_deadline(self) -> None:
         self.request.reason = self._reason("it ended")
@@ -81,6 +86,11 @@ class TimeBudget(pl.Callback):
         """The longest of the newest epochs of this start; None before the first."""
         rows = self.heartbeat.table.rows[self._rows_before :]
         return max((float(row["seconds"] or 0) for row in rows[-NEWEST_EPOCHS:]), default=None)
+
+    @property
+    def _num_cases(self) -> int:
+        validation = self.heartbeat.validation
+        return max(1, len(validation.validator.case_ids)) if validation is not None else 1
 
     def _validation_seconds(self, epoch: int) -> float:
         """Of the validation after `epoch`; 0 where there is none, and before the first."""

@@ -16,9 +16,10 @@ from pipeline.durations import parse_duration
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.plan import Plan
-from pipeline.stop_signals import stop_signals_noted
+from pipeline.stop_signals import StopRequest, stop_signals_noted
 from pipeline.store import CaseStore
 from pipeline.training.attempt import Job, train_once
+from pipeline.training.local_store import local_store
 from pipeline.training.metrics_table import finished_epochs
 from pipeline.training.processes import keep_freed_memory
 from pipeline.training.ranks import Ranks, open_ranks, take_own_gpu
@@ -93,7 +94,8 @@ def fit_fold(
 
     Raises:
         InputError: Options do not fit the plan, the machine or the run found in the folder; cases are missing in the
-            store; another process trains in the folder; memory ran out at the end of the ladder.
+            store; another process trains in the folder; memory ran out at the end of the ladder; there is no room for a
+            copy of the store.
         StoppedError: Ctrl-C, SIGTERM or SIGUSR1 came, or the time is up; the same call goes on.
         TrainingDivergedError: The loss is NaN or infinite.
         RankFailedError: Another of the processes that train together failed.
@@ -120,7 +122,7 @@ def _fit_together(
             return FitResult.of(folder, record)
         job = Job(
             plan=plan,
-            store_folder=store_folder,
+            store_folder=_staged(store_folder, fold, config.stage_to, request, ranks),
             splits=splits,
             fold=fold,
             config=config,
@@ -143,6 +145,13 @@ def _fit_together(
             standing = go_down(folder if ranks.is_first else None, plan, config, standing, ended)
             start = ended.continues_from
         return FitResult.of(folder, ended)
+
+
+def _staged(store_folder: Path, fold: Fold, stage_to: str, request: StopRequest, ranks: Ranks) -> Path:
+    """The store to read from; of the processes of a node the first one copies it."""
+    found = local_store(store_folder, fold, stage_to, request) if ranks.place.local_rank == 0 else None
+    ranks.meet()
+    return found if found is not None else local_store(store_folder, fold, stage_to, request)
 
 
 def _own_folder(folder: RunFolder, ranks: Ranks) -> AbstractContextManager[None]:

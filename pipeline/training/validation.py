@@ -26,6 +26,7 @@ from pipeline.networks.precision import free_vram_bytes
 from pipeline.stop_signals import StopRequest
 from pipeline.store import CaseStore
 from pipeline.training.ranks import Ranks
+from pipeline.training.validation_progress import ScoredCases, validation_key
 
 SCORE_SHARE_OF_FREE_MEMORY = 0.5
 
@@ -36,7 +37,7 @@ class ValidationResult:
 
     Attributes:
         by_case: Dice per foreground class by case; NaN where the case has none of the class and none was predicted.
-        seconds: Wall time.
+        seconds: Wall time, of all starts that had a part in it.
     """
 
     by_case: dict[str, tuple[float, ...]]
@@ -71,6 +72,7 @@ class Validator:
         scores_on_host: Add up the scores of a volume in host memory, even where the GPU seems to have room.
         request: What a validation is left for, which may take many minutes; looked at before every window.
         ranks: Share the cases out among them, the largest first, and put the results together.
+        progress: File that keeps the scores of cases that are done, for when it is left; None keeps none.
     """
 
     store_folder: Path
@@ -81,6 +83,7 @@ class Validator:
     scores_on_host: bool = False
     request: StopRequest = field(default_factory=StopRequest)
     ranks: Ranks = field(default_factory=Ranks)
+    progress: Path | None = None
 
     def limited_to(self, count: int) -> Validator:
         """The same for the first `count` cases; 0 takes all."""
@@ -89,22 +92,29 @@ class Validator:
     def score(
         self, network: nn.Module, *, device: torch.device, forward_context: Callable[[], AbstractContextManager[Any]]
     ) -> ValidationResult:
-        """Dice of every case, on all ranks.
+        """Dice of every case, on all ranks; those that an earlier start scored with the same weights stay as they are.
 
         Args:
             network: On `device`; put into evaluation mode meanwhile.
             device: Where the windows are computed.
             forward_context: Opened around the network, for its precision.
         """
-        started, store = perf_counter(), CaseStore(self.store_folder)
-        own = {}
+        store = CaseStore(self.store_folder)
         with self.request.at_any_line(), evaluating(network), forward_context():
+            known = ScoredCases(self.progress, self._key(network, store, device))
             for case_id in self._share(store):
+                if case_id in known.by_case:
+                    continue
                 self.request.check()
-                image, label = store.read_case(case_id)
-                own[case_id] = dice_by_class(self._segment(network, image, device), label, self.num_classes)
-        scores = {case_id: dices for each in self.ranks.meet(own) for case_id, dices in each.items()}
-        return ValidationResult({case_id: scores[case_id] for case_id in self.case_ids}, perf_counter() - started)
+                started, (image, label) = perf_counter(), store.read_case(case_id)
+                scores = dice_by_class(self._segment(network, image, device), label, self.num_classes)
+                known.add(case_id, scores, seconds=perf_counter() - started)
+                self.request.got_on = True
+        found = self.ranks.meet((known.by_case, known.seconds))
+        all_scores = {case_id: dices for each, _ in found for case_id, dices in each.items()}
+        # In the order of the cases, in which means are summed up.
+        by_case = {case_id: all_scores[case_id] for case_id in self.case_ids}
+        return ValidationResult(by_case, max(seconds for _, seconds in found))
 
     def _share(self, store: CaseStore) -> tuple[str, ...]:
         """The cases of this rank: dealt out from the largest down, so that no rank is waited for long."""
@@ -112,6 +122,11 @@ class Validator:
             return self.case_ids
         by_size = sorted(self.case_ids, key=lambda case_id: (-prod(store.record(case_id).shape), case_id))
         return tuple(by_size[self.ranks.place.rank :: self.ranks.num])
+
+    def _key(self, network: nn.Module, store: CaseStore, device: torch.device) -> str:
+        precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        cases = {case_id: store.record(case_id).key for case_id in self.case_ids}
+        return validation_key(network, self.patch_size, self.num_classes, self.overlap, device.type, precision, cases)
 
     def _segment(self, network: nn.Module, image: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
         volume = torch.from_numpy(image)

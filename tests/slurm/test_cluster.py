@@ -147,7 +147,8 @@ def test_sbatch_takes_every_script_with_a_gpu_and_with_paths_that_need_quotes(
 def start_training(cluster: Cluster, folder: Path) -> dict[str, str]:
     """Submit the chain; returns its jobs once the training of fold 0 has made an optimiser step."""
     (folder / "train.yaml").write_text("iterations_per_epoch: 150\n")
-    write_scripts(cluster, folder, "--gpus 0 --cpus 1 --num_folds 2 --max_epochs 4 --train_config train.yaml")
+    options = "--num_folds 2 --max_epochs 4 --train_config train.yaml --stage_to '$TMPDIR/a disk'"
+    write_scripts(cluster, folder, f"--gpus 0 --cpus 1 {options}")
     jobs = submitted(cluster.run("bash jobs/submit.sh", folder))
     wait_for_steps(cluster, folder, folder / "work" / "fold_0")
     return jobs
@@ -168,6 +169,11 @@ def test_a_training_that_is_pre_empted_is_queued_again_and_ends_as_one_that_was_
     cluster.wait(tmp_path)
     assert cluster.states(tmp_path, jobs) == {name: {"COMPLETED"} for name in jobs}
     assert "stopped on request" in log.read_text()
+    # Both starts of both folds read one copy.
+    logs = "".join(path.read_text() for path in log.parent.glob("voxfit-train-*"))
+    copies = list(Path(cluster.environment["TMPDIR"], "a disk").glob("voxfit-store-*"))
+    assert [logs.count(str(copy)) > 3 for copy in copies].count(True) == 1
+    assert f" 0 case(s) copied, {NUM_CASES} were there already" in logs
     assert "going on from last.ckpt" in log.read_text()
     weights = last_weights(tmp_path / "work" / "fold_0")
     options = "--config train.yaml --max_epochs 4 --num_folds 2"

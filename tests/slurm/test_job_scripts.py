@@ -184,6 +184,40 @@ def test_options_of_the_training_are_handed_on_only_where_they_were_given() -> N
     assert words[words.index("--num_folds") + 1] == "3"
 
 
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ("$TMPDIR", "/local/my job"),
+        ("${TMPDIR}", "/local/my job"),
+        ("/fast disk/$USER/voxfit", "/fast disk/it's me/voxfit"),
+        ("$TMPDIR/it's; reboot", "/local/my job/it's; reboot"),
+        ("/fast/voxfit", "/fast/voxfit"),
+    ],
+)
+def test_the_folder_on_the_node_s_disk_is_filled_in_where_the_job_runs(
+    given: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/local/my job")
+    monkeypatch.setenv("USER", "it's me")
+    words = command(scripts(stage_to=given)["train.sbatch"])
+    assert parse(words[1:])[1].stage_to == folder
+    assert all("stage_to" not in text for name, text in scripts(stage_to=given).items() if name != "train.sbatch")
+    assert "stage_to" not in scripts()["train.sbatch"]
+
+
+def test_a_folder_whose_variable_is_not_set_ends_the_script_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "voxfit").write_text("#!/bin/bash\necho started\n")
+    (tmp_path / "voxfit").chmod(0o755)
+    script = scripts(stage_to="$NODE_DISK/voxfit")["train.sbatch"]
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "0"}
+    for extra, code, output in (({}, 1, ""), ({"NODE_DISK": "/x"}, 0, "started\n")):
+        done = subprocess.run(
+            ["bash", "-c", script], env={**environment, **extra}, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (code, output)
+        assert ("NODE_DISK" in done.stderr) == bool(code)
+
+
 def test_submitting_chains_the_jobs_from_where_the_paths_start(tmp_path: Path) -> None:
     made = scripts(out="jobs/mine")
     (tmp_path / "jobs" / "mine").mkdir(parents=True)
@@ -290,6 +324,8 @@ def test_folds_come_from_the_options_or_the_training_s_file(tmp_path: Path) -> N
         ({"memory": "lots"}, "memory: must be as in 48G"),
         ({"gpus": -1, "nodes": 0}, "nodes: must be at least 1, got 0; gpus: must be at least 0, got -1"),
         ({"partition": "gpu; reboot"}, "partition: must be a name"),
+        ({"stage_to": "$(reboot)"}, "stage_to: may hold variables such as $TMPDIR and no other $ or `, got $(reboot)"),
+        ({"stage_to": "`reboot`"}, "stage_to: may hold variables"),
         ({"extra": "-C gpu;x"}, "extra: must be as in constraint=a100 mail-type=FAIL, got -C gpu;x"),
         ({"shards": 0, "cpus": 0}, "cpus: must be at least 1, got 0; shards: must be at least 1"),
     ],

@@ -20,10 +20,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline.artifacts import read_artifact, write_artifact
-from pipeline.config import OptimConfig
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.blocks import DecoderStage
 from pipeline.networks.unet import UNet
+from pipeline.option_groups import OptimConfig
 from pipeline.plan import Plan, Rung
 from pipeline.training import validation
 from pipeline.training.checkpoints import AtomicCheckpointIO
@@ -718,7 +718,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from pipeline.artifacts import read_artifact, write_artifact
-from pipeline.config import AugmentationConfig, HardwareConfig, OptimConfig, TrainConfig
+from pipeline.config import TrainConfig
+from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
 from pipeline.datasets.splits import Splits
 from pipeline.plan import Plan
 from pipeline.training.probe_memory import hold_to

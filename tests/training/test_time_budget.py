@@ -104,15 +104,15 @@ def test_an_epoch_that_would_not_end_in_time_is_not_begun(
 def test_a_first_epoch_that_takes_longer_than_there_is_time_is_left_at_a_step_and_gone_on_with(
     plan, store, splits, make_config, whole, assert_same_run
 ):
-    config, starts = make_config(**OPTIONS, max_time="1s"), 0
-    with pytest.raises(StoppedError, match="max_time 1s is up: it ended; 0 of 4 epochs are done"):
-        fit_fold(plan, store, splits, config, network=Slow(plan, 0.3))
+    config, starts = make_config(**OPTIONS, max_time="2s"), 0
+    with pytest.raises(StoppedError, match="max_time 2s is up: it ended; 0 of 4 epochs are done"):
+        fit_fold(plan, store, splits, config, network=Slow(plan, 0.5))
     step = torch.load(RunFolder(Path(config.run_dir)).last_checkpoint, weights_only=True)["counts"]["optimizer_step"]
     assert 0 < step < 4
     while starts < 20:
         starts += 1
         try:
-            result = fit_fold(plan, store, splits, config, network=Slow(plan, 0.3))
+            result = fit_fold(plan, store, splits, config, network=Slow(plan, 0.5))
             break
         except StoppedError:
             continue
