@@ -22,6 +22,7 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.errors import CasesFailedError, InputError
+from pipeline.export_config import ExportConfig
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
 from pipeline.status_config import StatusConfig
@@ -260,6 +261,29 @@ def _inputs(config: PredictConfig, references: Path, case_ids: Collection[str] |
         num_workers=resolve_num_workers("auto"),
         case_ids=case_ids,
     )
+
+
+# ---- export
+
+
+def export(config: ExportConfig, *, network: nn.Module | None = None) -> Path:
+    """Write a trained run as ONNX or as a MONAI bundle, compared with the run's own network before it is kept.
+
+    Args:
+        config: Options.
+        network: The network of one's own that the run was trained with.
+    """
+    from pipeline.inference.export_target import check_target
+    from pipeline.inference.exportable import load_exportable
+    from pipeline.inference.monai_bundle import write_bundle
+    from pipeline.inference.onnx_export import check_onnx_packages, write_onnx
+
+    out = Path(config.out)
+    check_target(out, is_folder=config.kind == "bundle" and out.suffix != ".zip", overwrite=config.overwrite)
+    if config.kind == "onnx":
+        check_onnx_packages()
+    run = load_exportable(Path(config.run_dir), config.checkpoint, network=network)
+    return write_onnx(run, out) if config.kind == "onnx" else write_bundle(run, out, overlap=config.overlap)
 
 
 # ---- evaluate
