@@ -21,6 +21,7 @@ from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitEr
 from pipeline.export_config import ExportConfig
 from pipeline.log import configure_logging
 from pipeline.option_checks import Checked
+from pipeline.postprocess_config import PostprocessConfig
 from pipeline.requeue import requeue_after
 from pipeline.slurm_config import SlurmConfig
 from pipeline.status_config import StatusConfig
@@ -47,6 +48,9 @@ COMMANDS = {
     "predict": Command(options.PredictConfig, "pipeline.api:predict"),
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
+    ),
+    "postprocess": Command(
+        PostprocessConfig, "pipeline.api:postprocess", "pipeline.inference.postprocess:describe_postprocessing"
     ),
     "export": Command(ExportConfig, "pipeline.api:export"),
     "slurm": Command(SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"),

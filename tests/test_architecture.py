@@ -22,6 +22,7 @@ LAYERS = [
         "status_config",
         "slurm_config",
         "export_config",
+        "postprocess_config",
         "rungs",
         "plan",
         "allocation",
@@ -54,6 +55,7 @@ SAME_LAYER_ALLOWED = {
     ("status_config", "option_checks"),
     ("slurm_config", "option_checks"),
     ("export_config", "option_checks"),
+    ("postprocess_config", "option_checks"),
     ("config", "durations"),
     ("log", "errors"),
 }
