@@ -23,8 +23,10 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.errors import CasesFailedError, InputError
+from pipeline.export_config import ExportConfig
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
+from pipeline.postprocess_config import PostprocessConfig
 from pipeline.rank_place import find_place
 from pipeline.saved_config import write_config
 from pipeline.status_config import StatusConfig
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from pipeline.datasets.splits import Splits
     from pipeline.evaluation.slices import ReportCase
     from pipeline.evaluation.summary import Metrics
+    from pipeline.inference.postprocess import Postprocessing
     from pipeline.status import WorkStatus
     from pipeline.store import CaseStore
     from pipeline.training.trainer import FitResult
@@ -289,6 +292,29 @@ def _inputs(config: PredictConfig, references: Path, case_ids: Collection[str] |
     )
 
 
+# ---- export
+
+
+def export(config: ExportConfig, *, network: nn.Module | None = None) -> Path:
+    """Write a trained run as ONNX or as a MONAI bundle, compared with the run's own network before it is kept.
+
+    Args:
+        config: Options.
+        network: The network of one's own that the run was trained with.
+    """
+    from pipeline.inference.export_target import check_target
+    from pipeline.inference.exportable import load_exportable
+    from pipeline.inference.monai_bundle import write_bundle
+    from pipeline.inference.onnx_export import check_onnx_packages, write_onnx
+
+    out = Path(config.out)
+    check_target(out, is_folder=config.kind == "bundle" and out.suffix != ".zip", overwrite=config.overwrite)
+    if config.kind == "onnx":
+        check_onnx_packages()
+    run = load_exportable(Path(config.run_dir), config.checkpoint, network=network)
+    return write_onnx(run, out) if config.kind == "onnx" else write_bundle(run, out, overlap=config.overlap)
+
+
 # ---- evaluate
 
 
@@ -344,6 +370,34 @@ def _shown_cases(config: EvaluateConfig, metrics: Metrics) -> list[ReportCase]:
         references=find_references(Path(config.labels)).paths,
         predictions=list_volumes(Path(config.predictions)),
     )
+
+
+# ---- postprocess
+
+
+def postprocess(config: PostprocessConfig) -> Postprocessing:
+    """Choose the post-processing that improves held-out predictions, and write it into the run folder."""
+    from pipeline.evaluation.pairs import find_references, list_volumes, pair_cases
+    from pipeline.inference.loading import read_held_out, read_plan
+    from pipeline.inference.postprocess import FILE_NAME
+    from pipeline.inference.postprocess_choice import choose_postprocessing
+
+    run_dir = Path(config.run_dir)
+    made = read_plan(run_dir)
+    found = list_volumes(Path(config.predictions) if config.predictions else run_dir / "validation")
+    references = find_references(Path(config.labels)).paths
+    wanted = set(found) & set(references)
+    if config.cases == "held_out":
+        wanted &= set(read_held_out(run_dir))
+    chosen = choose_postprocessing(
+        pair_cases(found, references, wanted)[0],
+        made.labels,
+        ignore_value=made.ignore_value,
+        min_gain=config.min_gain,
+        num_workers=resolve_num_workers(config.num_workers),
+    )
+    write_artifact(run_dir / FILE_NAME, chosen)
+    return chosen
 
 
 # ---- what is shared

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -43,6 +44,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     # Some network file systems cannot sync a folder; the file itself is safe by then.
+    with suppress(OSError):
+        _fsync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside `path` that takes its place when the block ends well; what stood there is removed.
+
+    When the block raises, the new folder is removed and what stood at `path` is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    mark = secrets.token_hex(4)
+    temporary, old = (path.with_name(f".{mark}.{kind}.{path.name}") for kind in ("partial", "old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        if path.exists():
+            # No file system replaces a folder that holds something in one step; between these two it is at `old`.
+            path.rename(old)
+        temporary.rename(path)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise _unwritable(path, error) from error
+    finally:
+        rmtree(temporary, ignore_errors=True)
+    rmtree(old, ignore_errors=True)
     with suppress(OSError):
         _fsync(path.parent)
 

@@ -18,8 +18,10 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
+from pipeline.export_config import ExportConfig
 from pipeline.log import configure_logging
 from pipeline.option_checks import Checked
+from pipeline.postprocess_config import PostprocessConfig
 from pipeline.rank_place import find_place
 from pipeline.requeue import requeue_after
 from pipeline.slurm_config import SlurmConfig
@@ -48,6 +50,10 @@ COMMANDS = {
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
     ),
+    "postprocess": Command(
+        PostprocessConfig, "pipeline.api:postprocess", "pipeline.inference.postprocess:describe_postprocessing"
+    ),
+    "export": Command(ExportConfig, "pipeline.api:export"),
     "slurm": Command(SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"),
 }
 # What the one argument without a name is for, by command.

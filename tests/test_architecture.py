@@ -22,6 +22,8 @@ LAYERS = [
         "config",
         "status_config",
         "slurm_config",
+        "export_config",
+        "postprocess_config",
         "rungs",
         "plan",
         "allocation",
@@ -58,6 +60,8 @@ SAME_LAYER_ALLOWED = {
     ("config", "option_groups"),
     ("status_config", "option_checks"),
     ("slurm_config", "option_checks"),
+    ("export_config", "option_checks"),
+    ("postprocess_config", "option_checks"),
     ("config", "durations"),
     ("log", "errors"),
 }

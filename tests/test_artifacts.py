@@ -16,6 +16,7 @@ from typing import ClassVar
 import pytest
 
 from pipeline.artifacts import (
+    atomic_folder,
     atomic_path,
     content_hash,
     file_hash,
@@ -225,3 +226,28 @@ def test_hashes_change_with_content_and_not_with_key_order(tmp_path: Path):
     assert content_hash({"a": 1}) != content_hash({"a": 2}) != content_hash({"a": "2"})
     (tmp_path / "a").write_bytes(b"abc")
     assert file_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "deep" / "made") as folder:
+        (folder / "one").write_text("1")
+    with atomic_folder(tmp_path / "deep" / "made") as folder:
+        (folder / "two").write_text("2")
+    assert [item.name for item in (tmp_path / "deep" / "made").iterdir()] == ["two"]
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "deep" / "made") as folder:
+        (folder / "three").write_text(str(1 / 0))
+    assert [item.name for item in (tmp_path / "deep" / "made").iterdir()] == ["two"]
+    assert [item.name for item in (tmp_path / "deep").iterdir()] == ["made"]
+
+
+def test_a_folder_that_the_disk_has_no_room_for_leaves_the_earlier_one(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "made") as folder:
+        (folder / "one").write_text("1")
+    with (
+        pytest.raises(InputError, match="cannot write"),
+        file_size_limit(1000),
+        atomic_folder(tmp_path / "made") as new,
+    ):
+        (new / "large").write_bytes(bytes(5000))
+    assert [item.name for item in (tmp_path / "made").iterdir()] == ["one"]
+    assert [item.name for item in tmp_path.iterdir()] == ["made"]
