@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.allocation import describe_allocation, resolve_num_workers
-from pipeline.artifacts import content_hash, read_artifact, to_json, write_artifact
+from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.config import (
     EvaluateConfig,
     InspectConfig,
@@ -28,13 +28,12 @@ from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
 from pipeline.postprocess_config import PostprocessConfig
 from pipeline.rank_place import find_place
-from pipeline.saved_config import write_config
 from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pipeline.datasets.dataset import Case, Dataset
+    from pipeline.datasets.dataset import Case
     from pipeline.datasets.dicom_inspection import DicomInspection
     from pipeline.datasets.inspection import Inspection
     from pipeline.datasets.splits import Splits
@@ -119,6 +118,7 @@ def preprocess(config: PreprocessConfig) -> CaseStore:
             when a case has problems. A share tells of its own cases only, and `verify` of what the store lacks.
     """
     from pipeline.datasets.dataset import read_dataset
+    from pipeline.preprocessing.left_out import left_out_by_plan
     from pipeline.preprocessing.preprocess import preprocess_dataset
     from pipeline.preprocessing.shards import preprocess_share, verify_store
     from pipeline.store import CaseStore
@@ -126,7 +126,7 @@ def preprocess(config: PreprocessConfig) -> CaseStore:
     get_logger().info("preprocess: %s", describe_allocation())
     dataset, store, done = read_dataset(config.dataset), Path(config.store), f"{config.store} was filled"
     made = read_artifact(Path(config.plan), Plan)
-    left_out = _left_out_by_plan(made, dataset, config)
+    left_out = left_out_by_plan(made, dataset, config)
     if config.verify:
         lacking = verify_store(dataset, made, store, leave_out=left_out)
         return _finish(CaseStore(store), lacking, done=f"{config.store} is filled")
@@ -138,22 +138,6 @@ def preprocess(config: PreprocessConfig) -> CaseStore:
     if failures and not config.skip_bad_cases:
         raise CasesFailedError({**left_out, **failures}, done=done)
     return _finish(CaseStore(store), {**left_out, **failures}, done=done)
-
-
-def _left_out_by_plan(made: Plan, dataset: Dataset, config: PreprocessConfig) -> dict[str, str]:
-    """Cases that the plan was made without; a plan without its fingerprint is checked against the dataset anew."""
-    from pipeline.datasets.fingerprint import Fingerprint
-    from pipeline.datasets.inspection import find_bad_cases
-
-    path = Path(config.plan).with_name("fingerprint.json")
-    if path.is_file():
-        fingerprint = read_artifact(path, Fingerprint)
-        if content_hash(to_json(fingerprint)) == made.fingerprint_hash:
-            if fingerprint.left_out:
-                get_logger("preprocess").info("cases that the plan was made without stay out; plan again to use them")
-            return dict(fingerprint.left_out)
-    num_workers = resolve_num_workers(config.num_workers)
-    return find_bad_cases(dataset, num_workers=num_workers, skip=config.skip_bad_cases)
 
 
 # ---- train
@@ -171,7 +155,7 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
     started this one as one of several.
     """
     from pipeline.store import CaseStore
-    from pipeline.training.trainer import fit_fold
+    from pipeline.training.trainer import fit_fold, fit_in_processes
 
     made = read_artifact(Path(config.plan), Plan)
     store = CaseStore(Path(config.store))
@@ -179,28 +163,11 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
     splits = _splits(store, config)
     place, devices = find_place(), config.hardware.devices
     if devices not in ("auto", 1) and not place.launcher:
-        return _train_in_processes(config, int(devices), network)
+        return fit_in_processes(config, int(devices), network)
     # The first of several processes speaks for all.
     with log_to_file(Path(config.run_dir) / "log.txt") if place.is_first else nullcontext():
         get_logger("train").info("%s", describe_allocation())
         return fit_fold(made, Path(config.store), splits, config, network=network)
-
-
-def _train_in_processes(config: TrainConfig, num: int, network: nn.Module | None) -> FitResult:
-    """Train in processes of this machine, one for each device."""
-    from pipeline.launching import run_in_processes
-    from pipeline.training.trainer import read_result
-
-    if network is not None:
-        fix = "Start your program with torchrun, which runs it once for each device"
-        raise InputError(
-            "a network of one's own cannot be handed to other processes", where="hardware.devices", fix=fix
-        )
-    with TemporaryDirectory() as folder:
-        options = Path(folder) / "train.yaml"
-        write_config(options, config)
-        run_in_processes(["train", "--config", str(options)], num)
-    return read_result(Path(config.run_dir))
 
 
 def _splits(store: CaseStore, config: TrainConfig) -> Splits:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 
 from torch import nn
@@ -14,8 +15,10 @@ from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.durations import parse_duration
 from pipeline.errors import InputError
+from pipeline.launching import run_in_processes
 from pipeline.log import get_logger
 from pipeline.plan import Plan
+from pipeline.saved_config import write_config
 from pipeline.stop_signals import StopRequest, stop_signals_noted
 from pipeline.store import CaseStore
 from pipeline.training.attempt import Job, train_once
@@ -62,16 +65,25 @@ class FitResult:
         )
 
 
-def read_result(run_dir: Path) -> FitResult:
-    """What a finished training in another process came to.
+def fit_in_processes(config: TrainConfig, num: int, network: nn.Module | None = None) -> FitResult:
+    """Train in processes of this machine, one for each device, as `voxfit train` with the same options would in each.
 
     Raises:
-        InputError: There is no finished run in the folder.
+        InputError: There is a network of one's own.
+        StoppedError, ProcessesFailedError: As of `pipeline.launching.run_in_processes`.
     """
-    folder = RunFolder(run_dir)
+    if network is not None:
+        what = "a network of one's own cannot be handed to other processes"
+        fix = "Start your program with torchrun, which runs it once for each device"
+        raise InputError(what, where="hardware.devices", fix=fix)
+    with TemporaryDirectory() as options:
+        path = Path(options) / "train.yaml"
+        write_config(path, config)
+        run_in_processes(["train", "--config", str(path)], num)
+    folder = RunFolder(Path(config.run_dir))
     record = folder.read_record()
-    if record is None or record.status != "finished":
-        raise InputError("holds no finished training", where=run_dir)
+    if record is None:
+        raise InputError("holds no training", where=folder.path)
     return FitResult.of(folder, record)
 
 
