@@ -23,7 +23,7 @@ from pipeline.option_checks import Checked
 from pipeline.requeue import requeue_after
 from pipeline.slurm_config import SlurmConfig
 from pipeline.status_config import StatusConfig
-from pipeline.stop_signals import StopSignal, stop_signals_raised
+from pipeline.stop_signals import STOPPED_LINE, StopSignal, raised_signal, stop_signals_raised
 
 
 class Command(NamedTuple):
@@ -103,22 +103,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         requeue_after(error.signal)
         return error.exit_code
-    except VoxfitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt as stop:
-        print("stopped; the same command continues the work", file=sys.stderr)
-        requeue_after(stop.number if isinstance(stop, StopSignal) else 0)
-        return StoppedError.exit_code
-    except Exception:
+        return _stopped(stop.number if isinstance(stop, StopSignal) else 0)
+    except Exception as error:
+        if raised_signal():
+            # An error that it became on its way, in code that knows no signals.
+            return _stopped(raised_signal())
+        if isinstance(error, VoxfitError):
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
         traceback.print_exc()
         return 1
+
+
+def _stopped(number: int) -> int:
+    print(STOPPED_LINE, file=sys.stderr)
+    requeue_after(number)
+    return StoppedError.exit_code
 
 
 def run_command(command: Command, config: Any) -> int:
     """Run a command and show its result; what was done is shown as well when some cases failed."""
     try:
-        _show(command, _load(command.function)(config))
+        function = _load(command.function)
+        if lost := raised_signal():
+            raise StopSignal(lost)
+        _show(command, function(config))
     except CasesFailedError as error:
         _show(command, error.result)
         raise
