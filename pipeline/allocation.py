@@ -23,17 +23,17 @@ class Limit(NamedTuple):
 
 def allotted_cpus() -> int:
     """CPUs this process may use: the least of affinity, what SLURM says and the cgroup quota."""
-    return max(1, int(_tightest(_cpu_limits()).amount))
+    return max(1, int(_tightest(cpu_limits()).amount))
 
 
 def allotted_memory_bytes() -> int:
     """Memory this process may use: the least of the machine's, SLURM's and the cgroup limits."""
-    return int(_tightest(_memory_limits()).amount)
+    return int(_tightest(memory_limits()).amount)
 
 
 def describe_allocation() -> str:
     """What was found, as a line for the log: the figures, what set each, and the machine's own."""
-    cpus, memory, machine = _tightest(_cpu_limits()), _tightest(_memory_limits()), _machine_memory()
+    cpus, memory, machine = _tightest(cpu_limits()), _tightest(memory_limits()), _machine_memory()
     return (
         f"allotted {allotted_cpus()} CPU(s) (by {cpus.source}; the machine has {os.cpu_count() or 1}) and"
         f" {memory.amount / 2**30:.1f} GiB of memory (by {memory.source}; the machine has {machine / 2**30:.1f})"
@@ -54,13 +54,15 @@ def _tightest(limits: Iterator[Limit]) -> Limit:
     return min(limits, key=lambda limit: limit.amount)
 
 
-def _cpu_limits() -> Iterator[Limit]:
+def cpu_limits() -> Iterator[Limit]:
+    """Every bound on CPUs that was found; the least of them counts."""
     yield Limit(_affinity_cpus(), "affinity")
     yield from _slurm_cpu_limits()
     yield from _cgroup_cpu_quotas()
 
 
-def _memory_limits() -> Iterator[Limit]:
+def memory_limits() -> Iterator[Limit]:
+    """Every bound on memory that was found, in bytes; the least of them counts."""
     yield Limit(_machine_memory(), "the machine")
     yield from _slurm_memory_limits()
     yield from _cgroup_memory_limits()

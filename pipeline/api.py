@@ -6,7 +6,8 @@ Heavy libraries are imported when a function needs them, so that importing this 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +22,7 @@ from pipeline.config import (
     PreprocessConfig,
     TrainConfig,
 )
+from pipeline.doctor_config import DoctorConfig
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from pipeline.datasets.dicom_inspection import DicomInspection
     from pipeline.datasets.inspection import Inspection
     from pipeline.datasets.splits import Splits
+    from pipeline.doctor.examination import Examination
+    from pipeline.doctor.real_step import RealStep
     from pipeline.evaluation.slices import ReportCase
     from pipeline.evaluation.summary import Metrics
     from pipeline.status import WorkStatus
@@ -200,6 +204,39 @@ def status(config: StatusConfig) -> WorkStatus:
     return read_status(config)
 
 
+# ---- doctor
+
+
+def doctor(config: DoctorConfig) -> Examination:
+    """What this machine or job offers and what is wrong with it; with a plan and a store, one real step of everything.
+
+    Raises:
+        InputError: A folder is missing, or plan and store do not belong together.
+        CasesFailedError: Parts of the step failed; the result has the rest.
+    """
+    from pipeline.doctor.examination import conclude, find_facts
+
+    for name in ("work_dir", "store"):
+        path = getattr(config, name)
+        if path and not Path(path).is_dir():
+            raise InputError("is no folder", where=f"{name} {path}", fix="Make it, or give one that is there")
+    step = _planned_step(config) if config.plan else None
+    facts = find_facts(config)
+    found = conclude(config, facts, step() if step is not None else None)
+    return _finish(found, found.failures, done="the machine was examined", things="part(s) of the step")
+
+
+def _planned_step(config: DoctorConfig) -> Callable[[], RealStep]:
+    """The step, once it is known that plan, store and folds can be read and belong together."""
+    from pipeline.doctor.real_step import take_step
+    from pipeline.store import CaseStore
+
+    store, options = CaseStore(Path(config.store)), config.training()
+    store.check_plan(read_artifact(Path(config.plan), Plan))
+    splits = _splits(store, options)
+    return partial(take_step, options, splits, Path(config.work_dir or "."))
+
+
 # ---- predict
 
 
@@ -322,8 +359,8 @@ def _shown_cases(config: EvaluateConfig, metrics: Metrics) -> list[ReportCase]:
 # ---- what is shared
 
 
-def _finish(result: Result, failures: Mapping[str, str], *, done: str) -> Result:
+def _finish(result: Result, failures: Mapping[str, str], *, done: str, things: str = "case(s)") -> Result:
     """Give back the result, or raise it together with the cases that are not in it."""
     if failures:
-        raise CasesFailedError(failures, done=done, result=result)
+        raise CasesFailedError(failures, done=done, things=things, result=result)
     return result

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
+from pipeline.doctor_config import DoctorConfig
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.log import configure_logging
 from pipeline.option_checks import Checked
@@ -47,6 +48,7 @@ COMMANDS = {
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
     ),
+    "doctor": Command(DoctorConfig, "pipeline.api:doctor", "pipeline.doctor.explain:describe_examination"),
     "slurm": Command(SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"),
 }
 # What the one argument without a name is for, by command.

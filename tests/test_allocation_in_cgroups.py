@@ -229,3 +229,31 @@ def test_a_container_finds_its_limits(make_group, tmp_path: Path, kind: str) -> 
     assert found["memory"] == 600 * MIB
     assert found["cpus"] == 1
     assert "(by cgroup cpu.cfs_quota_us" in found["text"] or len(os.sched_getaffinity(0)) == 1
+
+
+def test_a_training_that_the_kernel_ends_for_its_memory_is_reported_by_the_doctor(make_group, tmp_path: Path) -> None:
+    folder = make_group("memory")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FOLDERS": str(folder)}
+    voxfit = [sys.executable, "-m", "pipeline"]
+    data = ["--dataset", str(ROOT / "data_samples" / "msd_blobs"), "--num_workers", "1"]
+    plan = ["--plan", "plan.json", "--store", "store"]
+    small = ["--vram", "1GiB", "--base_features", "32", "--patch_size", "32", "32", "32", "--batch_size", "8"]
+    for command in (["plan", *data, *small, "--out", "plan.json"], ["preprocess", *data, *plan]):
+        subprocess.run([*voxfit, *command], cwd=tmp_path, env=environment, check=True)
+    set_memory(folder, 600 * MIB)
+    done = subprocess.run(
+        ["sh", "-c", JOIN, "sh", *voxfit, "doctor", *plan, "--json", "--hardware.num_workers", "0"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["facts"]["CPUs and memory"]["memory"] == 600 * MIB
+    parts = {part["name"]: part for part in answer["parts"]}
+    assert parts["sample"]["seconds"] > 0
+    assert "SIGKILL (as the kernel and SLURM do where memory runs out)" in parts["train"]["problem"]
+    assert not list(tmp_path.glob(".doctor.*"))

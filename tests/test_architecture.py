@@ -21,6 +21,7 @@ LAYERS = [
         "config",
         "status_config",
         "slurm_config",
+        "doctor_config",
         "rungs",
         "plan",
         "allocation",
@@ -32,6 +33,7 @@ LAYERS = [
     {"networks", "losses", "sampling"},
     {"planning", "inference", "evaluation"},
     {"training"},
+    {"doctor"},
     {"api"},
     {"chain", "job_scripts"},
     {"cli"},
@@ -53,6 +55,9 @@ SAME_LAYER_ALLOWED = {
     ("status_config", "option_checks"),
     ("slurm_config", "option_checks"),
     ("config", "durations"),
+    ("doctor_config", "config"),
+    ("doctor_config", "errors"),
+    ("doctor_config", "option_checks"),
     ("log", "errors"),
 }
 SAME_LAYER_ALLOWED |= {("parallel", "artifacts"), ("io", "artifacts"), ("saved_config", "artifacts")}
