@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, sleep, time
 from typing import Any
 
 import pytest
@@ -196,21 +196,24 @@ def test_one_thing_that_cannot_be_found_out_does_not_end_the_others() -> None:
 
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
-  "show job") echo "JobId=7 JobState=RUNNING Requeue={requeue} TimeLimit=12:00:00 EndTime=Unknown Partition=gpu";;
+  "show job") echo "JobId=7 JobState=RUNNING Requeue={requeue} TimeLimit=12:00:00 EndTime=Unknown BatchFlag=1 {more}";;
   "write batch_script") printf '#!/bin/sh\\n#SBATCH --mem=1G\\n{signal}\\nexec voxfit train\\n';;
 esac
 """
 
 
-def slurm_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requeue: int, signal_line: str) -> dict[str, Fact]:
+def slurm_facts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requeue: int, signal_line: str, more: str = ""
+) -> dict[str, Fact]:
     script = tmp_path / "scontrol"
-    script.write_text(SCONTROL.format(requeue=requeue, signal=signal_line))
+    script.write_text(SCONTROL.format(requeue=requeue, signal=signal_line, more=more))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    for name in ("ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_PARTITION"):
+    for name in ("ARRAY_JOB_ID", "ARRAY_TASK_ID"):
         monkeypatch.delenv(f"SLURM_{name}", raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(__import__("time").time()) + 3600))
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time()) + 3600))
     return {fact.name: fact for fact in slurm_job.find_job()}
 
 
@@ -223,6 +226,19 @@ def test_a_slurm_job_is_described_with_its_time_its_signal_and_its_requeue(tmp_p
     facts = slurm_facts(tmp_path, monkeypatch, 0, "")
     assert "submit with --requeue" in facts["requeue"].advice
     assert "--signal=B:USR1@180" in facts["signal"].advice
+
+
+@pytest.mark.parametrize(("mem", "nodes", "mib"), [("300M", 1, 300), ("1.5G", 1, 1536), ("600M", 2, 300)])
+def test_memory_that_slurm_granted_and_nothing_else_tells_of_is_said(tmp_path, monkeypatch, mem, nodes, mib) -> None:
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    more = f"NumNodes={nodes} TRES=cpu=1,mem={mem},node={nodes},billing=1"
+    facts = slurm_facts(tmp_path, monkeypatch, 1, "#SBATCH --signal=USR1", more)
+    assert facts["signal"].value == 60
+    assert facts["memory granted"].value == mib * 2**20
+    assert f"export SLURM_MEM_PER_NODE={mib}" in facts["memory granted"].advice
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", str(mib))
+    facts = slurm_facts(tmp_path, monkeypatch, 1, "", more)
+    assert not facts["memory granted"].advice
 
 
 def test_a_job_without_slurm_s_tools_is_described_as_far_as_its_variables_go(tmp_path, monkeypatch) -> None:

@@ -85,7 +85,8 @@ def conclude(config: DoctorConfig, sections: tuple[Section, ...], step: RealStep
 
 
 def _memory_advice(step: RealStep, values: dict[str, Any]) -> Iterator[str]:
-    parts, allotted = {part.name: part for part in step.parts}, values.get("memory")
+    parts = {part.name: part for part in step.parts}
+    allotted = min(filter(None, (values.get(name) for name in ("memory", "memory granted"))), default=0)
     peak = max(part.peak_ram_bytes for part in step.parts)
     if allotted and peak > SAFE_SHARE_OF_MEMORY * allotted:
         yield f"the step took {in_gib(peak)} of memory, {in_gib(allotted)} are allotted; ask for more (SLURM: --mem)"

@@ -246,7 +246,7 @@ def check_doctor(output: str) -> None:
     """What the page says of `voxfit doctor`, outside of a job and in one."""
     alone, in_job = output.split("one real step")[0].split("CPUs and memory")[1:]
     assert "none: started by hand" in alone
-    for pattern in (r"CPUs +1 \(by (SLURM_CPUS_PER_TASK|affinity|cgroup)", r"memory +2.0 GiB \(by SLURM_MEM_PER_NODE"):
+    for pattern in (r"CPUs +1 \(by (SLURM_CPUS_PER_TASK|affinity|cgroup)", r"memory granted +(! )?2.0 GiB"):
         assert re.search(pattern, in_job), in_job
     assert re.search(r"job +\d+ in partition batch", in_job)
     assert re.search(r"time limit +30m", in_job)
