@@ -231,6 +231,7 @@ def test_a_container_finds_its_limits(make_group, tmp_path: Path, kind: str) -> 
     assert "(by cgroup cpu.cfs_quota_us" in found["text"] or len(os.sched_getaffinity(0)) == 1
 
 
+@pytest.mark.slow
 def test_a_training_that_the_kernel_ends_for_its_memory_is_reported_by_the_doctor(make_group, tmp_path: Path) -> None:
     folder = make_group("memory")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FOLDERS": str(folder)}

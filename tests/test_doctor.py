@@ -286,6 +286,7 @@ def test_the_whole_job_is_the_sum_of_what_was_measured(step: dict[str, Any]) -> 
     assert f"would take {hours:.2f} hours" in step["prospects"][0]
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_a_training(step: dict[str, Any], planned: Path, tmp_path: Path) -> None:
     options = [
         "--plan",
@@ -307,6 +308,7 @@ def test_the_figures_are_those_of_a_training(step: dict[str, Any], planned: Path
     assert parts["train"]["peak_ram_bytes"] == pytest.approx(peak, rel=0.2)
 
 
+@pytest.mark.slow
 def test_epochs_that_follow_from_the_time_fit_into_it(planned: Path) -> None:
     done = found(*STEP, "--fold", "all", "--max_epochs", "auto", "--max_time", "1h", cwd=planned)
     assert 0.8 * 3600 < done["whole_job"]["seconds"] < 3600
@@ -396,7 +398,7 @@ def hooked(folder: Path, module: str, code: str) -> Path:
     return hook
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_step_that_is_stopped_ends_with_75_and_leaves_nothing(broken: Path, number: int) -> None:
     command = [sys.executable, "-m", "pipeline", "doctor", *STEP]
     process = subprocess.Popen(
