@@ -1,7 +1,32 @@
-"""`python -m pipeline` is the same command as `voxfit`."""
+"""`voxfit` and `python -m pipeline`: ready to be stopped before anything is imported that takes time."""
 
 import sys
+from collections.abc import Sequence
 
-from pipeline.cli import main
+from pipeline.stop_signals import STOPPED_LINE, raised_signal, stop_signals_raised
 
-sys.exit(main())
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, which is 75 for a signal however early it comes."""
+    try:
+        with stop_signals_raised():
+            from pipeline.cli import main as run_command_line
+
+            return run_command_line(arguments)
+    except BaseException as error:
+        if not raised_signal() and not isinstance(error, KeyboardInterrupt):
+            raise
+        return _stopped()
+
+
+def _stopped() -> int:
+    from pipeline.errors import StoppedError
+    from pipeline.requeue import requeue_after
+
+    print(STOPPED_LINE, file=sys.stderr)
+    requeue_after(raised_signal())
+    return StoppedError.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from pipeline.rank_place import entry_of_this_node, find_place, tasks_on_this_no
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC_CGROUP = Path("/proc/self/cgroup")
+PROC_MOUNTS = Path("/proc/self/mountinfo")
 MEMORY_FILES = ("memory.max", "memory.high", "memory.limit_in_bytes")
 
 
@@ -23,17 +25,17 @@ class Limit(NamedTuple):
 
 def allotted_cpus() -> int:
     """CPUs this process may use: the least of affinity, what SLURM says and the cgroup quota, or its share of them."""
-    return max(1, int(_tightest(_cpu_limits()).amount) // _sharers())
+    return max(1, int(_tightest(cpu_limits()).amount) // _sharers())
 
 
 def allotted_memory_bytes() -> int:
     """Memory this process may use: the least of the machine's, SLURM's and the cgroup limits, or its share of it."""
-    return int(_tightest(_memory_limits()).amount) // _sharers()
+    return int(_tightest(memory_limits()).amount) // _sharers()
 
 
 def describe_allocation() -> str:
     """What was found, as a line for the log: the figures, what set each, and the machine's own."""
-    cpus, memory, machine = _tightest(_cpu_limits()), _tightest(_memory_limits()), _machine_memory()
+    cpus, memory, machine = _tightest(cpu_limits()), _tightest(memory_limits()), _machine_memory()
     return (
         f"allotted {max(1, int(cpus.amount))} CPU(s) (by {cpus.source}; the machine has {os.cpu_count() or 1}) and"
         f" {memory.amount / 2**30:.1f} GiB of memory (by {memory.source}; the machine has {machine / 2**30:.1f})"
@@ -61,13 +63,15 @@ def _tightest(limits: Iterator[Limit]) -> Limit:
     return min(limits, key=lambda limit: limit.amount)
 
 
-def _cpu_limits() -> Iterator[Limit]:
+def cpu_limits() -> Iterator[Limit]:
+    """Every bound on CPUs that was found; the least of them counts."""
     yield Limit(_affinity_cpus(), "affinity")
     yield from _slurm_cpu_limits()
     yield from _cgroup_cpu_quotas()
 
 
-def _memory_limits() -> Iterator[Limit]:
+def memory_limits() -> Iterator[Limit]:
+    """Every bound on memory that was found, in bytes; the least of them counts."""
     yield Limit(_machine_memory(), "the machine")
     yield from _slurm_memory_limits()
     yield from _cgroup_memory_limits()
@@ -102,7 +106,7 @@ def _slurm_memory_limits() -> Iterator[Limit]:
     if per_node := _number("SLURM_MEM_PER_NODE"):
         yield Limit((per_node << 20) // tasks, "SLURM_MEM_PER_NODE")
     if per_cpu := _number("SLURM_MEM_PER_CPU"):
-        yield Limit((per_cpu << 20) * int(_tightest(_cpu_limits()).amount), "SLURM_MEM_PER_CPU")
+        yield Limit((per_cpu << 20) * allotted_cpus(), "SLURM_MEM_PER_CPU")
     per_gpu, gpus = _number("SLURM_MEM_PER_GPU"), _number("SLURM_GPUS_ON_NODE")
     if per_gpu and gpus:
         yield Limit((per_gpu << 20) * gpus // tasks, "SLURM_MEM_PER_GPU")
@@ -115,44 +119,98 @@ def _tasks_here() -> int:
 
 def _number(name: str) -> int:
     text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdecimal() else 0
 
 
 # ---- cgroups
 
 
+class Mount(NamedTuple):
+    """A hierarchy of cgroups in the file system.
+
+    Attributes:
+        root: The cgroup that is seen at `folder`: the top one, unless a container is shown its own part only.
+        folder: Where it is mounted.
+        controllers: Of cgroup v1, among other options of the mount; none for v2.
+    """
+
+    root: str
+    folder: Path
+    controllers: frozenset[str]
+
+    @property
+    def is_v2(self) -> bool:
+        """Whether it is the one hierarchy of all controllers."""
+        return not self.controllers
+
+
 def _cgroup_cpu_quotas() -> Iterator[Limit]:
     for folder in _cgroup_folders("cpu"):
-        v2 = _read(folder / "cpu.max").split()
-        if len(v2) == 2 and v2[0].isdigit():
-            yield Limit(int(v2[0]) / int(v2[1]), "cgroup cpu.max")
+        quota, _, period = _read(folder / "cpu.max").partition(" ")
+        yield from _quota(quota, period, "cgroup cpu.max")
         quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit() and int(period) > 0:
-            yield Limit(int(quota) / int(period), "cgroup cpu.cfs_quota_us")
+        yield from _quota(quota, period, "cgroup cpu.cfs_quota_us")
+
+
+def _quota(quota: str, period: str, source: str) -> Iterator[Limit]:
+    """CPUs from microseconds of them in a period; no quota is "max" or -1."""
+    if quota.isdecimal() and period.isdecimal() and int(period) > 0:
+        yield Limit(int(quota) / int(period), source)
 
 
 def _cgroup_memory_limits() -> Iterator[Limit]:
     for folder in _cgroup_folders("memory"):
         for name in MEMORY_FILES:
             value = _read(folder / name)
-            if value.isdigit():
+            if value.isdecimal():
                 yield Limit(int(value), f"cgroup {name}")
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """This process's cgroup folders, v1 and v2, from its own up to the root: a limit may sit on any of them."""
+    """This process's cgroup folders, v1 and v2, from its own up to the highest seen: a limit may sit on any of them."""
+    mounts = list(_cgroup_mounts())
     for line in _read(PROC_CGROUP).splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if controllers and controller not in controllers.split(","):
             continue
-        # Beside v1 controllers, the v2 tree is mounted in a folder of its own.
-        roots = [CGROUP_ROOT / controller] if controllers else [CGROUP_ROOT, CGROUP_ROOT / "unified"]
-        relative = Path(path.lstrip("/"))
-        yield from (root / part for root in roots for part in [relative, *relative.parents])
+        known = [each for each in mounts if (controller in each.controllers if controllers else each.is_v2)]
+        for mount in known or _usual_mounts(controllers and controller):
+            yield from _folders_in(mount, path)
+
+
+def _folders_in(mount: Mount, path: str) -> Iterator[Path]:
+    """Folders of a cgroup and those above it, as far as the mount shows them."""
+    inner = os.path.relpath(path or "/", mount.root)
+    # Containers may be told of a cgroup by a name of the machine's that is none of what is mounted for them.
+    relative = Path() if inner.startswith("..") else Path(inner)
+    yield from (mount.folder / part for part in dict.fromkeys([relative, *relative.parents]))
+
+
+def _cgroup_mounts() -> Iterator[Mount]:
+    """What `/proc/self/mountinfo` tells: `id parent dev root folder options ... - type source options`."""
+    for line in _read(PROC_MOUNTS).splitlines():
+        where, _, what = line.partition(" - ")
+        fields, kind = where.split(), what.split()
+        if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
+            continue
+        controllers = frozenset(kind[2].split(",")) if kind[0] == "cgroup" else frozenset()
+        yield Mount(_unescaped(fields[3]), Path(_unescaped(fields[4])), controllers)
+
+
+def _unescaped(text: str) -> str:
+    """Blanks and the like are octal numbers in mountinfo."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+def _usual_mounts(controller: str) -> list[Mount]:
+    """Where hierarchies lie by convention; beside v1 controllers, the v2 tree has a folder of its own."""
+    folders = [CGROUP_ROOT / controller] if controller else [CGROUP_ROOT, CGROUP_ROOT / "unified"]
+    return [Mount("/", folder, frozenset()) for folder in folders]
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
     except OSError:
         return ""

@@ -6,8 +6,9 @@ Heavy libraries are imported when a function needs them, so that importing this 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +23,7 @@ from pipeline.config import (
     PreprocessConfig,
     TrainConfig,
 )
+from pipeline.doctor_config import DoctorConfig
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.export_config import ExportConfig
 from pipeline.log import get_logger, log_to_file
@@ -33,10 +35,11 @@ from pipeline.status_config import StatusConfig
 if TYPE_CHECKING:
     from torch import nn
 
-    from pipeline.datasets.dataset import Case
     from pipeline.datasets.dicom_inspection import DicomInspection
     from pipeline.datasets.inspection import Inspection
     from pipeline.datasets.splits import Splits
+    from pipeline.doctor.examination import Examination
+    from pipeline.doctor.real_step import RealStep
     from pipeline.evaluation.slices import ReportCase
     from pipeline.evaluation.summary import Metrics
     from pipeline.inference.postprocess import Postprocessing
@@ -197,6 +200,39 @@ def status(config: StatusConfig) -> WorkStatus:
     return read_status(config)
 
 
+# ---- doctor
+
+
+def doctor(config: DoctorConfig) -> Examination:
+    """What this machine or job offers and what is wrong with it; with a plan and a store, one real step of everything.
+
+    Raises:
+        InputError: A folder is missing, or plan and store do not belong together.
+        CasesFailedError: Parts of the step failed; the result has the rest.
+    """
+    from pipeline.doctor.examination import conclude, find_facts
+
+    for name in ("work_dir", "store"):
+        path = getattr(config, name)
+        if path and not Path(path).is_dir():
+            raise InputError("is no folder", where=f"{name} {path}", fix="Make it, or give one that is there")
+    step = _planned_step(config) if config.plan else None
+    facts = find_facts(config)
+    found = conclude(config, facts, step() if step is not None else None)
+    return _finish(found, found.failures, done="the machine was examined", things="part(s) of the step")
+
+
+def _planned_step(config: DoctorConfig) -> Callable[[], RealStep]:
+    """The step, once it is known that plan, store and folds can be read and belong together."""
+    from pipeline.doctor.real_step import take_step
+    from pipeline.store import CaseStore
+
+    store, options = CaseStore(Path(config.store)), config.training()
+    store.check_plan(read_artifact(Path(config.plan), Plan))
+    splits = _splits(store, options)
+    return partial(take_step, options, splits, Path(config.work_dir or "."))
+
+
 # ---- predict
 
 
@@ -213,6 +249,7 @@ def predict(
     Raises:
         CasesFailedError: Some cases failed; the rest is written.
     """
+    from pipeline.inference.dicom_inputs import find_cases
     from pipeline.inference.export import FORMATS
     from pipeline.inference.loading import read_held_out
     from pipeline.inference.predictor import Predictor
@@ -220,7 +257,7 @@ def predict(
     if config.cases == "held_out":
         case_ids = read_held_out(Path(config.run_dir))
     with TemporaryDirectory() as references:
-        cases = _inputs(config, Path(references), case_ids)
+        cases = find_cases(config, Path(references), case_ids)
         predictor = Predictor.from_run(
             Path(config.run_dir),
             checkpoint=config.checkpoint,
@@ -232,31 +269,6 @@ def predict(
         )
         formats = FORMATS[config.format]
         return predictor.predict_files(cases, Path(config.output), formats=formats, overwrite=config.overwrite)
-
-
-def _inputs(config: PredictConfig, references: Path, case_ids: Collection[str] | None) -> tuple[Case, ...]:
-    """The cases to segment; for those of a DICOM tree, small files that stand for the series go to `references`."""
-    from pipeline.datasets.dicom_cases import parse_channels
-    from pipeline.inference.dicom_inputs import find_dicom_inputs, may_be_dicom
-    from pipeline.inference.inputs import find_inputs
-    from pipeline.inference.loading import read_plan
-
-    path = Path(config.input)
-    if not may_be_dicom(path):
-        if config.channels or config.allow_tilt:
-            raise InputError(
-                "channels and allow_tilt are for folders of DICOM series", where=path, fix="Leave them out"
-            )
-        return find_inputs(path, case_ids=case_ids)
-    return find_dicom_inputs(
-        path,
-        references,
-        [channel.name for channel in read_plan(Path(config.run_dir)).channels],
-        channels=parse_channels(config.channels),
-        allow_tilt=config.allow_tilt,
-        num_workers=resolve_num_workers("auto"),
-        case_ids=case_ids,
-    )
 
 
 # ---- export
@@ -370,8 +382,8 @@ def postprocess(config: PostprocessConfig) -> Postprocessing:
 # ---- what is shared
 
 
-def _finish(result: Result, failures: Mapping[str, str], *, done: str) -> Result:
+def _finish(result: Result, failures: Mapping[str, str], *, done: str, things: str = "case(s)") -> Result:
     """Give back the result, or raise it together with the cases that are not in it."""
     if failures:
-        raise CasesFailedError(failures, done=done, result=result)
+        raise CasesFailedError(failures, done=done, things=things, result=result)
     return result

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
+from pipeline.doctor_config import DoctorConfig
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.export_config import ExportConfig
 from pipeline.log import configure_logging
@@ -26,7 +27,7 @@ from pipeline.rank_place import find_place
 from pipeline.requeue import requeue_after
 from pipeline.slurm_config import SlurmConfig
 from pipeline.status_config import StatusConfig
-from pipeline.stop_signals import StopSignal, stop_signals_raised
+from pipeline.stop_signals import STOPPED_LINE, StopSignal, raised_signal, stop_signals_raised
 
 
 class Command(NamedTuple):
@@ -54,6 +55,7 @@ COMMANDS = {
         PostprocessConfig, "pipeline.api:postprocess", "pipeline.inference.postprocess:describe_postprocessing"
     ),
     "export": Command(ExportConfig, "pipeline.api:export"),
+    "doctor": Command(DoctorConfig, "pipeline.api:doctor", "pipeline.doctor.explain:describe_examination"),
     "slurm": Command(SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"),
 }
 # What the one argument without a name is for, by command.
@@ -110,14 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("stopped", error)
         requeue_after(error.signal)
         return error.exit_code
-    except VoxfitError as error:
-        _say("error", error)
-        return error.exit_code
     except KeyboardInterrupt as stop:
-        print("stopped; the same command continues the work", file=sys.stderr)
-        requeue_after(stop.number if isinstance(stop, StopSignal) else 0)
-        return StoppedError.exit_code
-    except Exception:
+        return _stopped(stop.number if isinstance(stop, StopSignal) else 0)
+    except Exception as error:
+        if raised_signal():
+            # An error that it became on its way, in code that knows no signals.
+            return _stopped(raised_signal())
+        if isinstance(error, VoxfitError):
+            _say("error", error)
+            return error.exit_code
         traceback.print_exc()
         return 1
 
@@ -128,10 +131,19 @@ def _say(word: str, error: VoxfitError) -> None:
         print(f"{word}: {error}", file=sys.stderr)
 
 
+def _stopped(number: int) -> int:
+    print(STOPPED_LINE, file=sys.stderr)
+    requeue_after(number)
+    return StoppedError.exit_code
+
+
 def run_command(command: Command, config: Any) -> int:
     """Run a command and show its result; what was done is shown as well when some cases failed."""
     try:
-        _show(command, _load(command.function)(config))
+        function = _load(command.function)
+        if lost := raised_signal():
+            raise StopSignal(lost)
+        _show(command, function(config))
     except CasesFailedError as error:
         _show(command, error.result)
         raise

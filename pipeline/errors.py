@@ -42,15 +42,18 @@ class CasesFailedError(VoxfitError):
     Args:
         failures: Reason by case id.
         done: What was finished without them.
+        things: What the failures are of, where that is no cases.
         result: What the command returns when no case fails.
     """
 
     exit_code = 3
 
-    def __init__(self, failures: Mapping[str, str], *, done: str, result: object = None) -> None:
+    def __init__(
+        self, failures: Mapping[str, str], *, done: str, things: str = "case(s)", result: object = None
+    ) -> None:
         self.failures, self.result = dict(failures), result
         lines = "".join(f"\n  {case_id}: {reason}" for case_id, reason in self.failures.items())
-        super().__init__(f"{done} without {len(self.failures)} case(s):{lines}")
+        super().__init__(f"{done} without {len(self.failures)} {things}:{lines}")
 
 
 class StoppedError(VoxfitError):

@@ -22,17 +22,17 @@ def requeue_after(number: int) -> bool:
     "completing" by the time that TERM arrives, and stays ended; one that SLURM pre-empts to queue it again itself is so
     as well. A job that was submitted with `--no-requeue` stays ended, too.
     """
-    job = _job_id()
+    job = slurm_job_id()
     if number not in SIGNALS_OF_SCHEDULERS or not job or not find_place().is_first or not _is_first_task():
         return False
-    logger, facts = get_logger(), _scontrol("show", "job", "--oneliner", job)
+    logger, facts = get_logger(), ask_scontrol("show", "job", "--oneliner", job)
     if "JobState=" in facts and "JobState=RUNNING" not in facts:
         logger.info("job %s is being ended by SLURM and is not queued again from here", job)
         return False
     if re.search(r"\bRequeue=0\b", facts):
         logger.info("job %s may not be queued again; submit it with --requeue to have it go on by itself", job)
         return False
-    problem = _scontrol("requeue", job, wants_error=True)
+    problem = ask_scontrol("requeue", job, wants_error=True)
     logger.info("job %s: %s", job, f"could not be queued again ({problem})" if problem else "queued again")
     return not problem
 
@@ -42,14 +42,14 @@ def _is_first_task() -> bool:
     return os.environ.get("SLURM_PROCID", "0") == "0"
 
 
-def _job_id() -> str:
+def slurm_job_id() -> str:
     """By the name that SLURM's tools take, also for a task of an array."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID", "") for part in ("JOB", "TASK"))
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
     return job if re.fullmatch(r"[0-9_]+", job) else ""
 
 
-def _scontrol(*arguments: str, wants_error: bool = False) -> str:
+def ask_scontrol(*arguments: str, wants_error: bool = False) -> str:
     """What `scontrol` says, or in one line why it failed."""
     try:
         done = subprocess.run(

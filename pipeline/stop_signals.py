@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,9 @@ INTERRUPTS_THAT_KILL = 3
 PATIENCE_SECONDS = 12.0
 # Linux's prctl: a signal for the process whose parent ends.
 PR_SET_PDEATHSIG = 1
+STOPPED_LINE = "stopped; the same command continues the work"
+# Modules of Python that run while it imports.
+IMPORT_MACHINERY = "<frozen importlib"
 
 
 class StopSignal(KeyboardInterrupt):
@@ -133,6 +137,8 @@ def stop_signals_noted() -> Iterator[StopRequest]:
         yield request
         return
     with handled(request.note, STOP_SIGNALS):
+        if _Raised.listening and _Raised.number:
+            request.note(_Raised.number)
         yield request
     if request.signal:
         signal.raise_signal(request.signal)
@@ -140,18 +146,73 @@ def stop_signals_noted() -> Iterator[StopRequest]:
 
 @contextmanager
 def stop_signals_raised() -> Iterator[None]:
-    """Let TERM and USR1 end the block like Ctrl-C; once one of them came they are ignored until the process ends."""
+    """Let TERM and USR1 end the block like Ctrl-C; once one of them came they are ignored until the process ends.
 
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        for each in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(each, signal.SIG_IGN)
-        raise StopSignal(number)
-
+    Inside such a block another one does nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with handled(end, (signal.SIGTERM, signal.SIGUSR1)):
-        yield
+    if not _Raised.listening:
+        _Raised.number = 0
+    outer, _Raised.listening = _Raised.listening, True
+    try:
+        if outer:
+            yield
+            return
+        with handled(_end, (signal.SIGTERM, signal.SIGUSR1)):
+            yield
+    finally:
+        _Raised.listening = outer
+        _let_imports()
+
+
+def raised_signal() -> int:
+    """The signal that was raised in the newest `stop_signals_raised`, which may have been lost on the way; 0 for none.
+
+    What an exception is raised in may drop it or make another one of it: callbacks of the garbage collector, modules
+    in C, `except` without a name.
+    """
+    return _Raised.number
+
+
+class _Raised:
+    """Which signal was raised, and whether signals are."""
+
+    number = 0
+    listening = False
+
+
+class _NoImports:
+    """Lets every import end: what was raised in the middle of one is often dropped there, and hundreds may follow."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> NoReturn:
+        """As of any finder of modules."""
+        raise StopSignal(_Raised.number)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    for each in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
+    _Raised.number = number
+    if _is_importing(frame):
+        sys.meta_path.insert(0, _NoImports)
+    raise StopSignal(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(IMPORT_MACHINERY):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _let_imports() -> None:
+    """Once the stop has got through, whoever says so may import again."""
+    if _NoImports in sys.meta_path:
+        sys.meta_path.remove(_NoImports)
 
 
 def end_with(parent: int) -> None:

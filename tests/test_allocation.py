@@ -25,10 +25,10 @@ V1 = """\
 
 
 class Node:
-    """A folder tree that stands for /sys/fs/cgroup, and a file that stands for /proc/self/cgroup."""
+    """A folder tree that stands for /sys/fs/cgroup, and files that stand for /proc/self/cgroup and mountinfo."""
 
     def __init__(self, root: Path) -> None:
-        self.cgroup, self.proc = root / "cgroup", root / "proc_cgroup"
+        self.cgroup, self.proc, self.mounts = root / "cgroup", root / "proc_cgroup", root / "mountinfo"
         self.cgroup.mkdir()
         self.proc.write_text("")
 
@@ -37,6 +37,12 @@ class Node:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
 
+    def mount(self, root: str, folder: str, kind: str, options: str) -> None:
+        """Say that the cgroup `root` is seen at a folder of the tree."""
+        where = str(self.cgroup / folder).replace(" ", "\\040")
+        with self.mounts.open("a") as stream:
+            stream.write(f"34 31 0:29 {root} {where} rw,nosuid,relatime shared:9 - {kind} cgroup {options}\n")
+
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
@@ -44,6 +50,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     made = Node(tmp_path)
     monkeypatch.setattr(allocation, "CGROUP_ROOT", made.cgroup)
     monkeypatch.setattr(allocation, "PROC_CGROUP", made.proc)
+    monkeypatch.setattr(allocation, "PROC_MOUNTS", made.mounts)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
@@ -214,6 +221,90 @@ def test_beside_v1_controllers_the_v2_tree_is_found_in_its_own_folder(node: Node
     node.write("memory/memory.limit_in_bytes", UNLIMITED_V1)
     node.write("unified/system.slice/slurmstepd.scope/job_812/cpu.max", "500000 100000")
     assert allotted_cpus() == 5
+
+
+# ---- layouts as they are found on machines, with what `/proc/self/mountinfo` says of them
+
+
+def test_a_pod_of_kubernetes_on_v2_sees_its_own_root(node: Node) -> None:
+    node.mount("/", "", "cgroup2", "rw,nsdelegate")
+    node.proc.write_text("0::/\n")
+    node.write("cpu.max", "3500000 1000000")
+    node.write("memory.max", str(6 * GIB))
+    node.write("memory.high", "max")
+    assert (allotted_cpus(), allotted_memory_bytes()) == (3, 6 * GIB)
+
+
+def test_a_session_in_nested_slices_of_systemd_is_held_by_the_tightest(node: Node) -> None:
+    node.mount("/", "", "cgroup2", "rw,nsdelegate,memory_recursiveprot")
+    slices = ["user.slice", "user-1000.slice", "user@1000.service", "app.slice", "run-u7.scope"]
+    node.proc.write_text(f"0::/{'/'.join(slices)}\n")
+    limits = {1: ("max 100000", "max", 4 * GIB), 3: ("250000 100000", 8 * GIB, "max"), 5: ("max 100000", "max", "max")}
+    for depth, (cpu, most, high) in limits.items():
+        folder = "/".join(slices[:depth])
+        for name, value in (("cpu.max", cpu), ("memory.max", most), ("memory.high", high)):
+            node.write(f"{folder}/{name}", str(value))
+    assert (allotted_cpus(), allotted_memory_bytes()) == (2, 4 * GIB)
+    assert "(by cgroup memory.high;" in describe_allocation()
+
+
+def test_a_container_of_docker_on_v1_finds_itself_and_cgroups_inside_of_it_by_what_is_mounted(node: Node) -> None:
+    ours = "/docker/4f0c"
+    node.mount(ours, "cpu,cpuacct", "cgroup", "rw,cpu,cpuacct")
+    node.mount(ours, "memory", "cgroup", "rw,memory")
+    node.mount(ours, "systemd", "cgroup", "rw,xattr,name=systemd")
+    node.proc.write_text(f"9:memory:{ours}/worker\n4:cpu,cpuacct:{ours}\n1:name=systemd:{ours}\n0::/system.slice\n")
+    node.write("cpu,cpuacct/cpu.cfs_quota_us", "150000")
+    node.write("cpu,cpuacct/cpu.cfs_period_us", "100000")
+    node.write("memory/memory.limit_in_bytes", str(4 * GIB))
+    node.write("memory/worker/memory.limit_in_bytes", str(GIB))
+    assert (allotted_cpus(), allotted_memory_bytes()) == (1, GIB)
+
+
+def test_apptainer_shows_the_machine_s_own_tree_at_its_own_names(node: Node) -> None:
+    job = "system.slice/slurmstepd.scope/job_812"
+    node.mount("/", "", "cgroup2", "rw,nsdelegate")
+    node.proc.write_text(f"0::/{job}/step_0/user/task_0\n")
+    node.write(f"{job}/step_0/user/task_0/cpu.max", "max 100000")
+    node.write(f"{job}/memory.max", str(2 * GIB))
+    node.write(f"{job}/step_0/memory.max", str(2 * GIB))
+    node.write(f"{job}/step_0/user/memory.max", "max")
+    assert (allotted_cpus(), allotted_memory_bytes()) == (64, 2 * GIB)
+
+
+def test_a_mount_that_shows_nothing_of_ours_is_read_at_its_top(node: Node) -> None:
+    node.mount("/kubepods/pod1/c1", "memory", "cgroup", "rw,memory")
+    node.mount("/../..", "cpu", "cgroup", "rw,cpu")
+    node.proc.write_text("5:memory:/\n4:cpu:/\n")
+    node.write("memory/memory.limit_in_bytes", str(GIB))
+    node.write("cpu/cpu.cfs_quota_us", "300000")
+    node.write("cpu/cpu.cfs_period_us", "100000")
+    assert (allotted_cpus(), allotted_memory_bytes()) == (3, GIB)
+
+
+def test_folders_with_blanks_and_controllers_that_lie_in_unusual_places_are_found(node: Node) -> None:
+    node.mount("/", "my groups/both", "cgroup", "rw,cpu,memory")
+    node.proc.write_text("2:cpu,memory:/a b:c\n")
+    node.write("my groups/both/a b:c/cpu.cfs_quota_us", "700000")
+    node.write("my groups/both/a b:c/cpu.cfs_period_us", "100000")
+    node.write("my groups/both/a b:c/memory.limit_in_bytes", str(GIB))
+    assert (allotted_cpus(), allotted_memory_bytes()) == (7, GIB)
+
+
+@pytest.mark.parametrize("text", ["", "max", "max 100000", "-1 100000", "100000 0", "100000", "² 100000", "0x10 5"])
+def test_what_is_no_quota_limits_nothing(node: Node, text: str) -> None:
+    node.proc.write_text("0::/\nnonsense\n::\n")
+    node.mounts.write_text("nonsense\n1 2 3 - cgroup\n")
+    node.write("cpu.max", text)
+    node.write("memory.max", f"{text} bytes")
+    assert (allotted_cpus(), allotted_memory_bytes()) == (64, MACHINE_BYTES)
+
+
+def test_less_than_one_cpu_is_one_for_what_is_given_by_cpu(in_job, node: Node) -> None:
+    in_job(CPUS_PER_TASK="4", MEM_PER_CPU="1024")
+    node.proc.write_text("0::/\n")
+    node.write("cpu.max", "50000 100000")
+    assert (allotted_cpus(), allotted_memory_bytes()) == (1, GIB)
 
 
 def test_the_line_for_the_log_says_what_set_each_figure(in_job, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ LAYERS = [
         "slurm_config",
         "export_config",
         "postprocess_config",
+        "doctor_config",
         "rungs",
         "plan",
         "allocation",
@@ -36,6 +37,7 @@ LAYERS = [
     {"networks", "losses", "sampling"},
     {"planning", "inference", "evaluation"},
     {"training"},
+    {"doctor"},
     {"api"},
     {"chain", "job_scripts"},
     {"cli"},
@@ -63,6 +65,9 @@ SAME_LAYER_ALLOWED = {
     ("export_config", "option_checks"),
     ("postprocess_config", "option_checks"),
     ("config", "durations"),
+    ("doctor_config", "config"),
+    ("doctor_config", "errors"),
+    ("doctor_config", "option_checks"),
     ("log", "errors"),
 }
 SAME_LAYER_ALLOWED |= {("parallel", "artifacts"), ("io", "artifacts"), ("saved_config", "artifacts")}

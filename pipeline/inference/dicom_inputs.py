@@ -1,4 +1,4 @@
-"""DICOM series as cases to segment."""
+"""What a prediction is to segment, and DICOM series as cases of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from pipeline.allocation import resolve_num_workers
+from pipeline.config import PredictConfig
 from pipeline.datasets.case import Case
 from pipeline.datasets.dicom_cases import (
     CHANNEL_MODALITY,
@@ -13,10 +15,13 @@ from pipeline.datasets.dicom_cases import (
     case_id_of,
     find_dicom_cases,
     matches,
+    parse_channels,
     shown_root,
 )
 from pipeline.datasets.dicom_scan import Scan, is_volume_dataset, scan_folder
 from pipeline.errors import InputError
+from pipeline.inference.inputs import find_inputs
+from pipeline.inference.loading import read_plan
 from pipeline.io.dicom.headers import is_dicom_file
 from pipeline.io.dicom.reader import LOOK
 from pipeline.io.dicom.references import SERIES_SUFFIX, write_series_file
@@ -130,3 +135,30 @@ def _as_cases(scan: Scan, found: DicomCases, references: Path, *, allow_tilt: bo
 
 def _series_files(case_id: str, folder: Path, count: int) -> tuple[Path, ...]:
     return tuple(folder / f"{case_id}_{index:04d}{SERIES_SUFFIX}" for index in range(count))
+
+
+def find_cases(config: PredictConfig, references: Path, case_ids: Collection[str] | None = None) -> tuple[Case, ...]:
+    """The cases that a prediction is to segment, of files or of a DICOM tree.
+
+    Args:
+        config: Options of the prediction.
+        references: Folder for the small files that stand for DICOM series.
+        case_ids: Only these.
+
+    Raises:
+        InputError: There is nothing to segment, or options for DICOM are given for something else.
+    """
+    path = Path(config.input)
+    if may_be_dicom(path):
+        return find_dicom_inputs(
+            path,
+            references,
+            [channel.name for channel in read_plan(Path(config.run_dir)).channels],
+            channels=parse_channels(config.channels),
+            allow_tilt=config.allow_tilt,
+            num_workers=resolve_num_workers("auto"),
+            case_ids=case_ids,
+        )
+    if config.channels or config.allow_tilt:
+        raise InputError("channels and allow_tilt are for folders of DICOM series", where=path, fix="Leave them out")
+    return find_inputs(path, case_ids=case_ids)

@@ -23,7 +23,7 @@ NEWEST = 0.1
 
 
 class HeartbeatWriter(pl.Callback):
-    """Writes `heartbeat.json` every few seconds and at the end of every epoch.
+    """Writes `heartbeat.json` every few seconds, after the last step of every epoch and at its end.
 
     Args:
         path: The file.
@@ -67,6 +67,9 @@ class HeartbeatWriter(pl.Callback):
             if seconds < float("inf"):
                 before = self.seconds_per_step if self.seconds_per_step is not None else seconds
                 self.seconds_per_step = (1 - NEWEST) * before + NEWEST * seconds
+        if batch_idx + 1 == self.last_step.pace.passes_per_epoch:
+            # What follows, such as a validation, may take long, or end the process.
+            self.beat()
         self.beat_if_due()
 
     def on_train_epoch_end(self, *_: Any) -> None:

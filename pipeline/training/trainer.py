@@ -27,7 +27,7 @@ from pipeline.training.metrics_table import finished_epochs
 from pipeline.training.processes import keep_freed_memory
 from pipeline.training.ranks import Ranks, open_ranks, take_own_gpu
 from pipeline.training.recovery import OutOfMemoryReport, free_memory, go_down
-from pipeline.training.rehearsal import rehearse
+from pipeline.training.rehearsal import Train, rehearse
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_lock import run_lock
 from pipeline.training.settings import Settings, resolve_settings
@@ -189,19 +189,31 @@ def _with_epochs(job: Job, record: RunRecord | None) -> Job:
     """The job with the number of epochs that was decided before, or that fits into its time; the same on all ranks."""
     epochs = record.max_epochs if record is not None else None
     if epochs is None:
-        pace, budget = job.settings.pace, parse_duration(job.config.max_time)
-
-        def train(config: TrainConfig, fold: Fold) -> None:
-            splits = Splits(seed=job.splits.seed, folds=(fold,))
-            network = deepcopy(job.network)
-            _fit_together(job.plan, job.store_folder, splits, replace(config, fold=0), network, job.ranks)
-
-        cost = rehearse(train, job.config, job.fold, iterations_per_step=pace.iterations_per_step, ranks=job.ranks)
-        left = budget - (monotonic() - job.request.made_at)
-        epochs = job.ranks.from_first(cost.epochs_within(left, job.config, num_cases=len(job.fold.validation)))
+        train = rehearsed(job.plan, job.store_folder, job.splits.seed, job.network, job.ranks)
+        per_step = job.settings.pace.iterations_per_step
+        rehearsal = rehearse(train, job.config, job.fold, iterations_per_step=per_step, ranks=job.ranks)
+        left = parse_duration(job.config.max_time) - (monotonic() - job.request.made_at)
+        epochs = rehearsal.cost.epochs_within(left, job.config, num_cases=len(job.fold.validation))
+        epochs = job.ranks.from_first(epochs)
         logger.info("max_epochs: %d epochs fit into %s", epochs, job.config.max_time)
     settings = job.settings._replace(total_steps=job.settings.pace.steps_per_epoch * epochs)
     return replace(job, config=replace(job.config, max_epochs=epochs), settings=settings)
+
+
+def rehearsed(
+    plan: Plan, store_folder: Path, seed: int, network: nn.Module | None = None, ranks: Ranks | None = None
+) -> Train:
+    """The training that a rehearsal runs: of cases as given, with a copy of the network."""
+
+    def train(config: TrainConfig, fold: Fold) -> None:
+        splits = Splits(seed=seed, folds=(fold,))
+        own = replace(config, fold=0)
+        _fit_together(plan, store_folder, splits, own, deepcopy(network), ranks or Ranks())
+        if ranks is not None:
+            # The first one writes what all of them read.
+            ranks.meet()
+
+    return train
 
 
 def select_fold(splits: Splits, fold: int | str) -> Fold:

@@ -310,6 +310,19 @@ def test_what_a_job_was_allotted_is_found_in_every_kind_of_step(cluster: Cluster
         assert memory in found, options + found
 
 
+def check_doctor(output: str) -> None:
+    """What the page says of `voxfit doctor`, outside of a job and in one."""
+    alone, in_job = output.split("one real step")[0].split("CPUs and memory")[1:]
+    assert "none: started by hand" in alone
+    for pattern in (r"CPUs +1 \(by (SLURM_CPUS_PER_TASK|affinity|cgroup)", r"memory granted +(! )?2.0 GiB"):
+        assert re.search(pattern, in_job), in_job
+    assert re.search(r"job +\d+ in partition batch", in_job)
+    assert re.search(r"time limit +30m", in_job)
+    assert re.search(r"time left +(30m|29m\d+s)", in_job)
+    assert re.search(r"the whole training of 100 epochs .* would take \d+\.\d\d hours", output)
+    assert re.search(r"it (fits|does not fit) into the .* left of this job", output)
+
+
 @pytest.mark.slow
 def test_a_five_fold_job_runs_as_the_page_says(cluster: Cluster, tmp_path: Path) -> None:
     for name in ("scripts/slurm", "data_samples/msd_blobs"):
@@ -319,6 +332,8 @@ def test_a_five_fold_job_runs_as_the_page_says(cluster: Cluster, tmp_path: Path)
     jobs: dict[str, str] = {}
     for block in blocks:
         output = cluster.run(block, tmp_path)
+        if "doctor" in block:
+            check_doctor(output)
         if "submit.sh" in block:
             jobs = submitted(output)
             cluster.wait(tmp_path)

@@ -48,13 +48,17 @@ def beats(monkeypatch) -> list[Heartbeat]:
     return written
 
 
-def test_a_training_speaks_when_it_begins_after_every_epoch_and_when_it_is_done(
+def test_a_training_speaks_when_it_begins_before_and_after_an_epoch_is_validated_and_when_it_is_done(
     plan, store, splits, make_config, beats
 ):
     result = fit_fold(plan, store, splits, make_config())
     last = read_artifact(result.run_dir / "heartbeat.json", Heartbeat)
     assert last == beats[-1]
-    assert [(each.epoch, each.optimizer_step) for each in beats] == [(0, 0), (1, 4), (2, 8), (3, 12), (3, 12)]
+    assert [(each.epoch, each.optimizer_step) for each in beats] == [
+        (0, 0),
+        *((0, 4), (1, 4), (1, 8), (2, 8), (2, 12), (3, 12)),
+        (3, 12),
+    ]
     assert (last.phase, last.total_steps, last.eta_seconds) == ("finished", 12, 0.0)
     assert (last.host, last.pid) == (socket.gethostname(), os.getpid())
     assert last.peak_ram_bytes > 0

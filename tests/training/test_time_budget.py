@@ -16,6 +16,7 @@ from pipeline.networks.unet import UNet
 from pipeline.status import Heartbeat
 from pipeline.training.rehearsal import Cost
 from pipeline.training.run_folder import RunFolder, RunRecord
+from pipeline.training.time_budget import MARGIN
 from pipeline.training.trainer import fit_fold
 from pipeline.training.validation import Validator
 
@@ -170,6 +171,19 @@ def test_the_epochs_that_fit_leave_time_for_validations_and_saves(make_config):
     assert cost.epochs_within(7200, config, num_cases=4) > 1.9 * epochs
     with pytest.raises(InputError, match=r"max_time: one epoch with its validation takes 1m\d+s, 1m are left"):
         cost.epochs_within(60, config, num_cases=4)
+
+
+@pytest.mark.parametrize(("every", "most"), [(1, 0), (5, 0), (5, 2), (200, 1)])
+def test_what_a_whole_training_takes_is_what_its_epochs_were_chosen_by(make_config, every, most):
+    options = {"validate_every_n_epochs": every, "max_validation_cases": most, "max_epochs": "auto", "max_time": "1h"}
+    config, cost = make_config(iterations_per_epoch=10, **options), Cost(iteration=0.5, case=2.0, saving=1.0)
+    epochs = cost.epochs_within(3600, config, num_cases=4)
+    taken = cost.seconds_of(epochs, config, num_cases=4)
+    assert 0.9 * 3600 < MARGIN * taken.total <= 3600
+    # Counted one by one.
+    due = sum(epoch % every == 0 or epoch == epochs for epoch in range(1, epochs + 1))
+    final = 4 if most else 0
+    assert taken == (epochs * 10 * 0.5, (due * (most or 4) + final) * 2.0, epochs * 1.0)
 
 
 def test_epochs_that_follow_from_the_time_need_one(make_config):
