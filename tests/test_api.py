@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -89,6 +90,12 @@ def test_one_call_does_everything_and_leaves_every_file_of_the_design(finished: 
 def test_the_same_call_again_recomputes_nothing(dataset: Path, finished: Path) -> None:
     before = state_of(finished)
     chain.run(run_config(dataset, finished))
+    assert state_of(finished) == before
+
+
+def test_where_and_how_long_the_work_is_done_may_change(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    before = state_of(finished)
+    chain.run(run_config(dataset, finished, train=replace(TRAIN, stage_to=str(tmp_path / "disk"), max_time="1h")))
     assert state_of(finished) == before
 
 
