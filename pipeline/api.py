@@ -1,6 +1,6 @@
 """Every stage as a function: the one module that joins the layers, and the Python interface.
 
-Each function takes its config dataclass from `pipeline.config` and does what `voxfit COMMAND` does.
+Each function takes its config dataclass (of `pipeline.config` and its neighbours) and does what `voxfit COMMAND` does.
 Heavy libraries are imported when a function needs them, so that importing this module is cheap.
 """
 
@@ -17,13 +17,13 @@ from pipeline.config import (
     EvaluateConfig,
     InspectConfig,
     PlanConfig,
-    PredictConfig,
     PreprocessConfig,
     TrainConfig,
 )
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
+from pipeline.predict_config import PredictConfig
 from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
@@ -232,6 +232,7 @@ def predict(
             overlap=config.overlap,
             tta=config.tta,
             network=network,
+            max_ram=config.max_ram_bytes,
         )
         formats = FORMATS[config.format]
         return predictor.predict_files(cases, Path(config.output), formats=formats, overwrite=config.overwrite)

@@ -20,6 +20,7 @@ from pipeline import config as options
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.log import configure_logging
 from pipeline.option_checks import Checked
+from pipeline.predict_config import PredictConfig
 from pipeline.requeue import requeue_after
 from pipeline.slurm_config import SlurmConfig
 from pipeline.status_config import StatusConfig
@@ -43,7 +44,7 @@ COMMANDS = {
     "preprocess": Command(options.PreprocessConfig, "pipeline.api:preprocess"),
     "train": Command(options.TrainConfig, "pipeline.api:train"),
     "status": Command(StatusConfig, "pipeline.api:status", "pipeline.status:describe_status"),
-    "predict": Command(options.PredictConfig, "pipeline.api:predict"),
+    "predict": Command(PredictConfig, "pipeline.api:predict"),
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
     ),

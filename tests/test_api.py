@@ -22,13 +22,13 @@ from pipeline.config import (
     OptimConfig,
     PlanConfig,
     PlanOptions,
-    PredictConfig,
     PreprocessConfig,
     RunConfig,
     TrainConfig,
     TrainOptions,
 )
 from pipeline.errors import CasesFailedError, InputError
+from pipeline.predict_config import PredictConfig
 from pipeline.saved_config import write_config
 from pipeline.store import CaseStore
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset

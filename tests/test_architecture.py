@@ -21,6 +21,7 @@ LAYERS = [
         "config",
         "status_config",
         "slurm_config",
+        "predict_config",
         "rungs",
         "plan",
         "allocation",
@@ -52,6 +53,7 @@ SAME_LAYER_ALLOWED = {
     ("config", "option_checks"),
     ("status_config", "option_checks"),
     ("slurm_config", "option_checks"),
+    ("predict_config", "option_checks"),
     ("config", "durations"),
     ("log", "errors"),
 }
