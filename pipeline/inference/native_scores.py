@@ -30,11 +30,20 @@ def reduce_blocks(stream: Stream, native: NativeScores, memory: PredictionMemory
         reducers: What takes the scores.
     """
     for block in memory.blocks:
-        for rows, scores in _native_slabs(stream(block), native, memory.rows):
-            needed = native.resampling.source_side(memory.axis, rows)
-            i, j, k = (rows if axis == memory.axis else side for axis, side in enumerate(block.native))
-            on_host = partial(_on_host, scores.narrow(needed.start, needed.stop))
-            native.reduce(on_host, (i, j, k), reducers, chunk=memory.chunk)
+        _reduce_block(stream, block, native, memory, reducers)
+
+
+def _reduce_block(
+    stream: Stream, block: Block, native: NativeScores, memory: PredictionMemory, reducers: Sequence[Reducer]
+) -> None:
+    """One block, of which nothing is left when the next one begins."""
+    for rows, scores in _native_slabs(stream(block), native, memory.rows):
+        needed = native.resampling.source_side(memory.axis, rows)
+        i, j, k = (rows if axis == memory.axis else side for axis, side in enumerate(block.native))
+        on_host = partial(_on_host, scores.narrow(needed.start, needed.stop))
+        native.reduce(on_host, (i, j, k), reducers, chunk=memory.chunk)
+        # Planes of a block's end would still be there while windows are computed.
+        del scores, on_host
 
 
 def _on_host(scores: Scores, classes: slice) -> NDArray[np.float32]:

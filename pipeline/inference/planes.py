@@ -7,6 +7,7 @@ probabilities; everything behind it stays as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 from typing import Protocol
 
 import torch
@@ -86,8 +87,9 @@ class Planes:
         Raises:
             NotFiniteError: Not all scores are finite.
         """
-        lowest, highest = (float(value) for value in self.means.aminmax())
-        largest = max(-lowest, highest)
+        # Channel by channel: of planes that do not lie in one piece a copy is made.
+        ends = [float(value) for channel in self.means for value in channel.aminmax()]
+        largest = max((abs(end) for end in ends), key=lambda end: (isnan(end), end))
         bound = self.head.largest_score(largest) if self.head else largest
         # The bound of a head is a product of maxima, so only where it is above all is it looked at closely.
         if not bound <= torch.finfo(torch.float32).max:

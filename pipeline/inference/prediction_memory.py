@@ -21,12 +21,12 @@ from pipeline.preprocessing.score_resampling import ScoreResampling
 FLOAT_BYTES = 4
 # What is taken of finished planes at a time, and of that, scores of some classes; larger pieces are not faster. Of
 # small volumes it is this share of what is gathered.
-SLAB_BYTES = 128 << 20
+SLAB_BYTES = 64 << 20
 CHUNK_BYTES = 16 << 20
 SLAB_SHARE = 1 / 4
 # Activations at full resolution that a U-Net has at a time in evaluation: skip, up-sampled, both convolved, normed,
-# and what convolutions copy.
-LIVE_ACTIVATIONS = 6
+# and what convolutions copy; 7.5 were measured.
+LIVE_ACTIVATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class PredictionMemory:
 
     @property
     def num_bytes(self) -> int:
-        """What is held at most: while planes are on their way to the native grid, no window is in the network."""
-        return _most_at_a_time(self.parts)
+        """All parts: what a slab took stays with the process, in pieces, while windows are in the network again."""
+        return sum(self.parts.values())
 
     def describe(self) -> str:
         """A line for the log."""
@@ -115,7 +115,7 @@ def plan_prediction_memory(
         held=held_planes(sliding, axis, resampling.source_shape, _planes_kept(resampling, axis)),
         window_bytes=_window_bytes(sliding, num_channels, num_features),
     )
-    ways = [(_most_at_a_time(need.parts(way)), prod(each.num_starts for each in way), way) for way in product(*by_axis)]
+    ways = [(sum(need.parts(way).values()), prod(each.num_starts for each in way), way) for way in product(*by_axis)]
     fitting = [(windows, taken, way) for taken, windows, way in ways if max_bytes is None or taken <= max_bytes]
     way = min(fitting or ways, key=lambda each: each[:2])[2]
     rows, chunk = need.pieces(way)
@@ -131,10 +131,6 @@ def plan_prediction_memory(
         fewest_windows=prod(each[0].num_starts for each in by_axis),
         parts=need.parts(way),
     )
-
-
-def _most_at_a_time(parts: Mapping[str, int]) -> int:
-    return parts["means"] + max(parts["slab"], parts["window"])
 
 
 def _planes_kept(resampling: ScoreResampling, axis: int) -> int:

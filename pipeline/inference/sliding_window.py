@@ -150,8 +150,10 @@ class _WindowAdder:
         batch = torch.stack([read_window(self._image, place) for place in places]).to(device)
         head = None
         for rows, values, head in self._outputs.rows(batch):  # noqa: B007
-            weights = self._weights[:, rows]
             for place, window_values in zip(places, values, strict=True):
                 first = place[0].start
-                self._mean.add((slice(first + rows.start, first + rows.stop), *place[1:]), window_values, weights)
+                box = (slice(first + rows.start, first + rows.stop), *place[1:])
+                self._mean.add(box, window_values, self._weights[:, rows])
+            # Or they would still be there while the next are computed.
+            del values, window_values
         return head.to(self._image.device) if head else None

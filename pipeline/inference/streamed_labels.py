@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from pipeline.geometry import Shape3
-from pipeline.inference.planes import Scores
-from pipeline.inference.prediction_memory import PredictionMemory, plan_prediction_memory
+from pipeline.inference.planes import Planes, Scores
+from pipeline.inference.prediction_memory import Block, PredictionMemory, plan_prediction_memory
 from pipeline.inference.sliding_window import stream_planes
 from pipeline.inference.window_outputs import Network, num_features
 from pipeline.inference.windows import SlidingWindow
@@ -50,12 +52,17 @@ def sliding_window_labels(network: Network, image: Tensor, sliding: SlidingWindo
         planes = stream_planes(
             network, image, sliding, axis=memory.axis, region=block.source, of_features=memory.of_features
         )
-        for finished in planes:
-            for start, stop in slab_ranges(finished.stop - finished.start, memory.rows):
-                taken = finished.narrow(finished.start + start, finished.start + stop)
-                place = [slice(taken.start, taken.stop) if n == memory.axis else block.native[n] for n in range(3)]
-                labels[tuple(place)] = highest(taken, dtype, chunk=memory.chunk)
+        _write_highest(planes, block, memory, labels)
     return labels
+
+
+def _write_highest(planes: Iterator[Planes], block: Block, memory: PredictionMemory, labels: Tensor) -> None:
+    """The labels of one block, of which nothing else is left when the next one begins."""
+    for finished in planes:
+        for start, stop in slab_ranges(finished.stop - finished.start, memory.rows):
+            taken = finished.narrow(finished.start + start, finished.start + stop)
+            place = [slice(taken.start, taken.stop) if n == memory.axis else block.native[n] for n in range(3)]
+            labels[tuple(place)] = highest(taken, labels.dtype, chunk=memory.chunk).to(labels.device)
 
 
 def highest(scores: Scores, dtype: torch.dtype, *, chunk: int) -> Tensor:

@@ -92,6 +92,8 @@ class WindowOutputs:
             for rows, values, head in self._plain_rows(batch.flip(flip) if flip else batch):
                 mirrored = slice(num_rows - rows.stop, num_rows - rows.start) if 2 in flip else rows
                 yield mirrored, values.flip(flip) if flip else values, head
+                # Or they would still be there while the next are computed.
+                del values
 
     def _plain_rows(self, batch: Tensor) -> Iterator[tuple[slice, Tensor, ScoreHead | None]]:
         if not hasattr(self.network, "pending_logits"):
