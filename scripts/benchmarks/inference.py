@@ -38,7 +38,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 NUM_STAGES = 4
 MEMORY_RUNS = (
     ["--network", "unet", "--max_extra", "2GiB"],
-    ["--network", "wide", "--max_extra", "2GiB"],
+    ["--network", "wide", "--max_extra", "4GiB"],
 )
 
 
