@@ -1,6 +1,6 @@
 """Every stage as a function: the one module that joins the layers, and the Python interface.
 
-Each function takes its config dataclass from `pipeline.config` and does what `voxfit COMMAND` does.
+Each function takes its config dataclass (of `pipeline.config` and its neighbours) and does what `voxfit COMMAND` does.
 Heavy libraries are imported when a function needs them, so that importing this module is cheap.
 """
 
@@ -19,7 +19,6 @@ from pipeline.config import (
     EvaluateConfig,
     InspectConfig,
     PlanConfig,
-    PredictConfig,
     PreprocessConfig,
     TrainConfig,
 )
@@ -29,6 +28,7 @@ from pipeline.export_config import ExportConfig
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
 from pipeline.postprocess_config import PostprocessConfig
+from pipeline.predict_config import PredictConfig
 from pipeline.rank_place import find_place
 from pipeline.status_config import StatusConfig
 
@@ -266,6 +266,7 @@ def predict(
             overlap=config.overlap,
             tta=config.tta,
             network=network,
+            max_ram=config.max_ram_bytes,
         )
         formats = FORMATS[config.format]
         return predictor.predict_files(cases, Path(config.output), formats=formats, overwrite=config.overwrite)

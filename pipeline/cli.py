@@ -23,6 +23,7 @@ from pipeline.export_config import ExportConfig
 from pipeline.log import configure_logging
 from pipeline.option_checks import Checked
 from pipeline.postprocess_config import PostprocessConfig
+from pipeline.predict_config import PredictConfig
 from pipeline.rank_place import find_place
 from pipeline.requeue import requeue_after
 from pipeline.slurm_config import SlurmConfig
@@ -47,7 +48,7 @@ COMMANDS = {
     "preprocess": Command(options.PreprocessConfig, "pipeline.api:preprocess"),
     "train": Command(options.TrainConfig, "pipeline.api:train"),
     "status": Command(StatusConfig, "pipeline.api:status", "pipeline.status:describe_status"),
-    "predict": Command(options.PredictConfig, "pipeline.api:predict"),
+    "predict": Command(PredictConfig, "pipeline.api:predict"),
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
     ),

@@ -214,42 +214,6 @@ def _fold_problems(fold: int | str, num_folds: int) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(Checked):
-    """Segment volumes with a trained run."""
-
-    run_dir: str
-    """The run folder."""
-    input: str
-    """A NIfTI file, a folder of them (channels by suffix _0000, _0001), a dataset, or a folder with DICOM series."""
-    cases: Literal["all", "held_out"] = "all"
-    """Which of them: all, or those that the run held out for validation (of the dataset that it was trained on)."""
-    output: str
-    """Folder for the segmentations, one file per case."""
-    format: Literal["nifti", "dicom_seg", "both"] = "nifti"
-    """What is written: NIfTI, a DICOM segmentation in the study of its DICOM series, or both of them."""
-    channels: str = ""
-    """DICOM series of each channel, as in "CT,PT": modalities or patterns for SeriesDescription; by default by name."""
-    allow_tilt: bool = False
-    """Resample DICOM series whose slices are shifted by a tilted gantry, instead of failing on them."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Which weights."""
-    overlap: float = 0.5
-    """Share of the window that neighbouring windows have in common."""
-    tta: Literal["none", "mirror"] = "none"
-    """Average over mirrored inputs: up to eight times the work."""
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the network runs."""
-    num_threads: int | Auto = "auto"
-    """Threads of the network on a CPU; auto takes the allotted CPUs."""
-    overwrite: bool = False
-    """Segment again what is already in the output folder."""
-
-    def problems(self) -> list[str]:
-        found = [] if 0 <= self.overlap < 1 else [f"overlap: must be from 0 to below 1, got {self.overlap}"]
-        return found + at_least(self, 1, "num_threads")
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Checked):
     """Score predictions against labels, per case and class."""
 

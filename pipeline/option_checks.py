@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pipeline.errors import InputError
 
 Auto = Literal["auto"]
+
+# Vendors print "24GB" on a card that holds 24 GiB, so both spellings mean the binary unit.
+_UNITS = {"": 1 << 30, "G": 1 << 30, "GB": 1 << 30, "GIB": 1 << 30, "M": 1 << 20, "MB": 1 << 20, "MIB": 1 << 20}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 class Checked:
@@ -36,3 +41,13 @@ def within_unit(config: object, *names: str, prefix: str = "") -> list[str]:
     """A problem for each of the named values outside 0 to 1."""
     values = {name: getattr(config, name) for name in names}
     return [f"{prefix}{name}: must be 0 to 1, got {value}" for name, value in values.items() if not 0 <= value <= 1]
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from an amount of memory such as "24GiB", "24GB", "24" or "512 MiB"; 0 where the text is none.
+
+    A number without a unit counts GiB, and GB means GiB, as it does on a graphics card's box.
+    """
+    match = _AMOUNT.fullmatch(text)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    return int(float(match.group(1)) * unit) if match and unit else 0

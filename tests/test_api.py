@@ -20,7 +20,6 @@ from pipeline.config import (
     InspectConfig,
     PlanConfig,
     PlanOptions,
-    PredictConfig,
     PreprocessConfig,
     RunConfig,
     TrainConfig,
@@ -28,6 +27,7 @@ from pipeline.config import (
 )
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
+from pipeline.predict_config import PredictConfig
 from pipeline.saved_config import write_config
 from pipeline.store import CaseStore
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset

@@ -15,7 +15,7 @@ from pipeline.artifacts import to_json
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3
 from pipeline.inference.loading import as_trained, find_checkpoint, load_weights, read_plan
-from pipeline.inference.sliding_window import full_resolution
+from pipeline.inference.window_outputs import full_resolution
 from pipeline.networks.plain_form import PlainUNet
 from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal
+from typing import Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.allocation import allotted_cpus
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.inference.attempts import Attempt, PlanMemory, plan_host_memory, run_attempts
 from pipeline.inference.export import OutputFormat, check_formats, check_inputs, output_files, write_outputs
 from pipeline.inference.loading import (
     as_trained,
@@ -25,7 +25,10 @@ from pipeline.inference.loading import (
     read_plan,
     read_precision,
 )
-from pipeline.inference.sliding_window import sliding_window_scores
+from pipeline.inference.native_scores import reduce_blocks, stream_block
+from pipeline.inference.prediction_memory import PredictionMemory, plan_prediction_memory
+from pipeline.inference.window_outputs import num_features
+from pipeline.inference.windows import SlidingWindow
 from pipeline.io.image_file import source_files
 from pipeline.io.volume import Volume
 from pipeline.log import get_logger, track
@@ -33,12 +36,15 @@ from pipeline.networks.precision import DeviceType, autocast, choose_device_type
 from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights
 from pipeline.plan import Plan, Precision
-from pipeline.preprocessing.preprocess import prepare_image
-from pipeline.preprocessing.restore import restore_label
+from pipeline.preprocessing.preprocess import PreparedImage, prepare_image
+from pipeline.preprocessing.restore import LabelReducer, NativeScores, Reducer, ScoreReducer
+from pipeline.preprocessing.score_resampling import ScoreResampling
 
 # The scores of a whole volume may take this share of a GPU's free memory; beyond it they are gathered on the host.
 SCORES_SHARE = 0.5
 OTHER_FOLDER = "Choose another folder"
+
+AnyReducer = TypeVar("AnyReducer", bound=Reducer)
 
 
 class Predictor:
@@ -51,6 +57,9 @@ class Predictor:
         precision: What it computes in.
         overlap: Least share of a window that its neighbour covers as well.
         tta_axes: Axes to mirror; logits are averaged.
+        window_batch: Windows that go through the network at once.
+        max_ram: Most bytes that the process may hold in host memory while it predicts; None takes a share of the
+            memory that the job was allotted.
     """
 
     def __init__(
@@ -62,10 +71,13 @@ class Predictor:
         precision: Precision = "32-true",
         overlap: float = 0.5,
         tta_axes: Sequence[int] = (),
+        window_batch: int = 1,
+        max_ram: int | None = None,
     ) -> None:
         self.network = network.eval().to(device_type)
         self.plan, self.device_type, self.precision = plan, device_type, precision
         self.overlap, self.tta_axes = overlap, tuple(tta_axes)
+        self.window_batch, self.max_ram = window_batch, max_ram
 
     @classmethod
     def from_run(
@@ -78,6 +90,7 @@ class Predictor:
         overlap: float = 0.5,
         tta: Literal["none", "mirror"] = "none",
         network: nn.Module | None = None,
+        max_ram: int | None = None,
     ) -> Predictor:
         """Load a trained run.
 
@@ -89,6 +102,7 @@ class Predictor:
             overlap: Least share of a window that its neighbour covers as well.
             tta: "mirror" averages over all combinations of the axes that training mirrored.
             network: A network of one's own that the run was trained with; None builds the plan's U-Net.
+            max_ram: Most bytes that the process may hold in host memory; None takes a share of the allotted memory.
 
         Raises:
             InputError: The run has no plan or no such checkpoint, the weights are another network's, there is no GPU,
@@ -104,7 +118,15 @@ class Predictor:
             torch.set_num_threads(allotted_cpus() if num_threads == "auto" else num_threads)
         get_logger("predict").info("network on %s in %s (%s)", device_type, *choice)
         axes = read_mirror_axes(run_dir) if tta == "mirror" else ()
-        return cls(network, plan, device_type=device_type, precision=choice.precision, overlap=overlap, tta_axes=axes)
+        return cls(
+            network,
+            plan,
+            device_type=device_type,
+            precision=choice.precision,
+            overlap=overlap,
+            tta_axes=axes,
+            max_ram=max_ram,
+        )
 
     def predict(self, volume: Volume) -> Volume:
         """Segment one volume.
@@ -126,25 +148,59 @@ class Predictor:
                 fix="Give one file per channel (_0000, _0001, ...) or one file with all of them as fourth axis",
             )
         prepared = prepare_image(volume, self.plan)
-        scores = self.predict_scores(torch.from_numpy(prepared.array))
-        label = restore_label(scores.numpy(), prepared, self.plan)
-        return Volume(label[None], volume.grid, volume.source)
+        reduced = self.reduce(prepared, lambda: LabelReducer(prepared.native_grid.shape, self.plan))
+        return Volume(reduced.label[None], volume.grid, volume.source)
+
+    def reduce(self, prepared: PreparedImage, make_reducer: Callable[[], AnyReducer]) -> AnyReducer:
+        """Give the scores of a prepared image on its native grid, piece by piece, to a reducer.
+
+        Where 16 bits overflow, or where memory runs out, the volume is computed once more, which the log says.
+
+        Args:
+            prepared: The image.
+            make_reducer: Makes what takes the scores, once for every beginning.
+
+        Returns:
+            The reducer that took all of them.
+
+        Raises:
+            InputError: The logits are not finite in float32 either, or `max_ram` is not enough.
+        """
+        native = NativeScores.of(prepared, self.plan)
+        return self._reduce(torch.from_numpy(prepared.array), native, make_reducer)
+
+    def _reduce(self, image: Tensor, native: NativeScores, make_reducer: Callable[[], AnyReducer]) -> AnyReducer:
+        def plan_memory(window_batch: int, max_bytes: int | None) -> PredictionMemory:
+            return plan_prediction_memory(
+                native.resampling,
+                self._sliding(window_batch),
+                num_channels=self.plan.num_channels,
+                num_features=num_features(self.network),
+                max_bytes=max_bytes,
+            )
+
+        def run(attempt: Attempt) -> AnyReducer:
+            reducer = make_reducer()
+            placed, sliding = image.to(attempt.scores_device), self._sliding(attempt.window_batch)
+            stream = partial(stream_block, self.network, placed, sliding, attempt.memory)
+            with autocast(attempt.precision, self.device_type):
+                reduce_blocks(stream, native, attempt.memory, [reducer])
+            return reducer
+
+        return run_attempts(self._first_attempt(plan_memory, image, make_reducer().num_bytes), run, plan_memory)
 
     def predict_scores(self, image: Tensor) -> Tensor:
-        """Logits (num_classes, I, J, K) in float32 on the CPU of a prepared image (C, I, J, K).
+        """Logits (num_classes, I, J, K) in float32 on the CPU of a prepared image (C, I, J, K), all of them at once.
 
         Where 16 bits overflow, the volume is computed once more in float32, which the log says.
 
         Raises:
             InputError: The logits are not finite in float32 either.
         """
-        scores = self._slide(image, self.precision)
-        if not _is_finite(scores) and self.precision != "32-true":
-            get_logger("predict").warning("values are not finite in %s: once more in float32", self.precision)
-            scores = self._slide(image, "32-true")
-        if not _is_finite(scores):
-            raise InputError("the network gives values that are not finite", fix="Use the run's other checkpoint")
-        return scores
+        shape, num_classes = (image.shape[1], image.shape[2], image.shape[3]), self.plan.num_classes
+        unchanged = NativeScores(ScoreResampling(shape, shape), (0, 0, 0), num_classes)
+        reduced = self._reduce(image, unchanged, lambda: ScoreReducer(shape, num_classes))
+        return torch.from_numpy(reduced.scores)
 
     def predict_files(
         self,
@@ -199,29 +255,28 @@ class Predictor:
         check_formats(image, files)
         write_outputs(self.predict(image), files, self.plan)
 
-    def _slide(self, image: Tensor, precision: Precision) -> Tensor:
-        with autocast(precision, self.device_type):
-            scores = sliding_window_scores(
-                self.network,
-                image.to(self._scores_device(image)),
-                window=self.plan.patch_size,
-                num_classes=self.plan.num_classes,
-                overlap=self.overlap,
-                tta_axes=self.tta_axes,
-                device=self.device_type,
-            )
-        return scores.cpu()
+    def _sliding(self, window_batch: int) -> SlidingWindow:
+        return SlidingWindow(
+            window=self.plan.patch_size,
+            num_classes=self.plan.num_classes,
+            overlap=self.overlap,
+            tta_axes=self.tta_axes,
+            window_batch=window_batch,
+            device=self.device_type,
+        )
 
-    def _scores_device(self, image: Tensor) -> str:
-        """The GPU while the scores of the whole volume fit there, otherwise the host."""
-        if self.device_type == "cpu":
-            return "cpu"
-        # Volumes below the window are padded to it, and their scores are cropped into a second tensor.
-        padded = prod(max(size, window) for size, window in zip(image.shape[1:], self.plan.patch_size, strict=True))
-        cropped = image[0].numel() if padded > image[0].numel() else 0
-        num_values = (self.plan.num_classes + self.plan.num_channels + 1) * padded + self.plan.num_classes * cropped
-        num_bytes = 4 * num_values
-        return "cuda" if num_bytes < SCORES_SHARE * free_vram_bytes() else "cpu"
+    def _first_attempt(self, plan_memory: PlanMemory, image: Tensor, result_bytes: int) -> Attempt:
+        """Scores are gathered on the GPU while that takes no more windows and a share of its free memory."""
+        memory, device = plan_memory(self.window_batch, None), "cpu"
+        image_bytes = 4 * image.numel()
+        if self.device_type == "cuda" and memory.num_bytes + image_bytes < SCORES_SHARE * free_vram_bytes():
+            device = "cuda"
+        else:
+            memory = plan_host_memory(
+                plan_memory, window_batch=self.window_batch, max_ram=self.max_ram, result_bytes=result_bytes
+            )
+        get_logger("predict").info("on %s, %s", device, memory.describe())
+        return Attempt(precision=self.precision, scores_device=device, window_batch=self.window_batch, memory=memory)
 
 
 def _make_network(plan: Plan) -> UNet:
@@ -233,10 +288,6 @@ def _make_network(plan: Plan) -> UNet:
         slab_stages=plan.slab_stages,
         offload_stages=plan.offload_stages,
     )
-
-
-def _is_finite(scores: Tensor) -> bool:
-    return bool(np.isfinite([value.item() for value in scores.aminmax()]).all())
 
 
 def _make_folder(folder: Path) -> None:

@@ -3,26 +3,25 @@
 Legend: images are (C, I, J, K), scores are (num_classes, I, J, K), windows in a batch are (B, C, i, j, k).
 Scores are whatever the network gives, which for our networks is logits: nothing is squashed before blending, as in
 nnU-Net (Isensee et al. 2021), so mirrored and overlapping windows meet as a weighted mean of logits.
+
+Windows come start by start along one axis, and once those of a start are added, all planes below the next start are
+finished. There is one rule by which windows are added up and one order in which they are, so it does not matter to the
+last bit of a score how much of a volume is held at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations, islice, product
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from pipeline.errors import InputError
-from pipeline.geometry import Shape3, format_shape
-from pipeline.slabs.rows import PendingLogits
-from pipeline.slabs.store import slab_ranges, slab_rows
-
-Network = Callable[[Tensor], Tensor]
-
-SIGMA_SHARE = 1 / 8
-SMALLEST_WEIGHT = 1e-3
+from pipeline.geometry import Shape3
+from pipeline.inference.planes import Planes
+from pipeline.inference.running_mean import RunningMean
+from pipeline.inference.window_outputs import Network, ScoreHead, WindowOutputs, all_flips, num_features
+from pipeline.inference.windows import Box, SlidingWindow, gaussian_weights, longest_axis, read_window
 
 
 @torch.inference_mode()
@@ -39,9 +38,9 @@ def sliding_window_scores(
 ) -> Tensor:
     """Scores of every voxel: the Gaussian-weighted mean over all windows that hold it.
 
-    The mean is kept as a running one (West 1979), one `lerp` per window, instead of two sums and a division: windows
-    that agree give back their common value bit by bit, and nothing is divided by a vanishing weight. The precision of
-    the network is the caller's: open `torch.autocast` around the call. Put the network in evaluation mode first.
+    All of them at once, in memory that grows with volume times classes; `stream_planes` gives the same bit by bit.
+    The precision of the network is the caller's: open `torch.autocast` around the call. Put the network in evaluation
+    mode first.
 
     Args:
         network: Takes (B, C, *window) and gives (B, num_classes, *window). Where it has a method `pending_logits`, as
@@ -50,10 +49,8 @@ def sliding_window_scores(
             host when the scores of a whole volume are too large for the GPU.
         window: Size of the windows in voxels. A smaller volume is padded with zeros on both sides and cropped back.
         num_classes: Number of scores per voxel.
-        overlap: Least share of a window that its neighbour covers as well; windows are spread evenly, so it may be
-            more.
-        tta_axes: Spatial axes (0, 1, 2) to mirror. Scores are averaged over all combinations: 2 ** len(tta_axes)
-            passes.
+        overlap: See `SlidingWindow`, as for what follows.
+        tta_axes: Spatial axes (0, 1, 2) to mirror.
         window_batch: Windows that go through the network at once.
         device: Where the network is; None for where the image is.
 
@@ -63,133 +60,100 @@ def sliding_window_scores(
     Raises:
         InputError: `overlap` or `tta_axes` are out of range, or the network gives another shape.
     """
-    _check(overlap, tta_axes)
-    padded, inner = _pad(image, window)
-    shape = (padded.shape[1], padded.shape[2], padded.shape[3])
-    scores = torch.zeros((num_classes, *shape), dtype=torch.float32, device=image.device)
-    total = torch.zeros((1, *shape), dtype=torch.float32, device=image.device)
-    weights = gaussian_weights(window).to(image.device)[None]
-    flips = _flips(tta_axes)
-    for places in _batched(window_slices(shape, window, overlap=overlap), window_batch):
-        batch = torch.stack([padded[(slice(None), *place)] for place in places]).to(device or image.device)
-        for flip in flips:
-            for rows, batch_scores in _mirrored_rows(network, batch, flip, num_classes):
-                share = weights[:, rows] / len(flips)
-                for place, window_scores in zip(places, batch_scores, strict=True):
-                    where = (slice(None), slice(place[0].start + rows.start, place[0].start + rows.stop), *place[1:])
-                    seen = total[where].add_(share)
-                    scores[where].lerp_(window_scores.to(scores), share / seen)
-    return scores[(slice(None), *inner)].contiguous()
+    sliding = SlidingWindow(
+        window=window,
+        num_classes=num_classes,
+        overlap=overlap,
+        tta_axes=tta_axes,
+        window_batch=window_batch,
+        device=device,
+    )
+    # With all planes kept, the last that are handed on are all there are.
+    *_, whole = stream_planes(network, image, sliding, keep=max(image.shape[1:]))
+    return whole.means
 
 
-def window_starts(size: int, window: int, *, overlap: float) -> list[int]:
-    """First voxels of the windows along one axis: evenly spread, the first at 0, the last ending at the border.
+@torch.inference_mode()
+def stream_planes(
+    network: Network,
+    image: Tensor,
+    sliding: SlidingWindow,
+    *,
+    axis: int | None = None,
+    region: Box | None = None,
+    keep: int = 0,
+    of_features: bool = False,
+) -> Iterator[Planes]:
+    """Scores plane by plane along one axis: the same as those of `sliding_window_scores`, each when it is final.
 
-    Args:
-        size: Voxels along the axis, at least `window`.
-        window: Voxels of a window.
-        overlap: Least share of a window that its neighbour covers as well.
-    """
-    step = max(1, int(window * (1 - overlap) + 1e-6))
-    span = size - window
-    gaps = -(-span // step)
-    return [span * index // gaps for index in range(gaps + 1)] if gaps else [0]
-
-
-def window_slices(shape: Shape3, window: Shape3, *, overlap: float) -> list[tuple[slice, slice, slice]]:
-    """Every window of a volume of `shape`, the last axis fastest. No axis of `shape` is below `window`."""
-    starts = [window_starts(size, length, overlap=overlap) for size, length in zip(shape, window, strict=True)]
-    i_len, j_len, k_len = window
-    return [(slice(i, i + i_len), slice(j, j + j_len), slice(k, k + k_len)) for i, j, k in product(*starts)]
-
-
-def gaussian_weights(window: Shape3) -> Tensor:
-    """Importance of the voxels of a window: 1 about the centre, a Gaussian of 1/8 of each axis, never below 0.001.
-
-    The same weighting as in nnU-Net and MONAI (`mode="gaussian"`). The floor keeps apart what is far from every centre.
-
-    Returns:
-        `window`-shaped float32.
-    """
-    weights = torch.ones(1)
-    for length in window:
-        offset = torch.arange(length) - (length - 1) / 2
-        weights = weights[..., None] * torch.exp(-0.5 * (offset / (SIGMA_SHARE * length)) ** 2)
-    return weights[0].clamp_min(SMALLEST_WEIGHT)
-
-
-def _check(overlap: float, tta_axes: Sequence[int]) -> None:
-    if not 0 <= overlap < 1:
-        raise InputError(f"must be from 0 to below 1, got {overlap}", where="overlap")
-    if not set(tta_axes) <= {0, 1, 2}:
-        raise InputError(f"only the axes 0, 1 and 2 can be mirrored, got {list(tta_axes)}", where="tta_axes")
-
-
-def _pad(image: Tensor, window: Shape3) -> tuple[Tensor, tuple[slice, slice, slice]]:
-    """The image, zero-padded on both sides to at least `window`, and where it lies in the padded one."""
-    borders: list[int] = []
-    inner = []
-    for size, length in zip(image.shape[1:], window, strict=True):
-        missing = max(0, length - size)
-        before = missing // 2
-        inner.append(slice(before, before + size))
-        borders = [before, missing - before, *borders]
-    return functional.pad(image, borders), (inner[0], inner[1], inner[2])
-
-
-def _flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every combination of axes to mirror, none first, as axes of a batch."""
-    spatial = sorted({axis + 2 for axis in axes})
-    return [flip for count in range(len(spatial) + 1) for flip in combinations(spatial, count)]
-
-
-def _mirrored_rows(
-    network: Network, batch: Tensor, flip: tuple[int, ...], num_classes: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of windows and their scores (B, K, n, j, k), as the network gives them for the mirrored batch."""
-    num_rows = batch.shape[2]
-    for rows, scores in _score_rows(network, batch.flip(flip), num_classes):
-        yield (slice(num_rows - rows.stop, num_rows - rows.start) if 2 in flip else rows), scores.flip(flip)
-
-
-def _score_rows(network: Network, batch: Tensor, num_classes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of windows and their scores; a few rows at a time where the network can leave its logits pending."""
-    if not hasattr(network, "pending_logits"):
-        yield slice(0, batch.shape[2]), _scores(network, batch, num_classes)
-        return
-    pending: PendingLogits = network.pending_logits(batch)
-    _check_shape(pending.shape, batch, num_classes)
-    for start, stop in slab_ranges(batch.shape[2], slab_rows(pending.shape, torch.float32)):
-        yield slice(start, stop), pending.compute(start, stop)
-
-
-def full_resolution(output: Tensor | Sequence[Tensor]) -> Tensor:
-    """The scores (B, K, I, J, K') at full resolution of any output that deep supervision knows.
+    No more is held at a time than the planes that one window covers, and of these only those voxels that are wanted.
 
     Args:
-        output: A tensor, a list of them from the highest resolution down, or DynUNet's stack (B, heads, K, I, J, K').
+        network: As in `sliding_window_scores`; the precision is the caller's in the same way.
+        image: (C, I, J, K) of a floating type. Scores are gathered where it lies.
+        sliding: The windows.
+        axis: Along which planes follow each other; None takes the longest, whose planes are the smallest.
+        region: What is wanted of every plane; its side along `axis` does not matter. None is all. Windows without a
+            voxel in it are not computed.
+        keep: Planes handed on before that are handed on again with the next, for whoever interpolates between them.
+        of_features: Gather the features that the network's head makes scores of; only where `num_features` is not
+            None. Less memory and time where there are fewer of them than classes, and the same scores to rounding.
+
+    Yields:
+        Planes in order. They are a view, of use until the next are asked for.
+
+    Raises:
+        InputError: The network gives another shape.
     """
-    if not isinstance(output, Tensor):
-        return output[0]
-    return output[:, 0] if output.ndim == 6 else output
+    shape = (image.shape[1], image.shape[2], image.shape[3])
+    axis = longest_axis(shape) if axis is None else axis
+    region = region or (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
+    channels = num_features(network) if of_features else sliding.num_classes
+    first = tuple(slice(0, held_planes(sliding, axis, shape, keep)) if n == axis else region[n] for n in range(3))
+    mean = RunningMean(channels, first, device=image.device)
+    add = _WindowAdder(network, image, sliding, mean, of_features=of_features)
+    handed_on = 0
+    for places, finished in sliding.sweep(shape, axis, region):
+        head = add(places)
+        start = max(0, handed_on - keep)
+        yield Planes(axis, start, finished, sliding.num_classes, mean.read(axis, start, finished), head)
+        handed_on = finished
+        if finished < shape[axis]:
+            mean.move_to(axis, max(0, finished - keep))
 
 
-def _scores(network: Network, batch: Tensor, num_classes: int) -> Tensor:
-    scores = full_resolution(network(batch))
-    _check_shape(scores.shape, batch, num_classes)
-    return scores
+def held_planes(sliding: SlidingWindow, axis: int, shape: Shape3, keep: int) -> int:
+    """Planes of a volume that a sweep holds at a time."""
+    return min(shape[axis], sliding.window[axis] + keep)
 
 
-def _check_shape(found: torch.Size, batch: Tensor, num_classes: int) -> None:
-    expected = (batch.shape[0], num_classes, *batch.shape[2:])
-    if tuple(found) != expected:
-        raise InputError(
-            f"the network gives {format_shape(found)} for windows of {format_shape(batch.shape)}, "
-            f"expected {format_shape(expected)}"
-        )
+class _WindowAdder:
+    """Puts windows of an image through a network and adds them to a mean."""
 
+    def __init__(
+        self, network: Network, image: Tensor, sliding: SlidingWindow, mean: RunningMean, *, of_features: bool
+    ) -> None:
+        self._flips = all_flips(sliding.tta_axes)
+        self._outputs = WindowOutputs(network, sliding.num_classes, of_features, self._flips)
+        self._image, self._sliding, self._mean = image, sliding, mean
+        self._weights = gaussian_weights(sliding.window).to(image.device)[None] / len(self._flips)
 
-def _batched(places: Sequence[tuple[slice, slice, slice]], size: int) -> Iterator[list[tuple[slice, slice, slice]]]:
-    remaining = iter(places)
-    while chunk := list(islice(remaining, size)):
-        yield chunk
+    def __call__(self, places: Sequence[Box]) -> ScoreHead | None:
+        """Add windows in order; gives the head where features are gathered."""
+        head, remaining = None, iter(places)
+        while batch := list(islice(remaining, self._sliding.window_batch)):
+            head = self._add(batch)
+        return head
+
+    def _add(self, places: Sequence[Box]) -> ScoreHead | None:
+        device = self._sliding.device or self._image.device
+        batch = torch.stack([read_window(self._image, place) for place in places]).to(device)
+        head = None
+        for rows, values, head in self._outputs.rows(batch):  # noqa: B007
+            for place, window_values in zip(places, values, strict=True):
+                first = place[0].start
+                box = (slice(first + rows.start, first + rows.stop), *place[1:])
+                self._mean.add(box, window_values, self._weights[:, rows])
+            # Or they would still be there while the next are computed.
+            del values, window_values
+        return head.to(self._image.device) if head else None

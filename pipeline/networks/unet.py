@@ -85,6 +85,11 @@ class UNet(nn.Module):
         assert isinstance(output, PendingLogits)
         return output
 
+    @property
+    def num_features(self) -> int:
+        """Channels that the logits of the highest resolution are made from."""
+        return self.heads[0].in_channels
+
     def _outputs(self, x: Tensor, *, pending: bool) -> list[Tensor | PendingLogits]:
         if any(size % stride for size, stride in zip(x.shape[2:], self.total_stride, strict=True)):
             shape, stride = list(x.shape[2:]), list(self.total_stride)

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from math import ceil, floor
 
 from pipeline.errors import InputError
+from pipeline.option_checks import parse_bytes
 from pipeline.plan import GIB
 
 DEFAULT_BUDGET_BYTES = 8 * GIB
-# Vendors print "24GB" on a card that holds 24 GiB, so both spellings mean the binary unit.
-UNITS = {"": GIB, "G": GIB, "GB": GIB, "GIB": GIB, "M": 1024**2, "MB": 1024**2, "MIB": 1024**2}
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 def parse_vram(text: str) -> int:
     """A memory budget in bytes from text such as "24GiB", "24GB", "24" or "512 MiB".
 
-    A number without a unit counts GiB, and GB means GiB, as it does on a graphics card's box.
-
     Raises:
         InputError: The text is no positive amount of memory in a known unit.
     """
-    match = _PATTERN.fullmatch(text)
-    unit = UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or not float(match.group(1)):
+    num_bytes = parse_bytes(text)
+    if not num_bytes:
         raise InputError(f'"{text}" is not an amount of memory', where="vram", fix="Write it as 24GiB, or auto")
-    return int(float(match.group(1)) * unit)
+    return num_bytes
 
 
 def format_budget(num_bytes: int) -> str:

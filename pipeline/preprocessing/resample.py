@@ -12,6 +12,7 @@ and is 12 times faster at order 3 and 8 times at order 1 (120x130x110 to 150x90x
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def resample_image(
     """
     if array.shape[1:] == shape:
         return array.astype(np.float32, copy=False)
-    orders = _orders(order, anisotropic_axis)
+    orders = axis_orders(order, anisotropic_axis)
     result = np.empty((array.shape[0], *shape), np.float32)
     for resampled, channel in zip(result, array, strict=True):
         resampled[...] = _resample(channel.astype(np.float32, copy=False), shape, orders)
@@ -73,7 +74,7 @@ def resample_label(
     """
     if array.shape == shape:
         return array.astype(np.int16, copy=False)
-    orders = _orders(1, anisotropic_axis)
+    orders = axis_orders(1, anisotropic_axis)
     best = np.zeros(shape, np.float32)
     result = np.zeros(shape, np.int16)
     # find_objects numbers from 1 and knows nothing below: background becomes 1, ignored voxels the last.
@@ -88,7 +89,8 @@ def resample_label(
     return result
 
 
-def _orders(order: int, anisotropic_axis: int | None) -> Orders3:
+def axis_orders(order: int, anisotropic_axis: int | None) -> Orders3:
+    """The spline order along each axis: 0 along the anisotropic one."""
     if order not in (0, 1, 3):
         raise ValueError(f"spline order {order} is not 0, 1 or 3")
     i, j, k = (0 if axis == anisotropic_axis else order for axis in range(3))
@@ -97,14 +99,18 @@ def _orders(order: int, anisotropic_axis: int | None) -> Orders3:
 
 def _resample(volume: NDArray[np.float32], shape: Shape3, orders: Orders3) -> NDArray[np.float32]:
     """Interpolate (I, J, K) along each axis that changes; axes that shrink come first, which leaves less to do."""
-    for axis in sorted(range(3), key=lambda axis: shape[axis] / volume.shape[axis]):
-        if volume.shape[axis] == shape[axis]:
-            continue
-        matrix = _interpolation(volume.shape[axis], shape[axis], orders[axis])
+    for axis in changing_axes(volume.shape, shape):
+        matrix = interpolation_matrix(volume.shape[axis], shape[axis], orders[axis])
         if orders[axis] == 3:
             volume = _spline_coefficients(volume, axis)
-        volume = _apply(matrix, volume, axis)
+        volume = apply_matrix(matrix, volume, axis)
     return volume
+
+
+def changing_axes(shape_in: Sequence[int], shape_out: Sequence[int]) -> list[int]:
+    """The axes along which sizes differ, in the order in which they are interpolated."""
+    axes = sorted(range(3), key=lambda axis: shape_out[axis] / shape_in[axis])
+    return [axis for axis in axes if shape_in[axis] != shape_out[axis]]
 
 
 def _resample_box(
@@ -113,15 +119,15 @@ def _resample_box(
     """Where a mask that is false outside `box` reaches after resampling, and its share (0 to 1) of voxels there."""
     share, target = mask.astype(np.float32), []
     for axis, side in enumerate(box):
-        matrix = _interpolation(full_shape[axis], shape[axis], orders[axis])[:, side]
+        matrix = interpolation_matrix(full_shape[axis], shape[axis], orders[axis])[:, side]
         rows = np.flatnonzero(matrix.getnnz(axis=1))
         reached = slice(int(rows[0]), int(rows[-1]) + 1) if rows.size else slice(0, 0)
-        share = _apply(matrix[reached], share, axis)
+        share = apply_matrix(matrix[reached], share, axis)
         target.append(reached)
     return tuple(target), share
 
 
-def _interpolation(num_in: int, num_out: int, order: int) -> Any:
+def interpolation_matrix(num_in: int, num_out: int, order: int) -> Any:
     """The sparse matrix (num_out, num_in) of 1D interpolation; at order 3 it takes `_spline_coefficients`."""
     position = (np.arange(num_out) + 0.5) * num_in / num_out - 0.5
     if order == 0:
@@ -153,8 +159,8 @@ def _spline_coefficients(volume: NDArray[np.float32], axis: int) -> NDArray[np.f
     return coefficients
 
 
-def _apply(matrix: Any, volume: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """Multiply the lines of (I, J, K) along `axis` by a matrix."""
+def apply_matrix(matrix: Any, volume: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """Multiply the lines of an array along `axis` by a matrix."""
     lines = np.moveaxis(volume, axis, 0)
     product = matrix @ np.ascontiguousarray(lines).reshape(lines.shape[0], lines[0].size)
     return np.moveaxis(product.reshape(matrix.shape[0], *lines.shape[1:]), 0, axis)

@@ -13,6 +13,7 @@ from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.log import get_logger
 from pipeline.losses.segmentation_loss import make_loss
+from pipeline.networks.out_of_memory import first_line, is_out_of_memory, let_go
 from pipeline.plan import Plan
 from pipeline.stop_signals import StopRequest
 from pipeline.training.assembly import (
@@ -26,7 +27,6 @@ from pipeline.training.assembly import (
 from pipeline.training.checkpoints import find_checkpoint
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.module import SegmentationModule
-from pipeline.training.out_of_memory import first_line, is_out_of_memory, let_go
 from pipeline.training.processes import torch_threads
 from pipeline.training.quiet import quiet_lightning
 from pipeline.training.ranks import Departure, PeersLeftError, Ranks, departure_of, own_or_theirs, verdict

@@ -27,9 +27,9 @@ from torch import Tensor
 from pipeline.artifacts import atomic_path
 from pipeline.errors import InputError
 from pipeline.log import get_logger
+from pipeline.networks.out_of_memory import is_out_of_memory
 from pipeline.training.divergence import DivergenceGuard
 from pipeline.training.last_step import LastStep
-from pipeline.training.out_of_memory import is_out_of_memory
 from pipeline.training.run_folder import Counts, RunFolder
 from pipeline.training.validation import ValidationResult, WholeVolumeValidation
 

@@ -8,8 +8,8 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pipeline.networks.out_of_memory import is_out_of_memory
 from pipeline.training.loop_state import Pace
-from pipeline.training.out_of_memory import is_out_of_memory
 from pipeline.training.run_folder import Counts, Phase
 
 

@@ -19,14 +19,15 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from pipeline.artifacts import to_json
-from pipeline.inference.sliding_window import sliding_window_scores
+from pipeline.inference.streamed_labels import plan_label_memory, sliding_window_labels
+from pipeline.inference.windows import SlidingWindow
 from pipeline.losses.segmentation_loss import make_loss
+from pipeline.networks.out_of_memory import is_out_of_memory, let_go
 from pipeline.networks.precision import autocast, choose_precision
 from pipeline.networks.unet import UNet
 from pipeline.option_groups import OptimConfig
 from pipeline.plan import GIB, Plan, Precision, ProbedRung, Record, Rung
 from pipeline.training.optim import make_optimizer
-from pipeline.training.out_of_memory import is_out_of_memory, let_go
 from pipeline.training.probe_memory import DeviceMemory, hold_to
 from pipeline.training.processes import keep_freed_memory
 
@@ -169,14 +170,10 @@ def run_step(plan: Plan, rung: Rung, device: Literal["cpu", "cuda"]) -> Iterator
     yield "in the validation window"
     validated = network if average is None else average
     with autocast(precision, device):
-        scores = sliding_window_scores(
-            validated.eval(),
-            step.images[0],
-            window=rung.patch_size,
-            num_classes=plan.num_classes,
-            device=device,
-        )
-    scores.argmax(0)
+        image = step.images[0]
+        sliding = SlidingWindow(window=rung.patch_size, num_classes=plan.num_classes, device=device)
+        memory = plan_label_memory(validated, rung.patch_size, sliding, num_channels=plan.num_channels)
+        sliding_window_labels(validated.eval(), image, sliding, memory)
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from pipeline.errors import InputError, StoppedError, VoxfitError
 from pipeline.log import get_logger
+from pipeline.networks.out_of_memory import first_line
 from pipeline.rank_place import RankPlace, find_place
-from pipeline.training.out_of_memory import first_line
 from pipeline.training.run_folder import Counts, Phase
 
 T = TypeVar("T")

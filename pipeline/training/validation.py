@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from pipeline.evaluation.metrics import dice
 from pipeline.geometry import Shape3
-from pipeline.inference.sliding_window import sliding_window_scores
+from pipeline.inference.attempts import plan_host_memory
+from pipeline.inference.prediction_memory import PredictionMemory
+from pipeline.inference.streamed_labels import plan_label_memory, sliding_window_labels
+from pipeline.inference.windows import SlidingWindow
 from pipeline.networks.precision import free_vram_bytes
 from pipeline.stop_signals import StopRequest
 from pipeline.store import CaseStore
@@ -128,26 +131,30 @@ class Validator:
         cases = {case_id: store.record(case_id).key for case_id in self.case_ids}
         return validation_key(network, self.patch_size, self.num_classes, self.overlap, device.type, precision, cases)
 
-    def _segment(self, network: nn.Module, image: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
+    def _segment(self, network: nn.Module, image: NDArray[np.float32], device: torch.device) -> NDArray[Any]:
         volume = torch.from_numpy(image)
-        if device.type == "cuda" and self._scores_fit(volume, device):
-            volume = volume.to(device)
-        scores = sliding_window_scores(
-            _Watching(network, self.request),
-            volume,
-            window=self.patch_size,
-            num_classes=self.num_classes,
-            overlap=self.overlap,
-            device=device,
+        shape = (volume.shape[1], volume.shape[2], volume.shape[3])
+        sliding = SlidingWindow(
+            window=self.patch_size, num_classes=self.num_classes, overlap=self.overlap, device=device
         )
-        segmentation: NDArray[np.int64] = scores.argmax(0).cpu().numpy()
+
+        def plan_memory(window_batch: int, max_bytes: int | None) -> PredictionMemory:
+            return plan_label_memory(network, shape, sliding, num_channels=len(volume), max_bytes=max_bytes)
+
+        memory = plan_memory(1, None)
+        if device.type == "cuda" and self._scores_fit(volume, memory, device):
+            volume = volume.to(device)
+        else:
+            memory = plan_host_memory(plan_memory, window_batch=1, max_ram=None, result_bytes=volume[0].numel())
+        segmentation: NDArray[Any] = sliding_window_labels(
+            _Watching(network, self.request), volume, sliding, memory
+        ).numpy()
         return segmentation
 
-    def _scores_fit(self, volume: Tensor, device: torch.device) -> bool:
+    def _scores_fit(self, volume: Tensor, memory: PredictionMemory, device: torch.device) -> bool:
         if self.scores_on_host:
             return False
-        needed = (self.num_classes + len(volume)) * volume[0].numel() * 4
-        return needed < SCORE_SHARE_OF_FREE_MEMORY * free_vram_bytes(device)
+        return memory.num_bytes + 4 * volume.numel() < SCORE_SHARE_OF_FREE_MEMORY * free_vram_bytes(device)
 
 
 class _Watching:
@@ -165,6 +172,11 @@ class _Watching:
         """The network's own, if it has one; it is asked for with every window."""
         self.request.check()
         return self.network.pending_logits
+
+    @property
+    def num_features(self) -> Any:
+        """The network's own, if it has one."""
+        return self.network.num_features
 
 
 @contextmanager

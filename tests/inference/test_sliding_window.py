@@ -14,7 +14,8 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.inference.sliding_window import gaussian_weights, sliding_window_scores, window_slices, window_starts
+from pipeline.inference.sliding_window import sliding_window_scores
+from pipeline.inference.windows import SlidingWindow, gaussian_weights, window_starts
 from pipeline.networks.unet import UNet
 from pipeline.plan import NetworkPlan
 
@@ -91,7 +92,9 @@ def test_scores_equal_a_plain_float64_sum_over_windows() -> None:
     ours = sliding_window_scores(network, image, window=window, num_classes=3, overlap=0.6)
     total, weight = np.zeros((3, *shape)), np.zeros(shape)
     gaussian = gaussian_weights(window).double().numpy()
-    for place in window_slices(shape, window, overlap=0.6):
+    sliding = SlidingWindow(window=window, num_classes=3, overlap=0.6)
+    everything = tuple(slice(0, size) for size in shape)
+    for place in [place for places, _ in sliding.sweep(shape, 0, everything) for place in places]:
         with torch.inference_mode():
             scores = network(image[(slice(None), *place)][None])[0].double().numpy()
         total[(slice(None), *place)] += scores * gaussian

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
+from pipeline.networks.out_of_memory import is_out_of_memory
 from pipeline.training.checkpoints import COUNTS_KEY, AtomicCheckpointIO, _UnusableError, find_checkpoint
-from pipeline.training.out_of_memory import is_out_of_memory
 from pipeline.training.probe_memory import hold_to
 from pipeline.training.run_folder import Counts, RunFolder
 

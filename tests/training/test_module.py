@@ -10,7 +10,7 @@ from lightning_fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from pipeline.inference.sliding_window import full_resolution
+from pipeline.inference.window_outputs import full_resolution
 from pipeline.losses.deep_supervision import DeepSupervisionLoss
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.networks.norms import replace_batchnorm

@@ -30,6 +30,7 @@ from pipeline.option_groups import HardwareConfig
 from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan, ProbeOutcome, Rung
 from pipeline.planning.meter import StepMemory, meter_step
 from pipeline.planning.storages import StorageCounter
+from pipeline.training import probe_step
 from pipeline.training.assembly import make_network
 from pipeline.training.probe import STEP_MODULE, probe_plan, run_apart, search_ladder
 from pipeline.training.probe_step import StepRequest, make_probed_network, run_step
@@ -142,10 +143,23 @@ def test_a_limit_that_nothing_fits_is_an_error_that_lists_what_was_run() -> None
         with_probe(plan, probe)
 
 
-def test_a_validation_that_does_not_fit_is_found_though_the_training_does() -> None:
-    """Scores of 4000 classes take 188 MiB; the training never has logits whole."""
+def test_a_validation_of_many_classes_fits_where_its_training_does() -> None:
+    """Scores of 4000 classes would take 188 MiB; neither the training nor the validation ever has them whole."""
     plan = make_plan(patch_size=(16, 32, 24), num_classes=4000)
     (tried,) = probe_plan(plan, budget_bytes=150 * MIB, device="cpu").tried
+    assert tried.outcome == "fits"
+
+
+def test_a_validation_that_does_not_fit_is_found_though_the_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(probe_step, "sliding_window_labels", fail)
+    # It prepares a process of its own, which this one is not.
+    monkeypatch.setattr(probe_step, "_make_ready", lambda request: None)
+    plan = make_plan(patch_size=(16, 32, 24))
+    request = StepRequest(plan=plan, rung=plan.rung, device="cpu", budget_bytes=None)
+    tried = probe_step.probe_step(request)
     assert tried.outcome == "out of memory"
     assert tried.message.startswith("in the validation window")
 

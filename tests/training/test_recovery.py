@@ -22,12 +22,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.blocks import DecoderStage
+from pipeline.networks.out_of_memory import let_go
 from pipeline.networks.unet import UNet
 from pipeline.option_groups import OptimConfig
 from pipeline.plan import Plan, Rung
 from pipeline.training import validation
 from pipeline.training.checkpoints import AtomicCheckpointIO
-from pipeline.training.out_of_memory import let_go
 from pipeline.training.recovery import free_memory
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.trainer import fit_fold
@@ -162,14 +162,14 @@ def fail_case(monkeypatch) -> Callable[..., None]:
     """Lets the validation of the n-th case raise, counted from the call on."""
 
     def fail(*, at: int) -> None:
-        real, calls = validation.sliding_window_scores, count(1)
+        real, calls = validation.sliding_window_labels, count(1)
 
         def maybe(*args, **options) -> Tensor:
             if next(calls) == at:
                 raise OOM
             return real(*args, **options)
 
-        monkeypatch.setattr(validation, "sliding_window_scores", maybe)
+        monkeypatch.setattr(validation, "sliding_window_labels", maybe)
 
     return fail
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.inference.streamed_labels import plan_label_memory
+from pipeline.inference.windows import SlidingWindow
 from pipeline.plan import Rung
 from pipeline.store import CaseStore
 from pipeline.training.run_folder import Counts, StepDown
@@ -260,6 +262,9 @@ def test_scores_are_added_up_where_they_are_told_to(plan, store: Path, scores_on
         num_classes=plan.num_classes,
         scores_on_host=scores_on_host,
     )
-    assert validator._scores_fit(torch.zeros(1, 8, 8, 8), torch.device("cuda")) != scores_on_host
-    result = validator.score(nn.Conv3d(1, 3, 1).cuda(), device=torch.device("cuda"), forward_context=nullcontext)
+    volume, network = torch.zeros(1, 8, 8, 8), nn.Conv3d(1, 3, 1)
+    sliding = SlidingWindow(window=plan.patch_size, num_classes=plan.num_classes)
+    memory = plan_label_memory(network, (8, 8, 8), sliding, num_channels=1)
+    assert validator._scores_fit(volume, memory, torch.device("cuda")) != scores_on_host
+    result = validator.score(network.cuda(), device=torch.device("cuda"), forward_context=nullcontext)
     assert len(result.by_case) == 1

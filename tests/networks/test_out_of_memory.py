@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.errors import InputError
-from pipeline.training.out_of_memory import is_out_of_memory, is_worker_out_of_memory
+from pipeline.networks.out_of_memory import is_out_of_memory, is_worker_out_of_memory
 from pipeline.training.probe_memory import hold_to
 
 
@@ -135,7 +135,7 @@ def test_what_cudnn_and_cublas_cannot_do_is_an_out_of_memory_only_on_a_gpu_that_
 
 CONVOLUTIONS = """
 import torch
-from pipeline.training.out_of_memory import is_out_of_memory, let_go
+from pipeline.networks.out_of_memory import is_out_of_memory, let_go
 from pipeline.training.probe_memory import hold_to
 from pipeline.training.processes import give_freed_memory_back, keep_freed_memory
 torch.set_num_threads(1)

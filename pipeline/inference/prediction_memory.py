@@ -1,0 +1,245 @@
+"""What a prediction will hold at a time, and how the volume is divided so that it stays within a bound.
+
+A sweep along the longest axis holds the planes of one window, in as many channels as there are classes, or features
+where the network has fewer of these. Where that is too much, the volume is divided across the other axes into blocks
+that are swept one after the other. Every score stays the same to the last bit; what it costs is time, since windows
+that reach into two blocks are computed for both. Nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import prod
+
+from pipeline.inference.sliding_window import held_planes
+from pipeline.inference.windows import Box, SlidingWindow, longest_axis
+from pipeline.plan import GIB
+from pipeline.preprocessing.score_resampling import ScoreResampling
+
+FLOAT_BYTES = 4
+# What is taken of finished planes at a time, and of that, scores of some classes; larger pieces are not faster. Of
+# small volumes it is this share of what is gathered.
+SLAB_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
+SLAB_SHARE = 1 / 4
+# Activations at full resolution that a U-Net has at a time in evaluation: skip, up-sampled, both convolved, normed,
+# and what convolutions copy; 7.5 were measured.
+LIVE_ACTIVATIONS = 8
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one sweep is for.
+
+    Attributes:
+        native: Box of the result; the whole of it along the axis of the sweep.
+        source: Box of the prepared grid that it is made from.
+    """
+
+    native: Box
+    source: Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionMemory:
+    """How a volume is predicted, and what that takes.
+
+    Attributes:
+        axis: Of the sweeps.
+        keep: Planes that are handed on once more, for interpolation between planes.
+        of_features: Gather features instead of scores.
+        blocks: One sweep each.
+        rows: Planes of the result at a time.
+        chunk: Classes at a time.
+        num_windows, fewest_windows: Windows that are computed, and those of a single block.
+        parts: Bytes by what takes them: "means" gathered, "slab" on its way to the native grid, "window" in the
+            network, which is an estimate.
+    """
+
+    axis: int
+    keep: int
+    of_features: bool
+    blocks: tuple[Block, ...]
+    rows: int
+    chunk: int
+    num_windows: int
+    fewest_windows: int
+    parts: Mapping[str, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """All parts: what a slab took stays with the process, in pieces, while windows are in the network again."""
+        return sum(self.parts.values())
+
+    def describe(self) -> str:
+        """A line for the log."""
+        parts = ", ".join(f"{value / GIB:.2f} {name}" for name, value in self.parts.items())
+        what = "features" if self.of_features else "scores"
+        again = f", {self.num_windows / self.fewest_windows:.2f} times the windows" if len(self.blocks) > 1 else ""
+        return (
+            f"{what} are gathered along axis {'ijk'[self.axis]} in {len(self.blocks)} block(s){again}: "
+            f"{self.num_bytes / GIB:.2f} GiB beside network, image and labels ({parts})"
+        )
+
+
+def plan_prediction_memory(
+    resampling: ScoreResampling,
+    sliding: SlidingWindow,
+    *,
+    num_channels: int = 1,
+    num_features: int | None = None,
+    max_bytes: int | None = None,
+) -> PredictionMemory:
+    """The way to predict a volume that computes the fewest windows within a bound, or the smallest where none is.
+
+    Args:
+        resampling: From the prepared to the native grid.
+        sliding: The windows.
+        num_channels: Of the image.
+        num_features: Of the network, see `window_outputs.num_features`.
+        max_bytes: Most that may be held beside network, image and result; None is no bound.
+    """
+    axis = longest_axis(resampling.source_shape)
+    by_axis = [
+        list(_divisions(resampling, sliding, other, most=1 if other == axis or max_bytes is None else None))
+        for other in range(3)
+    ]
+    of_features = num_features is not None and num_features < sliding.num_classes
+    need = _Need(
+        resampling=resampling,
+        axis=axis,
+        num_classes=sliding.num_classes,
+        gathered=num_features if of_features else sliding.num_classes,
+        held=held_planes(sliding, axis, resampling.source_shape, _planes_kept(resampling, axis)),
+        window_bytes=_window_bytes(sliding, num_channels, num_features),
+    )
+    ways = [(sum(need.parts(way).values()), prod(each.num_starts for each in way), way) for way in product(*by_axis)]
+    fitting = [(windows, taken, way) for taken, windows, way in ways if max_bytes is None or taken <= max_bytes]
+    way = min(fitting or ways, key=lambda each: each[:2])[2]
+    rows, chunk = need.pieces(way)
+    boxes = product(*(division.sides for division in way))
+    return PredictionMemory(
+        axis=axis,
+        keep=_planes_kept(resampling, axis),
+        of_features=of_features,
+        blocks=tuple(Block((i, j, k), resampling.source_box((i, j, k))) for i, j, k in boxes),
+        rows=rows,
+        chunk=chunk,
+        num_windows=prod(each.num_starts for each in way),
+        fewest_windows=prod(each[0].num_starts for each in by_axis),
+        parts=need.parts(way),
+    )
+
+
+def _planes_kept(resampling: ScoreResampling, axis: int) -> int:
+    return 0 if resampling.is_identity(axis) else 1
+
+
+# ---- where to divide
+
+
+@dataclass(frozen=True)
+class _Division:
+    """One axis divided into sides of blocks.
+
+    Attributes:
+        sides: On the grid of the result.
+        longest_source, longest_native: Voxels of the longest side on both grids.
+        num_starts: Windows along the axis, those that reach into two sides counted for both.
+    """
+
+    sides: tuple[slice, ...]
+    longest_source: int
+    longest_native: int
+    num_starts: int
+
+
+def _divisions(
+    resampling: ScoreResampling, sliding: SlidingWindow, axis: int, *, most: int | None
+) -> Iterator[_Division]:
+    """Divisions of an axis into 1, 2, ... sides, at most `most`, or up to sides of half a window step."""
+    size, source_size = resampling.shape[axis], resampling.source_shape[axis]
+    starts = sliding.starts(axis, source_size)
+    # Where a window begins, no other windows need to be computed for both sides than those that reach across.
+    good = {resampling.num_ready(axis, start) for start in starts if start > 0} - {0, size}
+    for number in range(1, min(size, most or 2 * len(starts)) + 1):
+        cuts = [size * index // number for index in range(1, number)]
+        near = sorted({min(good, key=lambda at: (abs(at - cut), at)) for cut in cuts}) if good else cuts
+        for inner in [cuts] if near == cuts else [near, cuts]:
+            sides = [slice(first, last) for first, last in pairwise([0, *inner, size])]
+            sources = [resampling.source_side(axis, side) for side in sides]
+            yield _Division(
+                tuple(sides),
+                max(side.stop - side.start for side in sources),
+                max(side.stop - side.start for side in sides),
+                sum(len(sliding.starts_within(axis, source_size, side)) for side in sources),
+            )
+
+
+# ---- what it takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Need:
+    """What a way to divide a volume takes.
+
+    Attributes:
+        resampling: From the prepared to the native grid.
+        axis: Of the sweeps.
+        num_classes: Classes.
+        gathered: Channels.
+        held: Planes at a time.
+        window_bytes: What a window takes in the network.
+    """
+
+    resampling: ScoreResampling
+    axis: int
+    num_classes: int
+    gathered: int
+    held: int
+    window_bytes: int
+
+    def parts(self, way: Sequence[_Division]) -> dict[str, int]:
+        """Bytes by what takes them: of the largest block, should one have the longest of all sides."""
+        source, native = self._planes(way)
+        rows, chunk = self.pieces(way)
+        taken = min(int(rows * self._zoom) + 2, self.resampling.source_shape[self.axis]) * source
+        # Planes of the source, scores of a chunk of classes there and three times beside, and the running maximum.
+        slab = (self.gathered + chunk) * taken + (3 * chunk + 3) * rows * native
+        return {
+            "means": self._gathered_bytes(source),
+            "slab": FLOAT_BYTES * slab,
+            "window": self.window_bytes,
+        }
+
+    def pieces(self, way: Sequence[_Division]) -> tuple[int, int]:
+        """Planes of the result at a time, and classes at a time."""
+        source, native = self._planes(way)
+        slab = min(SLAB_BYTES, SLAB_SHARE * self._gathered_bytes(source))
+        rows = max(1, int(slab / (FLOAT_BYTES * self.gathered * source * self._zoom)))
+        rows = min(rows, self.resampling.shape[self.axis])
+        voxels = rows * max(native, source * self._zoom)
+        chunk = max(1, int(min(CHUNK_BYTES, SLAB_SHARE * slab) / (FLOAT_BYTES * voxels)))
+        return rows, min(chunk, self.num_classes)
+
+    def _gathered_bytes(self, source: int) -> int:
+        """Means and the sum of their weights."""
+        return FLOAT_BYTES * (self.gathered + 1) * self.held * source
+
+    def _planes(self, way: Sequence[_Division]) -> tuple[int, int]:
+        """Voxels of a plane of the largest block on both grids."""
+        across = [division for axis, division in enumerate(way) if axis != self.axis]
+        return prod(each.longest_source for each in across), prod(each.longest_native for each in across)
+
+    @property
+    def _zoom(self) -> float:
+        """Planes of the source for a plane of the result."""
+        return self.resampling.source_shape[self.axis] / self.resampling.shape[self.axis]
+
+
+def _window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
+    """A window's batch, and what a network has alive of it: an estimate, for networks of others a low one."""
+    live = LIVE_ACTIVATIONS * num_features if num_features is not None else 2 * sliding.num_classes
+    return FLOAT_BYTES * sliding.window_batch * prod(sliding.window) * (2 * num_channels + live)

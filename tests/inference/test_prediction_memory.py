@@ -1,0 +1,61 @@
+"""The memory of real predictions, each measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Measure = Callable[..., dict[str, Any]]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def measure(project_root: Path) -> Measure:
+    """Predict a volume of a shape by `scripts/benchmarks/inference_memory.py` and say what that took."""
+
+    def run(*shape: int, patch: int, **options: object) -> dict[str, Any]:
+        script = project_root / "scripts" / "benchmarks" / "inference_memory.py"
+        words = ["--shape", *map(str, shape), "--patch_size", *[str(patch)] * 3]
+        words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, str(script), *words]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    return run
+
+
+@pytest.mark.parametrize(("network", "spacing"), [("logits", 1.0), ("wide", 1.3)])
+def test_the_peak_of_a_prediction_does_not_grow_with_the_long_axis(
+    measure: Measure, network: str, spacing: float
+) -> None:
+    short, long = (
+        measure(80, 64, length, patch=32, network=network, num_classes=40, max_extra=0, spacing=spacing)
+        for length in (80, 320)
+    )
+    # The prepared copy of the image, and what preparing it takes; all scores would be 40 times the image.
+    assert long["extra_bytes"] - short["extra_bytes"] < 3 * 4 * 80 * 64 * (320 - 80)
+    assert min(short["classes_found"], long["classes_found"]) == 40
+
+
+@pytest.mark.slow
+def test_a_bound_is_kept_by_more_blocks(measure: Measure) -> None:
+    shape, allowed = (128, 112, 136), 150 * MIB
+    free, bounded = (
+        measure(*shape, patch=48, network="logits", num_classes=60, max_extra=bound) for bound in (0, "150MiB")
+    )
+    assert free["extra_bytes"] > allowed >= bounded["planned_bytes"]
+    assert bounded["extra_bytes"] <= allowed
+    assert bounded["num_windows"] > free["num_windows"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_whole_ct_of_118_classes_is_predicted_in_two_gib(measure: Measure) -> None:
+    measured = measure(512, 512, 400, patch=128, network="unet", num_classes=118, max_extra="2GiB")
+    assert measured["planned_bytes"] <= 2048 * MIB
+    assert measured["extra_bytes"] <= 2048 * MIB
