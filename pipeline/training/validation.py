@@ -105,9 +105,10 @@ class Validator:
         store = CaseStore(self.store_folder)
         with self.request.at_any_line(), evaluating(network), forward_context():
             known = ScoredCases(self.progress, self._key(network, store, device))
-            for case_id in self._share(store):
-                if case_id in known.by_case:
-                    continue
+            todo = [case_id for case_id in self._share(store) if case_id not in known.by_case]
+            # A rank that has nothing to do is not one that cannot get on.
+            self.request.got_on |= not todo
+            for case_id in todo:
                 self.request.check()
                 started, (image, label) = perf_counter(), store.read_case(case_id)
                 scores = dice_by_class(self._segment(network, image, device), label, self.num_classes)
