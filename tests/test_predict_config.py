@@ -23,5 +23,5 @@ def test_what_is_no_amount_of_memory_is_refused_with_the_option_named(text: str)
 
 
 def test_all_problems_come_in_one_error() -> None:
-    with pytest.raises(InputError, match="overlap: .*; max_ram: .*; num_threads: "):
+    with pytest.raises(InputError, match=r"overlap: .*; max_ram: .*; num_threads: "):
         PredictConfig(**PATHS, overlap=1.0, max_ram="x", num_threads=0)
