@@ -71,7 +71,7 @@ def run_attempts(first: Attempt, run: Callable[[Attempt], Result], plan_memory: 
             let_go(error)
             attempt = smaller[0]
             get_logger("predict").warning("out of memory: once more with %s", smaller[1])
-        if attempt.scores_device == "cuda" or torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_other_errors_are_not_tried_again() -> None:
     with pytest.raises(RuntimeError, match="size mismatch"):
         run_attempts(first_attempt(window_batch=4), run, plan_memory)
     assert len(tried) == 1
+
+
+def test_what_a_failed_attempt_held_is_gone_before_the_next_one_begins() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def run(attempt: Attempt) -> str:
+        if held:
+            assert held[0]() is None
+            return "done"
+        scores = torch.zeros(1000)
+        held.append(weakref.ref(scores))
+        raise OUT_OF_MEMORY
+
+    assert run_attempts(first_attempt(window_batch=2), run, plan_memory) == "done"
 
 
 class Hungry(nn.Module):
