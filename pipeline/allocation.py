@@ -45,7 +45,7 @@ def describe_allocation() -> str:
 
 def _sharers() -> int:
     """Processes that train together and share what was found; for tasks of `srun` the limits are those of each."""
-    place = find_place()
+    place = find_place(is_strict=False)
     return place.num_local_ranks if place.launcher == "torchrun" else 1
 
 

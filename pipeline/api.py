@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pipeline.inference.postprocess import Postprocessing
     from pipeline.status import WorkStatus
     from pipeline.store import CaseStore
+    from pipeline.training.ranks import Ranks
     from pipeline.training.trainer import FitResult
 
 Result = TypeVar("Result")
@@ -157,6 +158,16 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
     With `hardware.devices` above 1 this starts that many processes and waits for them, unless `srun` or `torchrun` have
     started this one as one of several.
     """
+    if find_place().num_ranks == 1:
+        return _train(config, network)
+    from pipeline.training.ranks import open_ranks
+
+    with open_ranks() as ranks:
+        # In here, so that what one of them cannot read is told to all.
+        return _train(config, network, ranks)
+
+
+def _train(config: TrainConfig, network: nn.Module | None, ranks: Ranks | None = None) -> FitResult:
     from pipeline.store import CaseStore
     from pipeline.training.trainer import fit_fold, fit_in_processes
 
@@ -170,7 +181,7 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
     # The first of several processes speaks for all.
     with log_to_file(Path(config.run_dir) / "log.txt") if place.is_first else nullcontext():
         get_logger("train").info("%s", describe_allocation())
-        return fit_fold(made, Path(config.store), splits, config, network=network)
+        return fit_fold(made, Path(config.store), splits, config, network=network, ranks=ranks)
 
 
 def _splits(store: CaseStore, config: TrainConfig) -> Splits:
@@ -378,9 +389,6 @@ def postprocess(config: PostprocessConfig) -> Postprocessing:
     )
     write_artifact(run_dir / FILE_NAME, chosen)
     return chosen
-
-
-# ---- what is shared
 
 
 def _finish(result: Result, failures: Mapping[str, str], *, done: str, things: str = "case(s)") -> Result:

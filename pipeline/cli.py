@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A scheduler's signals end a command like Ctrl-C does; a training finishes its step first.
         with stop_signals_raised():
             name, config = parse(sys.argv[1:] if arguments is None else arguments)
-            configure_logging(find_place().rank)
+            # Of the commands only this one is started several times to do one thing together.
+            configure_logging(find_place().rank if name == "train" else 0)
             return run_command(COMMANDS[name], config)
     except StoppedError as error:
         _say("stopped", error)

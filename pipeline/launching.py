@@ -61,12 +61,17 @@ def run_in_processes(arguments: Sequence[str], num: int) -> None:
 
     with handled(hand_on, STOP_SIGNALS):
         try:
-            processes += [_start(arguments, rank, num, port) for rank in range(num)]
+            for rank in range(num):
+                processes.append(_start(arguments, rank, num, port))
+                for number in asked:
+                    processes[-1].send_signal(number)
             _wait(processes)
+            codes = [process.poll() for process in processes]
         finally:
             for process in processes:
                 process.kill()
-        _judge([process.wait() for process in processes], asked)
+                process.wait()
+        _judge([code for code in codes if code is not None], asked)
 
 
 def _start(arguments: Sequence[str], rank: int, num: int, port: int) -> subprocess.Popen[bytes]:
@@ -91,6 +96,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _judge(codes: Sequence[int], asked: Sequence[int]) -> None:
+    """What those that ended by themselves came to; others were ended because one of them had failed."""
     stopped = {StoppedError.exit_code, *(-number for number in asked)}
     failed = [(rank, code) for rank, code in enumerate(codes) if code and code not in stopped]
     if failed:

@@ -40,30 +40,37 @@ class RankPlace(NamedTuple):
         return self.rank == 0
 
 
-def find_place() -> RankPlace:
+def find_place(*, is_strict: bool = True) -> RankPlace:
     """The place that the environment tells.
 
     torchrun's variables come first, because torchrun may itself be started by `srun`. A batch script that asks for
     several tasks and runs this program without `srun` is a process on its own.
 
+    Args:
+        is_strict: Refuse torchrun's variables where they are incomplete, instead of looking at SLURM's.
+
     Raises:
-        InputError: torchrun's variables are incomplete or no numbers.
+        InputError: They are incomplete or no numbers.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and (is_strict or not _wrong_torchrun_names()):
         return _torchrun_place()
     num_tasks = _number("SLURM_STEP_NUM_TASKS")
     return _srun_place(num_tasks) if "SLURM_STEP_ID" in os.environ and num_tasks > 1 else RankPlace()
 
 
 def _torchrun_place() -> RankPlace:
-    values = {name: os.environ.get(name, "") for name in TORCHRUN_NAMES}
-    wrong = [name for name, value in values.items() if not (value if name == "MASTER_ADDR" else value.isdigit())]
-    if wrong:
+    if wrong := _wrong_torchrun_names():
         what = f"RANK and WORLD_SIZE are set, but {', '.join(wrong)} is missing or no number"
         raise InputError(what, where="the environment", fix="Start with torchrun or srun, or unset them")
+    values = {name: os.environ[name] for name in TORCHRUN_NAMES}
     rank, num_ranks, local_rank, num_local_ranks = (int(values[name]) for name in TORCHRUN_NAMES[:4])
     address, port = values["MASTER_ADDR"], int(values["MASTER_PORT"])
     return RankPlace(rank, num_ranks, local_rank, num_local_ranks, address, port, "torchrun")
+
+
+def _wrong_torchrun_names() -> list[str]:
+    values = {name: os.environ.get(name, "") for name in TORCHRUN_NAMES}
+    return [name for name, value in values.items() if not (value if name == "MASTER_ADDR" else value.isdigit())]
 
 
 def _srun_place(num_tasks: int) -> RankPlace:

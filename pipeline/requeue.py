@@ -9,6 +9,7 @@ import subprocess
 
 from pipeline.log import get_logger
 from pipeline.rank_place import find_place
+from pipeline.stop_signals import handled
 
 SECONDS_FOR_SLURM = 30
 # Of the signals that stop a training, those that come from a scheduler; Ctrl-C comes from a person.
@@ -23,8 +24,14 @@ def requeue_after(number: int) -> bool:
     as well. A job that was submitted with `--no-requeue` stays ended, too.
     """
     job = slurm_job_id()
-    if number not in SIGNALS_OF_SCHEDULERS or not job or not find_place().is_first or not _is_first_task():
+    if number not in SIGNALS_OF_SCHEDULERS or not job or not _is_first():
         return False
+    # SLURM and torchrun send TERM to those that are left when the first process of a step has ended.
+    with handled(signal.SIG_IGN, (signal.SIGTERM,)):
+        return _requeue(job)
+
+
+def _requeue(job: str) -> bool:
     logger, facts = get_logger(), ask_scontrol("show", "job", "--oneliner", job)
     if "JobState=" in facts and "JobState=RUNNING" not in facts:
         logger.info("job %s is being ended by SLURM and is not queued again from here", job)
@@ -37,9 +44,10 @@ def requeue_after(number: int) -> bool:
     return not problem
 
 
-def _is_first_task() -> bool:
-    """Also of tasks that have nothing to do with each other."""
-    return os.environ.get("SLURM_PROCID", "0") == "0"
+def _is_first() -> bool:
+    """Of processes that train together by torchrun, or of the tasks of a job, whatever they have to do together."""
+    place = find_place(is_strict=False)
+    return place.is_first if place.launcher == "torchrun" else os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def slurm_job_id() -> str:

@@ -226,7 +226,13 @@ def end_with(parent: int) -> None:
 
 @contextmanager
 def handled(handler: Any, numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """Let a handler take signals while the block runs; one that is ignored stays so."""
+    """Let a handler take signals while the block runs; one that is ignored stays so.
+
+    Only the main thread can listen: in others nothing happens.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in numbers}
     taken = [number for number in numbers if before[number] is not signal.SIG_IGN]
     for number in taken:

@@ -56,6 +56,7 @@ SAME_LAYER_ALLOWED = {
     ("rungs", "geometry"),
     ("durations", "errors"),
     ("rank_place", "errors"),
+    ("requeue", "stop_signals"),
     ("allocation", "rank_place"),
     ("option_checks", "errors"),
     ("option_groups", "option_checks"),

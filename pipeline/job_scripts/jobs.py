@@ -122,8 +122,9 @@ class Chain:
                 accelerator,
             ),
             stops=True,
-            # srun does not take the CPUs over from sbatch, and would wait for the others when one has failed.
-            launcher=f"srun --kill-on-bad-exit=1 --cpus-per-task={config.cpus} " if is_shared else "",
+            # srun does not take the CPUs over from sbatch. The first process still asks for the requeue when others
+            # have ended, so they must not end it at once, as some sites have it.
+            launcher=f"srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task={config.cpus} " if is_shared else "",
         )
 
     def _predict(self) -> Job:

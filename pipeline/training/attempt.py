@@ -25,11 +25,12 @@ from pipeline.training.assembly import (
     make_validator,
 )
 from pipeline.training.checkpoints import find_checkpoint
+from pipeline.training.departures import Departure, PeersLeftError, departure_of, own_or_theirs, verdict
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.module import SegmentationModule
 from pipeline.training.processes import torch_threads
 from pipeline.training.quiet import quiet_lightning
-from pipeline.training.ranks import Departure, PeersLeftError, Ranks, departure_of, own_or_theirs, verdict
+from pipeline.training.ranks import Ranks
 from pipeline.training.recovery import OutOfMemoryReport, describe_memory
 from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_record import finished_record, predicted_bytes, started_record
@@ -139,7 +140,8 @@ class _Attempt:
             write_artifact(job.folder.record, record)
             callbacks.heartbeat.beat("finished")
             job.folder.previous_checkpoint.unlink(missing_ok=True)
-        self._validation_progress.unlink(missing_ok=True)
+            for path in job.folder.path.glob(f"{job.folder.validation_progress.stem}*.json"):
+                path.unlink(missing_ok=True)
         return record
 
     def _begin(self, network: nn.Module) -> RunRecord:
@@ -181,10 +183,14 @@ class _Attempt:
         own, departures = self._departure(error), getattr(error, "departures", None)
         if own.kind == "memory" or departures is not None:
             let_go(error)
-        return verdict(departures if departures is not None else self.job.ranks.leave(own))
+        cause = verdict(departures if departures is not None else self.job.ranks.leave(own))
+        if cause.kind == "memory":
+            self.job.ranks.go_on()
+        return cause
 
     def _departure(self, error: BaseException) -> Departure:
-        if not isinstance(error, Exception) or not is_out_of_memory(error):
+        # Within an exchange it cannot be told to the others, who therefore cannot step down as well.
+        if self.job.ranks.is_cut_off or not isinstance(error, Exception) or not is_out_of_memory(error):
             return departure_of(error)
         callbacks = self.callbacks
         return Departure(

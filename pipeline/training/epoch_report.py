@@ -179,15 +179,15 @@ class EpochReport(pl.Callback):
         self._step, self._num_known = state_dict["step"], len(self._losses)
 
     def _row(self, trainer: pl.Trainer, train_loss: float) -> Row:
-        epoch, peaks = trainer.current_epoch + 1, (self.timer.peak_vram_bytes, peak_ram_bytes())
-        # What is too small for one rank is too small for the training.
-        peak_vram, peak_ram = (max(each) for each in zip(*self.ranks.meet(peaks), strict=True))
+        epoch, own = trainer.current_epoch + 1, (self.timer.peak_vram_bytes, peak_ram_bytes(), self.timer.wait_seconds)
+        # What holds one rank up, or is too small for it, is so for the training.
+        peak_vram, peak_ram, waited = (max(each) for each in zip(*self.ranks.meet(own), strict=True))
         row: Row = {
             "epoch": epoch,
             "iteration": epoch * self.iterations_per_epoch,
             "optimizer_step": int(trainer.global_step),
             "seconds": round(self.timer.seconds, 3),
-            "data_wait_share": round(self.timer.wait_seconds / max(self.timer.seconds, 1e-9), 4),
+            "data_wait_share": round(waited / max(self.timer.seconds, 1e-9), 4),
             "peak_vram_bytes": peak_vram,
             "peak_ram_bytes": peak_ram,
             "lr": self._lr,

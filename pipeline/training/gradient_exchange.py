@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.training.ema import WeightAverage
 from pipeline.training.gradient_noise import GradientNoise
 from pipeline.training.loop_state import Pace
 from pipeline.training.ranks import Ranks
@@ -25,7 +26,7 @@ class GradientExchange(pl.Callback):
     memory there leaves the others hanging, and it keeps a second copy of all gradients. Here nothing is sent within a
     pass. When the last one is done the ranks meet, where one that could not finish says so, and only then are gradients
     averaged, through one workspace that was taken at the start. What that costs is the overlap with the backward pass:
-    gradients are small beside the activations of a dense volume.
+    gradients are small beside the activations of a dense volume. NCCL takes memory of its own on top.
 
     The losses of the passes and the norms of the gradient noise are averaged along, and floating-point buffers such as
     running statistics of a batch norm, so that all ranks report, and could save, the same.
@@ -54,10 +55,30 @@ class GradientExchange(pl.Callback):
             # One more bucket's worth is all that an exchange takes, and it is there before the first step.
             size = max(largest, BUCKET_BYTES // dtype.itemsize)
             self._workspaces[dtype] = torch.empty(size, dtype=dtype, device=pl_module.device)
+        averages = [each.network for each in trainer.callbacks if isinstance(each, WeightAverage)]
+        modules = [pl_module, *averages]
         self.ranks.meet()
-        with self.ranks.busy(), torch.no_grad():
-            for tensor in (*pl_module.parameters(), *pl_module.buffers()):
-                dist.broadcast(tensor.data, src=0)
+        with self.ranks.exchange() as group, torch.no_grad():
+            for tensor in (each for module in modules for each in (*module.parameters(), *module.buffers())):
+                dist.broadcast(tensor.data, src=0, group=group)
+        self._check_same_start(trainer)
+
+    def _check_same_start(self, trainer: pl.Trainer) -> None:
+        """A file system that shows one node an older checkpoint must not let ranks go on from different steps."""
+        state = [
+            _digest(value) if isinstance(value, Tensor) else value
+            for values in trainer.optimizers[0].state.values()
+            for value in values.values()
+        ]
+        scale = trainer.scaler.get_scale() if trainer.scaler is not None else 1.0
+        found = self.ranks.meet((trainer.current_epoch, trainer.global_step, scale, state))
+        if any(each != found[0] for each in found):
+            steps = ", ".join(str(step) for _, step, *_ in found)
+            raise InputError(
+                f"the processes read different checkpoints (of optimiser steps {steps})",
+                where=trainer.ckpt_path or "",
+                fix="Start again once all nodes see the same files",
+            )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin a pass."""
@@ -80,6 +101,8 @@ class GradientExchange(pl.Callback):
             return
         parameters = [each for each in pl_module.parameters() if each.requires_grad]
         missing = tuple(index for index, each in enumerate(parameters) if each.grad is None)
+        # Before they meet, because memory may run out.
+        shared = torch.stack([*self._own_losses, self.noise.mean_of_own(pl_module.device)])
         if len(set(self.ranks.meet(missing))) > 1:
             raise InputError(
                 "parameters have a gradient on some of the processes only",
@@ -87,26 +110,33 @@ class GradientExchange(pl.Callback):
                 fix="Use all of its parameters in every pass, or train on one device",
             )
         gradients = [each.grad for each in parameters if each.grad is not None]
-        shared = torch.stack([*self._own_losses, self.noise.mean_of_own(pl_module.device)])
-        with self.ranks.busy():
+        with self.ranks.exchange() as group:
             for bucket in _buckets([*gradients, *_float_buffers(pl_module)]):
-                self._average(bucket)
-            dist.all_reduce(shared)
+                self._average(bucket, group)
+            dist.all_reduce(shared, group=group)
         *self.losses, mean_norm = (shared / self.ranks.num).unbind()
         self.noise.take_mean_of_all(mean_norm)
 
     @torch.no_grad()
-    def _average(self, tensors: list[Tensor]) -> None:
+    def _average(self, tensors: list[Tensor], group: Any) -> None:
         """All of one type, and together no larger than the workspace."""
-        workspace = self._workspaces[tensors[0].dtype]
-        pieces = workspace[: sum(each.numel() for each in tensors)].split([each.numel() for each in tensors])
+        sizes = [each.numel() for each in tensors]
+        flat = self._workspaces[tensors[0].dtype][: sum(sizes)]
+        pieces = flat.split(sizes)
         for piece, tensor in zip(pieces, tensors, strict=True):
-            piece.copy_(tensor.reshape(-1))
-        flat = workspace[: sum(each.numel() for each in tensors)]
-        dist.all_reduce(flat)
+            piece.view_as(tensor).copy_(tensor)
+        dist.all_reduce(flat, group=group)
         flat /= self.ranks.num
         for piece, tensor in zip(pieces, tensors, strict=True):
             tensor.copy_(piece.view_as(tensor))
+
+
+def _digest(tensor: Tensor) -> int:
+    """The same for the same bits, whatever the device and the order in which it adds."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().reshape(-1).view(whole)
+    # Slice by slice, because the sum of all would first be a copy in 64 bits.
+    return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(BUCKET_BYTES // 8))
 
 
 def _float_buffers(module: Any) -> list[Tensor]:

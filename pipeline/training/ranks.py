@@ -1,10 +1,11 @@
-"""Several processes that train one network: where they meet, and what becomes of all when one of them leaves.
+"""Several processes that train one network: where they meet, and how each learns that another one has left.
 
 All ranks hold the same weights, optimiser state and counts at all times; they differ in the patches and validation
 cases that they take. They talk at a few agreed places only (`Ranks.meet`): before every optimiser step, after a
 validation, around files that the first one writes. A rank that cannot go on, for whatever reason, goes straight to the
-next meeting and says so there, and every other one learns it at that same meeting: so nobody waits for one who left.
-A rank that was killed breaks the connection, which ends the others.
+next meeting and says so there, and every other one learns it at that same meeting. Tensors are exchanged right after a
+meeting at which all were there (`Ranks.exchange`); a rank that fails within that, or is killed, breaks the connection
+by its end, which ends the others.
 """
 
 from __future__ import annotations
@@ -12,87 +13,36 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import InputError, StoppedError, VoxfitError
+from pipeline.errors import InputError, VoxfitError
 from pipeline.log import get_logger
 from pipeline.networks.out_of_memory import first_line
 from pipeline.rank_place import RankPlace, find_place
-from pipeline.training.run_folder import Counts, Phase
+from pipeline.training.departures import (
+    Departure,
+    PeersLeftError,
+    RankFailedError,
+    RankLostError,
+    departure_of,
+    own_or_theirs,
+    verdict,
+)
 
 T = TypeVar("T")
-GOES_ON = "The same command goes on"
 # Nodes of a job may start minutes apart.
 START_TIMEOUT = timedelta(minutes=10)
+# On a GPU it counts from when an exchange is queued, behind the passes before it.
+EXCHANGE_TIMEOUT = timedelta(hours=1)
 # One rank may still validate a large case, or write to a slow disk, where the others are done.
 MEETING_TIMEOUT = timedelta(hours=3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Departure:
-    """Why a rank cannot go on.
-
-    Attributes:
-        kind: A request to stop, memory that ran out, or any other error.
-        message: In one line.
-        rank: Whose.
-        host: Where it runs.
-        exit_code: What the error ends a command with.
-        signal: Number of the signal that asked to stop; 0 for none.
-        where, counts, memory: Of an out-of-memory: what was being done, the last finished step, how much there was.
-    """
-
-    kind: Literal["stop", "memory", "error"]
-    message: str
-    rank: int = 0
-    host: str = ""
-    exit_code: int = 1
-    signal: int = 0
-    where: Phase = "start"
-    counts: Counts = field(default_factory=Counts)
-    memory: str = ""
-
-
-def verdict(departures: Sequence[Departure]) -> Departure:
-    """What counts for all: an error before a stop before memory, which the next start would run out of again."""
-    return min(departures, key=lambda each: (("error", "stop", "memory").index(each.kind), each.rank))
-
-
-class PeersLeftError(BaseException):
-    """Other ranks left. No Exception, so that nothing on the way takes it for a failure of its own.
-
-    Args:
-        departures: Of all that left.
-    """
-
-    def __init__(self, departures: Sequence[Departure]) -> None:
-        super().__init__("; ".join(f"rank {each.rank}: {each.message}" for each in departures))
-        self.departures = tuple(departures)
-
-
-class RankFailedError(VoxfitError):
-    """A training ends because one of its other processes failed.
-
-    Args:
-        departure: That of the failed one.
-    """
-
-    def __init__(self, departure: Departure) -> None:
-        super().__init__(f"rank {departure.rank} on {departure.host} failed: {departure.message}")
-        self.exit_code = departure.exit_code
-
-
-class RankLostError(VoxfitError):
-    """The connection to another process of a training broke."""
-
-    exit_code = 1
 
 
 class Ranks:
@@ -100,14 +50,15 @@ class Ranks:
 
     Args:
         place: Of this process.
-        group: What meetings go through; None for a process on its own.
+        meetings: What meetings go through; None for a process on its own.
+        tensors: What tensors go through.
     """
 
-    def __init__(self, place: RankPlace | None = None, group: Any = None) -> None:
+    def __init__(self, place: RankPlace | None = None, meetings: Any = None, tensors: Any = None) -> None:
         self.place = place if place is not None else RankPlace()
-        self._group = group
-        # Whether something else is under way in which no meeting could be held.
-        self._is_busy = False
+        self._meetings, self._tensors = meetings, tensors
+        self._is_talking = False
+        self._told: list[Departure] = []
 
     @property
     def num(self) -> int:
@@ -119,6 +70,11 @@ class Ranks:
         """Whether this one writes and speaks for all."""
         return self.place.is_first
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether something failed while ranks talked: the others are somewhere else, and cannot be met any more."""
+        return self._is_talking
+
     def meet(self, value: T | None = None) -> list[T]:
         """Wait for all ranks; their values, by rank.
 
@@ -129,6 +85,7 @@ class Ranks:
         entries = self._gather((None, value))
         departures = [departure for departure, _ in entries if departure is not None]
         if departures:
+            self._told = departures
             raise PeersLeftError(departures)
         return [each for _, each in entries]
 
@@ -137,62 +94,59 @@ class Ranks:
         return self.meet(value if self.is_first else None)[0]
 
     def leave(self, departure: Departure) -> list[Departure]:
-        """Tell the others at the next meeting; everyone who left there, this rank among them."""
-        departure = replace(departure, rank=self.place.rank, host=socket.gethostname())
-        if self._group is None or self._is_busy:
-            return [departure]
+        """Tell the others at the next meeting, unless all know already that some left; everyone who did, in any case.
+
+        Once they have agreed to go on all the same, `go_on` begins anew.
+        """
+        if self._told:
+            return self._told
+        self._told = [replace(departure, rank=self.place.rank, host=socket.gethostname())]
+        if self._meetings is None or self.is_cut_off:
+            return self._told
         try:
-            return [each for each, _ in self._gather((departure, None)) if each is not None]
+            self._told = [each for each, _ in self._gather((self._told[0], None)) if each is not None]
         except RankLostError as error:
             get_logger("train").debug("%s", error)
-            return [departure]
+        return self._told
+
+    def go_on(self) -> None:
+        """Forget who left: all are there again."""
+        self._told = []
 
     def _gather(self, entry: tuple[Departure | None, Any]) -> list[tuple[Departure | None, Any]]:
-        if self._group is None:
+        if self._meetings is None:
             return [entry]
         entries: list[Any] = [None] * self.num
-        with self.busy():
-            dist.all_gather_object(entries, entry, group=self._group)
+        with self._talking():
+            dist.all_gather_object(entries, entry, group=self._meetings)
         return entries
 
     @contextmanager
-    def busy(self) -> Iterator[None]:
-        """For communication in the block; when it fails, no further one is tried.
+    def exchange(self) -> Iterator[Any]:
+        """The group for tensors, to be used right after a meeting, when all ranks use it.
 
         Raises:
             RankLostError: The connection broke.
         """
-        self._is_busy = True
+        with self._talking():
+            yield self._tensors
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        if self.is_cut_off:
+            raise RankLostError("the other processes of this training cannot be reached any more")
+        self._is_talking = True
         try:
             yield
         except RuntimeError as error:
-            # Torch has no error type of its own for gloo's broken connections.
-            if self._group is None or isinstance(error, torch.OutOfMemoryError):
+            # Torch has no error type of its own for broken connections.
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise RankLostError(
                 f"another process of this training is gone, or hangs ({first_line(error)})",
                 fix="Its own message stands in its log; the same command goes on from the last checkpoint",
             ) from error
-        self._is_busy = False
-
-
-def departure_of(error: BaseException) -> Departure:
-    """An error, unless it is an out-of-memory, as others are to learn of it."""
-    text = first_line(error)
-    if isinstance(error, StoppedError):
-        return Departure(kind="stop", message=error.what, exit_code=error.exit_code, signal=error.signal)
-    if isinstance(error, VoxfitError):
-        return Departure(kind="error", message=text, exit_code=error.exit_code)
-    return Departure(kind="error", message=f"{type(error).__name__}: {text}")
-
-
-def own_or_theirs(error: BaseException, cause: Departure) -> BaseException:
-    """What ends this rank: its own error, or one that tells of the others'."""
-    if not isinstance(error, PeersLeftError):
-        return error
-    if cause.kind == "stop":
-        return StoppedError(cause.message, fix=GOES_ON, signal=cause.signal)
-    return RankFailedError(cause)
+        self._is_talking = False
 
 
 @contextmanager
@@ -201,29 +155,34 @@ def open_ranks() -> Iterator[Ranks]:
 
     Raises:
         RankFailedError: Another rank failed.
+        StoppedError: Another rank was asked to stop.
         InputError: The others cannot be reached.
     """
     place = find_place()
-    ranks = Ranks(place, _connect(place) if place.num_ranks > 1 else None)
+    ranks = Ranks(place, *_connect(place)) if place.num_ranks > 1 else Ranks(place)
     try:
         yield ranks
         ranks.meet()
     except PeersLeftError as left:
         error = own_or_theirs(left, verdict(left.departures))
-        error.is_said_elsewhere = not ranks.is_first
+        _say_once(error, ranks, left.departures)
         raise error from left
     except BaseException as error:
-        own = departure_of(error)
-        others = ranks.leave(own)
-        if isinstance(error, VoxfitError):
-            # The first rank that ends for a reason says it for all that do.
-            same = [each.rank for each in others if each.message == own.message]
-            error.is_said_elsewhere = min(same, default=place.rank) != place.rank
+        _say_once(error, ranks, ranks.leave(departure_of(error)))
         raise
 
 
-def _connect(place: RankPlace) -> Any:
-    """The group for meetings; gradients on GPUs go through NCCL, everything else through gloo."""
+def _say_once(error: BaseException, ranks: Ranks, departures: list[Departure] | tuple[Departure, ...]) -> None:
+    """The first rank that ends for a reason says it for all that do, and the first of all what others failed for."""
+    if not isinstance(error, VoxfitError):
+        return
+    same = [each.rank for each in departures if each.message == departure_of(error).message]
+    speaker = 0 if isinstance(error, RankFailedError) else min(same, default=ranks.place.rank)
+    error.is_said_elsewhere = speaker != ranks.place.rank
+
+
+def _connect(place: RankPlace) -> tuple[Any, Any]:
+    """The groups for meetings and for tensors; those on GPUs go through NCCL, everything else through gloo."""
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", place.address)
         os.environ.setdefault("MASTER_PORT", str(place.port))
@@ -239,7 +198,7 @@ def _connect(place: RankPlace) -> Any:
                 fix="Check that all of them started; MASTER_ADDR and MASTER_PORT choose another place",
             ) from error
         atexit.register(_disconnect)
-    return dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT), dist.new_group(timeout=EXCHANGE_TIMEOUT)
 
 
 def _disconnect() -> None:
@@ -251,7 +210,7 @@ def take_own_gpu(ranks: Ranks) -> None:
     """Make the GPU of this rank the current one; each may see all of its node's, or its own only.
 
     Raises:
-        InputError: Ranks share a GPU.
+        InputError: Ranks share a GPU, or the GPUs cannot exchange tensors.
     """
     if ranks.num == 1:
         return
@@ -264,3 +223,13 @@ def take_own_gpu(ranks: Ranks) -> None:
             where="hardware.devices",
             fix="Start as many processes on a node as it has GPUs",
         )
+    try:
+        with ranks.exchange() as group:
+            # Now, because it takes memory of its own, and because what is wrong with it is found out here.
+            dist.all_reduce(torch.ones(1, device="cuda"), group=group)
+            torch.cuda.synchronize()
+    except RankLostError as error:
+        fix = "NCCL_DEBUG=INFO tells more"
+        raise InputError(
+            f"the GPUs cannot exchange tensors: {error.what}", where="hardware.devices", fix=fix
+        ) from error

@@ -129,7 +129,7 @@ def _said(standing: Standing, below: Standing, failure: OutOfMemoryReport) -> st
     if below.rung.patch_size != standing.rung.patch_size:
         parts.append("the same cases from here on, in smaller patches, and validation in smaller windows")
     parts.append(f"going on from optimiser step {failure.continues_from.optimizer_step}")
-    if failure.continues_from != failure.counts:
+    if failure.continues_from.optimizer_step < failure.counts.optimizer_step:
         parts.append("later ones are repeated, because memory does not hold them whole")
     return "; ".join([*parts, failure.memory])
 

@@ -126,13 +126,18 @@ def rehearse(train: Train, config: TrainConfig, fold: Fold, *, iterations_per_st
     """
     logger.info("max_epochs auto: training for a few steps to see how many epochs fit; nothing of it is kept")
     with _shared_folder(config.run_dir, ranks) as path, _quiet():
-        rehearsal = rehearse_in(Path(path), train, config, fold, iterations_per_step=iterations_per_step)
-        # The folder stays until all have read it, and what the first one has seen counts.
-        return ranks.from_first(rehearsal)
+        iterations = _run_short(Path(path), train, config, fold, iterations_per_step)
+        # The first one has written what it came to, which others may not see yet.
+        return ranks.from_first(_read(Path(path), iterations) if ranks.is_first else None)
 
 
 def rehearse_in(folder: Path, train: Train, config: TrainConfig, fold: Fold, *, iterations_per_step: int) -> Rehearsal:
     """The same in a folder of the caller's, who finds there how far it came when it fails."""
+    return _read(folder, _run_short(folder, train, config, fold, iterations_per_step))
+
+
+def _run_short(folder: Path, train: Train, config: TrainConfig, fold: Fold, iterations_per_step: int) -> int:
+    """Train; the iterations of an epoch."""
     iterations = min(config.iterations_per_epoch, STEPS * iterations_per_step)
     short = {"max_epochs": 2, "iterations_per_epoch": iterations, "validate_every_n_epochs": 1}
     train(
@@ -147,6 +152,10 @@ def rehearse_in(folder: Path, train: Train, config: TrainConfig, fold: Fold, *, 
         ),
         replace(fold, validation=fold.validation[:1]),
     )
+    return iterations
+
+
+def _read(folder: Path, iterations: int) -> Rehearsal:
     run = RunFolder(folder)
     row = MetricsTable(run.metrics, class_names=(), keep_epochs=2).rows[-1]
     # The row is written before the checkpoints, and the heartbeat after them.

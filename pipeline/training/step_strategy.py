@@ -60,14 +60,15 @@ class PlaceEnvironment(ClusterEnvironment):
         return self.place.local_rank
 
     def node_rank(self) -> int:
-        """Ranks of a node follow each other."""
-        return self.place.rank // self.place.num_local_ranks
+        """Nothing here asks for it."""
+        return 0
 
 
 class StepStrategy(DDPStrategy):
     """DDP whose gradients are averaged by `GradientExchange`, once per optimiser step.
 
-    Lightning's own barriers are left out: one rank may have left before them, see `pipeline.training.ranks`.
+    Everything that Lightning itself would have ranks wait for is left out: one may have left before, see
+    `pipeline.training.ranks`.
 
     Args:
         place: Of this process.
@@ -84,6 +85,10 @@ class StepStrategy(DDPStrategy):
         """The device of this rank."""
         return self.device
 
+    def _configure_launcher(self) -> None:
+        """No process is to be started; the launcher would set the number of threads as well."""
+        self._launcher = None
+
     def setup_distributed(self) -> None:
         """The ranks are connected already."""
         self.set_world_ranks()
@@ -97,3 +102,15 @@ class StepStrategy(DDPStrategy):
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Ranks come to the same values by themselves."""
         return obj
+
+    def reduce(self, tensor: T, *_: Any, **__: Any) -> T:
+        """Of such values the mean is the value."""
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """This rank's own."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """The same on all ranks."""
+        return decision

@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.out_of_memory import is_worker_out_of_memory
 from pipeline.stop_signals import StopNow, StopRequest
+from pipeline.training.departures import GOES_ON
 from pipeline.training.loop_state import Pace
-from pipeline.training.ranks import GOES_ON
 
 # What torch says of a worker that is gone; errors in a worker are raised again with its traceback in the text.
 _WORKER_KILLED = re.compile(r"^DataLoader worker \(pid.*\) (?:exited unexpectedly|is killed by signal)")

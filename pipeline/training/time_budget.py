@@ -90,7 +90,10 @@ class TimeBudget(pl.Callback):
     @property
     def _num_cases(self) -> int:
         validation = self.heartbeat.validation
-        return max(1, len(validation.validator.case_ids)) if validation is not None else 1
+        if validation is None:
+            return 1
+        # One after the other: ranks have theirs at the same time.
+        return max(1, -(-len(validation.validator.case_ids) // validation.validator.ranks.num))
 
     def _validation_seconds(self, epoch: int) -> float:
         """Of the validation after `epoch`; 0 where there is none, and before the first."""

@@ -88,7 +88,13 @@ def fit_in_processes(config: TrainConfig, num: int, network: nn.Module | None = 
 
 
 def fit_fold(
-    plan: Plan, store_folder: Path, splits: Splits, config: TrainConfig, *, network: nn.Module | None = None
+    plan: Plan,
+    store_folder: Path,
+    splits: Splits,
+    config: TrainConfig,
+    *,
+    network: nn.Module | None = None,
+    ranks: Ranks | None = None,
 ) -> FitResult:
     """Train one fold, or all cases, into `config.run_dir`, or go on with what is there.
 
@@ -103,6 +109,7 @@ def fit_fold(
         splits: Folds; `config.fold` says which one.
         config: Options.
         network: Trained instead of the plan's U-Net, see `pipeline.api.train`.
+        ranks: The processes that train together, where they are open already.
 
     Raises:
         InputError: Options do not fit the plan, the machine or the run found in the folder; cases are missing in the
@@ -112,6 +119,8 @@ def fit_fold(
         TrainingDivergedError: The loss is NaN or infinite.
         RankFailedError: Another of the processes that train together failed.
     """
+    if ranks is not None:
+        return _fit_together(plan, store_folder, splits, config, network, ranks)
     with open_ranks() as ranks:
         return _fit_together(plan, store_folder, splits, config, network, ranks)
 
@@ -122,16 +131,17 @@ def _fit_together(
     folder, settings = RunFolder(Path(config.run_dir)), resolve_settings(plan, config, ranks.place)
     fold = select_fold(splits, config.fold)
     _check_cases(store_folder, fold)
+    _check_same_settings(settings, ranks)
     if settings.device_type == "cuda":
         take_own_gpu(ranks)
     with _own_folder(folder, ranks), stop_signals_noted() as request:
         if ranks.is_first:
             folder.begin(plan, splits, config)
         record = ranks.from_first(folder.read_record() if ranks.is_first else None)
-        _check_effective_batch(record, settings)
         if record is not None and record.status == "finished":
             logger.info("%s is finished; give another --run_dir to train anew", folder.path)
             return FitResult.of(folder, record)
+        _check_effective_batch(record, settings)
         job = Job(
             plan=plan,
             store_folder=_staged(store_folder, fold, config.stage_to, request, ranks),
@@ -171,6 +181,27 @@ def _own_folder(folder: RunFolder, ranks: Ranks) -> AbstractContextManager[None]
     return run_lock(folder.path) if ranks.is_first else nullcontext()
 
 
+def _check_same_settings(settings: Settings, ranks: Ranks) -> None:
+    """Ranks on other kinds of machines may come to other settings, with which they cannot train together."""
+    own = {
+        "device": settings.device_type,
+        "precision": settings.precision.precision,
+        "patch": settings.patch_size,
+        "batch": settings.batch_size,
+        "execution": settings.execution,
+        "steps": settings.pace._replace(rank=0),
+    }
+    found = ranks.meet(own)
+    for name in own:
+        values = [str(each[name]) for each in found]
+        if len(set(values)) > 1:
+            raise InputError(
+                f"the processes of this training differ in {name}: {', '.join(sorted(set(values)))}",
+                where="hardware",
+                fix="Start them on machines of one kind, or set accelerator and precision",
+            )
+
+
 def _check_effective_batch(record: RunRecord | None, settings: Settings) -> None:
     """A run goes on with any number of processes, as long as an optimiser step sees as many patches."""
     if record is None:
@@ -193,8 +224,9 @@ def _with_epochs(job: Job, record: RunRecord | None) -> Job:
         per_step = job.settings.pace.iterations_per_step
         rehearsal = rehearse(train, job.config, job.fold, iterations_per_step=per_step, ranks=job.ranks)
         left = parse_duration(job.config.max_time) - (monotonic() - job.request.made_at)
-        epochs = rehearsal.cost.epochs_within(left, job.config, num_cases=len(job.fold.validation))
-        epochs = job.ranks.from_first(epochs)
+        # Ranks share the cases out.
+        num_cases = -(-len(job.fold.validation) // job.ranks.num)
+        epochs = job.ranks.from_first(rehearsal.cost.epochs_within(left, job.config, num_cases=num_cases))
         logger.info("max_epochs: %d epochs fit into %s", epochs, job.config.max_time)
     settings = job.settings._replace(total_steps=job.settings.pace.steps_per_epoch * epochs)
     return replace(job, config=replace(job.config, max_epochs=epochs), settings=settings)
@@ -209,9 +241,6 @@ def rehearsed(
         splits = Splits(seed=seed, folds=(fold,))
         own = replace(config, fold=0)
         _fit_together(plan, store_folder, splits, own, deepcopy(network), ranks or Ranks())
-        if ranks is not None:
-            # The first one writes what all of them read.
-            ranks.meet()
 
     return train
 

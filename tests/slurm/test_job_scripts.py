@@ -156,7 +156,7 @@ def test_several_gpus_are_a_process_each_that_srun_starts_and_signals() -> None:
     assert {"--nodes=2 --ntasks-per-node=4", "--cpus-per-task=6", "--gres=gpu:a100:4", "--signal=USR1@180"} <= set(
         lines
     )
-    assert "exec srun --kill-on-bad-exit=1 --cpus-per-task=6 voxfit train" in made["train.sbatch"]
+    assert "exec srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task=6 voxfit train" in made["train.sbatch"]
     one = directives(scripts(gpus=1, cpus=6)["train.sbatch"])
     memory = [int(next(line for line in each if line.startswith("--mem="))[6:-1]) for each in (lines, one)]
     assert 3 * memory[1] < memory[0] <= 4 * memory[1]

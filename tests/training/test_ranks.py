@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import psutil
 import pytest
@@ -22,9 +23,11 @@ from pipeline.api import train
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.errors import InputError
 from pipeline.networks.blocks import DecoderStage
+from pipeline.networks.precision import PrecisionChoice
 from pipeline.networks.unet import UNet
 from pipeline.plan import Rung
-from pipeline.training import trainer  # noqa: F401  (so that forked processes need not import it)
+from pipeline.training import settings, trainer  # noqa: F401  (so that forked processes need not import it)
+from pipeline.training.checkpoints import AtomicCheckpointIO
 from pipeline.training.run_folder import RunFolder, RunRecord
 
 # Two optimiser steps of an epoch, the second over a single iteration of each process.
@@ -114,11 +117,14 @@ def test_three_processes_end_with_the_validation_of_every_case(ranked_trainings,
     assert len(found.validation) == 2
     by_class = [[scores[name] for scores in found.validation.values()] for name in ("outer", "inner")]
     assert found.best_dice == pytest.approx(sum(sum(column) / 2 for column in by_class) / 2)
+    ranked_trainings.finish(tmp_path / "one", 1, "--effective_batch", "6", "--iterations_per_epoch", "3")
+    for case_id, scores in record(tmp_path / "one").validation.items():
+        assert found.validation[case_id] == pytest.approx(scores, abs=0.02)
 
 
 def test_only_the_first_process_writes(undisturbed_pair):
     names = {path.name for path in undisturbed_pair.iterdir()}
-    assert names <= {
+    assert names == {
         *("config.yaml", "plan.json", "splits.json", "run.json", "metrics.csv", "heartbeat.json", "log.txt"),
         *("checkpoints", "tensorboard", ".lock"),
     }
@@ -182,6 +188,160 @@ def test_memory_that_runs_out_on_one_process_takes_all_down_a_rung(
         assert_same_run(tmp_path / "run", undisturbed_pair)
 
 
+def in_rank(rank: int, place: str, number: int, act: Callable[[], None]) -> Callable[[int], None]:
+    """Do something in one rank at a call (from 1) of a function or method, before that does its own work."""
+
+    def prepare(own: int) -> None:
+        if own != rank:
+            return
+        owner, _, name = place.rpartition(".")
+        holder, calls = resolve_name(owner), 0
+        real = getattr(holder, name)
+
+        def call(*arguments: object, **options: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                act()
+            return real(*arguments, **options)
+
+        setattr(holder, name, call)
+
+    return prepare
+
+
+def fill_disk() -> None:
+    raise InputError("cannot write (No space left on device)", where="run.json")
+
+
+EXCHANGE = "pipeline.training.gradient_exchange.GradientExchange"
+
+
+@pytest.mark.parametrize(
+    ("rank", "place", "number"),
+    [
+        (0, "pipeline.training.attempt.write_artifact", 1),
+        (0, "pipeline.training.attempt.write_artifact", 2),
+        # When all is done.
+        (0, "pipeline.training.attempt.write_artifact", 3),
+        (0, "pipeline.training.checkpoints.AtomicCheckpointIO.save_checkpoint", 1),
+        (0, "pipeline.training.checkpoints.AtomicCheckpointIO.save_checkpoint", 3),
+        (1, "pipeline.training.assembly.StepStrategy", 1),
+        (1, "pipeline.training.gradient_exchange._float_buffers", 3),
+        (1, f"{EXCHANGE}._average", 1),
+        (0, f"{EXCHANGE}._average", 2),
+    ],
+)
+def test_a_failure_at_any_place_of_one_process_ends_all_at_once(
+    ranked_trainings, undisturbed_pair, tmp_path, assert_same_run, capfd, rank, place, number
+):
+    started = time.monotonic()
+    prepare = in_rank(rank, place, number, fill_disk)
+    codes = ranked_trainings.end(ranked_trainings.start(tmp_path / "run", 2, *OPTIONS, prepare=prepare))
+    assert codes[rank] == INPUT
+    assert codes[1 - rank] in (1, INPUT)
+    # What hangs is found out by timeouts of many minutes.
+    assert time.monotonic() - started < 45
+    assert "No space left on device" in capfd.readouterr().err
+    ranked_trainings.finish(tmp_path / "run", 2, *OPTIONS)
+    assert_same_run(tmp_path / "run", undisturbed_pair)
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("pipeline.training.step_strategy.StepStrategy.model_to_device", 1),
+        ("pipeline.training.gradient_noise.GradientNoise.mean_of_own", 2),
+    ],
+)
+def test_memory_that_runs_out_between_passes_and_meetings_takes_all_down_a_rung(
+    ranked_trainings, plan, undisturbed_pair, tmp_path, assert_same_run, place, number
+):
+    ladder = tmp_path / "plan.json"
+    write_artifact(
+        ladder, replace(plan, fallbacks=(Rung(patch_size=plan.patch_size, batch_size=2, recompute_stages=1),))
+    )
+    prepare = in_rank(1, place, number, run_out_of_memory)
+    started = ranked_trainings.start(tmp_path / "run", 2, *OPTIONS, "--plan", str(ladder), prepare=prepare)
+    assert ranked_trainings.end(started) == [0, 0]
+    assert len(record(tmp_path / "run").step_downs) == 1
+    assert_same_run(tmp_path / "run", undisturbed_pair)
+
+
+def test_memory_that_runs_out_within_an_exchange_ends_all_and_the_same_command_goes_on(
+    ranked_trainings, undisturbed_pair, tmp_path, assert_same_run
+):
+    prepare = in_rank(1, f"{EXCHANGE}._average", 2, run_out_of_memory)
+    codes = ranked_trainings.end(ranked_trainings.start(tmp_path / "run", 2, *OPTIONS, prepare=prepare))
+    assert codes == [1, 1]
+    ranked_trainings.finish(tmp_path / "run", 2, *OPTIONS)
+    assert_same_run(tmp_path / "run", undisturbed_pair)
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [("pipeline.training.trainer.resolve_settings", 1), ("pipeline.training.attempt.finished_record", 1)],
+)
+def test_a_signal_to_one_process_at_the_start_or_the_end_stops_all_and_the_run_goes_on(
+    ranked_trainings, undisturbed_pair, tmp_path, assert_same_run, place, number
+):
+    prepare = in_rank(1, place, number, ask_to_stop)
+    codes = ranked_trainings.end(ranked_trainings.start(tmp_path / "run", 2, *OPTIONS, prepare=prepare))
+    assert codes == [STOPPED, STOPPED] or (0 in codes and set(codes) <= {0, STOPPED})
+    ranked_trainings.finish(tmp_path / "run", 2, *OPTIONS)
+    assert_same_run(tmp_path / "run", undisturbed_pair)
+
+
+def test_processes_on_machines_of_different_kinds_are_refused(ranked_trainings, tmp_path, capfd):
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            settings.choose_precision = lambda *_, **__: PrecisionChoice("bf16-mixed", "this machine has it")
+
+    assert ranked_trainings.end(ranked_trainings.start(tmp_path / "run", 2, *OPTIONS, prepare=prepare)) == [2, 2]
+    message = "error: hardware: the processes of this training differ in precision: 32-true, bf16-mixed"
+    assert capfd.readouterr().err.count(message) == 1
+
+
+def test_processes_that_read_different_checkpoints_are_refused(ranked_trainings, tmp_path, capfd):
+    options = (*OPTIONS, "--optim.name", "adamw")
+    stop = at_pass(0, 6, ask_to_stop)
+    assert ranked_trainings.end(ranked_trainings.start(tmp_path / "run", 2, *options, prepare=stop)) == [75, 75]
+
+    def prepare(rank: int) -> None:
+        real = AtomicCheckpointIO.load_checkpoint
+
+        def load(*arguments: object, **given: object) -> dict:
+            checkpoint = real(*arguments, **given)
+            checkpoint["optimizer_states"][0]["state"][0]["exp_avg"] += 1e-6
+            return checkpoint
+
+        if rank == 1:
+            AtomicCheckpointIO.load_checkpoint = load
+
+    assert ranked_trainings.end(ranked_trainings.start(tmp_path / "run", 2, *options, prepare=prepare)) == [2, 2]
+    assert "the processes read different checkpoints" in capfd.readouterr().err
+
+
+def test_what_one_process_cannot_read_is_told_to_all_at_once(ranked_trainings, tmp_path, capfd):
+    prepare = in_rank(1, "pipeline.api.read_artifact", 1, fill_disk)
+    started = time.monotonic()
+    codes = ranked_trainings.end(ranked_trainings.start(tmp_path / "run", 2, *OPTIONS, prepare=prepare))
+    assert codes == [INPUT, INPUT]
+    assert time.monotonic() - started < 45
+    assert "No space left on device" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--max_epochs", "auto", "--max_time", "20s"), ("--stage_to",)])
+def test_processes_agree_on_the_number_of_epochs_and_share_a_staged_store(ranked_trainings, tmp_path, options):
+    given = (*options, str(tmp_path / "disk")) if options == ("--stage_to",) else options
+    started = ranked_trainings.start(tmp_path / "run", 2, *OPTIONS, *given)
+    codes = ranked_trainings.end(started)
+    assert codes in ([0, 0], [STOPPED, STOPPED])
+    found = record(tmp_path / "run")
+    assert found.max_epochs is not None
+    assert found.max_epochs >= 1
+
+
 def test_an_error_of_one_process_ends_all_and_is_told_by_the_first(ranked_trainings, tmp_path, capfd):
     started = ranked_trainings.start(tmp_path / "run", 2, *OPTIONS, prepare=at_pass(1, 3, fail))
     assert ranked_trainings.end(started) == [1, 1]
@@ -231,7 +391,8 @@ def test_a_run_of_two_processes_goes_on_with_one_and_the_other_way_round(ranked_
 
 def test_a_number_of_processes_that_changes_the_effective_batch_is_refused(ranked_trainings, tmp_path, capfd):
     options = ("--iterations_per_epoch", "6", "--max_epochs", "1", "--effective_batch", "auto")
-    ranked_trainings.finish(tmp_path / "run", 1, *options)
+    stopped = ranked_trainings.start(tmp_path / "run", 1, *options, prepare=at_pass(0, 2, ask_to_stop))
+    assert ranked_trainings.end(stopped) == [STOPPED]
     assert ranked_trainings.end(ranked_trainings.start(tmp_path / "run", 2, *options)) == [INPUT, INPUT]
     message = "effective_batch: an optimiser step would see 4 patches on 2 process(es), and saw 2"
     assert capfd.readouterr().err.count(f"error: {message}") == 1
