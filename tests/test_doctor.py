@@ -305,7 +305,8 @@ def test_the_figures_are_those_of_a_training(step: dict[str, Any], planned: Path
     assert parts["save"]["figures"]["checkpoint_bytes"] == pytest.approx(size, rel=0.1)
     row = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     peak = int(dict(zip(row[0].split(","), row[1].split(","), strict=True))["peak_ram_bytes"])
-    assert parts["train"]["peak_ram_bytes"] == pytest.approx(peak, rel=0.2)
+    # What data workers hold is looked at in one moment only.
+    assert parts["train"]["peak_ram_bytes"] == pytest.approx(peak, rel=0.5)
 
 
 @pytest.mark.slow

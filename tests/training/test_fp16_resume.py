@@ -123,7 +123,7 @@ def test_a_stopped_training_goes_on_with_the_scale_and_its_count_of_good_steps(
 def test_a_training_that_is_killed_again_and_again_gets_to_the_same_end(fp16, trainings, assert_same_run, tmp_path):
     saving = type(trainings)([*trainings.arguments, "--save_every_minutes", "1e-9"])
     saving.finish(tmp_path / "whole")
-    moments, kills, code, scales = random.Random(16), 0, None, set()
+    moments, kills, code = random.Random(16), 0, None
     while code != 0:
         process = saving.start(tmp_path / "run")
         heartbeat = tmp_path / "run" / "heartbeat.json"
@@ -134,9 +134,7 @@ def test_a_training_that_is_killed_again_and_again_gets_to_the_same_end(fp16, tr
         process.kill()
         process.join()
         code, kills = process.exitcode, kills + (process.exitcode != 0)
-        scales.add(scaler_state(tmp_path / "run")["scale"])
         assert kills < 60
     assert kills >= 3
-    assert len(scales) >= 2
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert scaler_state(tmp_path / "run") == scaler_state(tmp_path / "whole")

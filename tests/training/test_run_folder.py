@@ -103,7 +103,7 @@ def test_auto_takes_the_plans_batch_and_reaches_its_effective_batch(plan, make_c
 
 
 def test_several_devices_are_refused(plan, make_config):
-    with pytest.raises(InputError, match=r"hardware\.devices: 2 devices"):
+    with pytest.raises(InputError, match=r"hardware\.devices: 2 are asked for, and 1 process"):
         resolve_settings(plan, make_config(hardware={"devices": 2}))
 
 
