@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.geometry import Shape3
+from pipeline.geometry import Grid, Shape3
 from pipeline.inference.export_formats import BLOSC2, ENTROPY, NIFTI_PROBABILITIES, VARIANCE, OutputFormat
 from pipeline.inference.postprocess import Step, apply_postprocessing
 from pipeline.io.probabilities import ProbabilitySpool, make_spool
-from pipeline.io.volume import Volume
+from pipeline.io.volume import SourceGrid, Volume
 from pipeline.plan import Plan
 from pipeline.preprocessing.restore import LabelReducer, Reducer
 from pipeline.preprocessing.score_resampling import Box
@@ -50,10 +50,10 @@ class OutputRequest:
         probabilities: The file that they are to be written to; None where they are not wanted.
     """
 
-    gives_probabilities: bool
-    entropy: bool
-    variance: bool
-    probabilities: Path | None
+    gives_probabilities: bool = False
+    entropy: bool = False
+    variance: bool = False
+    probabilities: Path | None = None
 
     @classmethod
     def of(cls, files: Mapping[OutputFormat, Path], *, gives_probabilities: bool) -> OutputRequest:
@@ -81,6 +81,9 @@ class OutputRequest:
         if not self.needs_probabilities:
             return 0
         return 4 if self.gives_probabilities else num_classes + 4
+
+
+LABEL_ONLY = OutputRequest()
 
 
 class OutputReducer:
@@ -123,19 +126,21 @@ class OutputReducer:
         for reducer in self._of_classes:
             reducer.close(box)
 
-    def finish(self, volume: Volume, steps: Sequence[Step]) -> Prediction:
-        """The results on the grid of the volume, post-processed."""
+    def finish(self, grid: Grid, source: SourceGrid | None, steps: Sequence[Step]) -> Prediction:
+        """The results, post-processed.
+
+        Args:
+            grid: Of the volume.
+            source: Of the volume.
+            steps: Post-processing.
+        """
         label: NDArray[Any] = self._label.label
         if steps:
-            label = apply_postprocessing(label, steps, volume.spacing)
+            label = apply_postprocessing(label, steps, grid.spacing)
         maps = {ENTROPY: self._entropy, VARIANCE: self._variance}
         return Prediction(
-            Volume(label[None], volume.grid, volume.source),
-            {
-                kind: Volume(reducer.values[None], volume.grid, volume.source)
-                for kind, reducer in maps.items()
-                if reducer is not None
-            },
+            Volume(label[None], grid, source),
+            {kind: Volume(each.values[None], grid, source) for kind, each in maps.items() if each is not None},
             self._spool,
         )
 

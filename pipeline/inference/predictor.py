@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal, TypeVar
@@ -13,18 +14,19 @@ from torch import Tensor, nn
 
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.geometry import Grid
 from pipeline.inference.attempts import Attempt, PlanMemory, plan_host_memory, run_attempts
 from pipeline.inference.ensemble import Ensemble, Member
 from pipeline.inference.export import check_formats, check_inputs, write_outputs
 from pipeline.inference.export_formats import OutputFormat, output_files
 from pipeline.inference.native_scores import reduce_blocks
-from pipeline.inference.outputs import OutputReducer, OutputRequest, Prediction
+from pipeline.inference.outputs import LABEL_ONLY, OutputReducer, OutputRequest, Prediction
 from pipeline.inference.postprocess import Step
 from pipeline.inference.prediction_memory import PredictionMemory, plan_sweeps
 from pipeline.inference.runs import load_runs
 from pipeline.inference.windows import SlidingWindow
 from pipeline.io.image_file import source_files
-from pipeline.io.volume import Volume
+from pipeline.io.volume import SourceGrid, Volume
 from pipeline.log import get_logger, track
 from pipeline.networks.precision import DeviceType, autocast, free_vram_bytes
 from pipeline.plan import Plan, Precision
@@ -94,22 +96,7 @@ class Predictor:
         network: nn.Module | None = None,
         max_ram: int | None = None,
     ) -> Predictor:
-        """Load a trained run.
-
-        Args:
-            run_dir: The run folder: `plan.json`, `checkpoints/`, and for mirroring `config.yaml`.
-            checkpoint: Which weights; averaged (EMA) ones where the checkpoint has them.
-            accelerator: "auto" takes a GPU where there is one.
-            num_threads: Of the network on a CPU, for the whole process; "auto" takes the allotted CPUs.
-            overlap: Least share of a window that its neighbour covers as well.
-            tta: "mirror" averages over all combinations of the axes that training mirrored.
-            network: A network of one's own that the run was trained with; None builds the plan's U-Net.
-            max_ram: Most bytes that the process may hold in host memory; None takes a share of the allotted memory.
-
-        Raises:
-            InputError: The run has no plan or no such checkpoint, the weights are another network's, there is no GPU,
-                or mirroring is asked of a run that was trained without.
-        """
+        """Load one trained run, without post-processing: `from_runs` by single options, with `max_ram` in bytes."""
         options = PredictOptions(
             checkpoint=checkpoint,
             accelerator=accelerator,
@@ -162,17 +149,13 @@ class Predictor:
         Raises:
             InputError: The number of channels is not the plan's, or the network gives no finite values.
         """
-        return self.predict_outputs(volume, {}).label
+        return self.segment(self.prepare(volume), volume.grid, volume.source).label
 
-    def predict_outputs(self, volume: Volume, files: Mapping[OutputFormat, Path]) -> Prediction:
-        """Segment one volume, with whatever else is to be written of it.
-
-        Args:
-            volume: As in `predict`.
-            files: By format, as `write_outputs` takes them.
+    def prepare(self, volume: Volume) -> PreparedImage:
+        """The volume as the network takes it.
 
         Raises:
-            InputError: As in `predict`; or the variance is asked of a single network; or the disk is full.
+            InputError: The number of channels is not the plan's, or voxels are not finite.
         """
         if volume.num_channels != self.plan.num_channels:
             names = ", ".join(channel.name for channel in self.plan.channels)
@@ -181,23 +164,39 @@ class Predictor:
                 where=volume.source.path if volume.source else "",
                 fix="Give one file per channel (_0000, _0001, ...) or one file with all of them as fourth axis",
             )
-        prepared = prepare_image(volume, self.plan)
-        request = OutputRequest.of(files, gives_probabilities=len(self.members) > 1)
+        return prepare_image(volume, self.plan)
+
+    def segment(
+        self,
+        prepared: PreparedImage,
+        grid: Grid,
+        source: SourceGrid | None,
+        files: Mapping[OutputFormat, Path] | None = None,
+    ) -> Prediction:
+        """The segmentation of a prepared image, post-processed, with whatever else is to be written of it.
+
+        Args:
+            prepared: The image.
+            grid: Of the volume that it was made from.
+            source: Of that volume.
+            files: By format, as `write_outputs` takes them; None for the segmentation alone.
+
+        Raises:
+            InputError: The network gives no finite values, `max_ram` is not enough, the variance is asked of a single
+                network, or the disk is full.
+        """
+        request = OutputRequest.of(files or {}, gives_probabilities=len(self.members) > 1)
         reduced = self.reduce(
-            prepared,
-            lambda: OutputReducer(prepared.native_grid.shape, self.plan, request),
-            with_variance=request.variance,
-            num_buffered=request.num_buffered(self.plan.num_classes),
+            prepared, lambda: OutputReducer(prepared.native_grid.shape, self.plan, request), request=request
         )
-        return reduced.finish(volume, self.postprocessing)
+        return reduced.finish(grid, source, self.postprocessing)
 
     def reduce(
         self,
         prepared: PreparedImage,
         make_reducer: Callable[[], AnyReducer],
         *,
-        with_variance: bool = False,
-        num_buffered: int = 0,
+        request: OutputRequest = LABEL_ONLY,
     ) -> AnyReducer:
         """Give the scores of a prepared image on its native grid, piece by piece, to a reducer.
 
@@ -206,8 +205,8 @@ class Predictor:
         Args:
             prepared: The image.
             make_reducer: Makes what takes the scores, once for every beginning.
-            with_variance: Give the variance over networks and mirrored passes as one more score behind the classes.
-            num_buffered: Values that the reducer keeps of every voxel of a box until it is closed.
+            request: What the reducer makes of them beside the segmentation: for a variance it is given that as one
+                more score behind the classes.
 
         Returns:
             The reducer that took all of them.
@@ -215,26 +214,41 @@ class Predictor:
         Raises:
             InputError: The scores are not finite in float32 either, or `max_ram` is not enough.
         """
-        native = NativeScores.of(prepared, self.plan, num_scores=self.plan.num_classes + with_variance)
-        return self._reduce(torch.from_numpy(prepared.array), native, make_reducer, num_buffered)
+        native = NativeScores.of(prepared, self.plan, num_scores=self.plan.num_classes + request.variance)
+        return self._reduce(torch.from_numpy(prepared.array), native, make_reducer, request)
+
+    def plan_memory(
+        self,
+        resampling: ScoreResampling,
+        window_batch: int | None = None,
+        max_bytes: int | None = None,
+        *,
+        request: OutputRequest = LABEL_ONLY,
+    ) -> PredictionMemory:
+        """How a volume is predicted; without a bound the way that computes the fewest windows."""
+        return plan_sweeps(
+            resampling,
+            self._ensemble(window_batch or self.window_batch, request).sweeps(),
+            num_channels=self.plan.num_channels,
+            num_buffered=request.num_buffered(self.plan.num_classes),
+            max_bytes=max_bytes,
+        )
+
+    def _ensemble(self, window_batch: int, request: OutputRequest) -> Ensemble:
+        return Ensemble(self.members, self.sliding(window_batch), with_variance=request.variance)
 
     def _reduce(
-        self, image: Tensor, native: NativeScores, make_reducer: Callable[[], AnyReducer], num_buffered: int = 0
+        self,
+        image: Tensor,
+        native: NativeScores,
+        make_reducer: Callable[[], AnyReducer],
+        request: OutputRequest = LABEL_ONLY,
     ) -> AnyReducer:
-        with_variance = native.num_classes > self.plan.num_classes
-
-        def plan_memory(window_batch: int, max_bytes: int | None) -> PredictionMemory:
-            return plan_sweeps(
-                native.resampling,
-                self._ensemble(window_batch, with_variance=with_variance).sweeps(),
-                num_channels=self.plan.num_channels,
-                num_buffered=num_buffered,
-                max_bytes=max_bytes,
-            )
+        plan_memory = partial(self.plan_memory, native.resampling, request=request)
 
         def run(attempt: Attempt) -> AnyReducer:
             reducer = make_reducer()
-            ensemble = self._ensemble(attempt.window_batch, with_variance=with_variance)
+            ensemble = self._ensemble(attempt.window_batch, request)
             stream = ensemble.stream(image.to(attempt.scores_device), attempt.memory)
             with autocast(attempt.precision, self.device_type):
                 reduce_blocks(stream, native, attempt.memory, [reducer])
@@ -308,10 +322,12 @@ class Predictor:
     def _predict_file(self, case: Case, files: Mapping[OutputFormat, Path]) -> None:
         image = read_case_image(case)
         check_formats(image, files)
-        write_outputs(self.predict_outputs(image, files), files, self.plan)
+        prediction = self.segment(self.prepare(image), image.grid, image.source, files)
+        write_outputs(prediction, files, self.plan)
 
-    def _ensemble(self, window_batch: int, *, with_variance: bool) -> Ensemble:
-        sliding = SlidingWindow(
+    def sliding(self, window_batch: int) -> SlidingWindow:
+        """The windows, so many of them at once."""
+        return SlidingWindow(
             window=self.plan.patch_size,
             num_classes=self.plan.num_classes,
             overlap=self.overlap,
@@ -319,7 +335,6 @@ class Predictor:
             window_batch=window_batch,
             device=self.device_type,
         )
-        return Ensemble(self.members, sliding, with_variance)
 
     def _first_attempt(self, plan_memory: PlanMemory, image: Tensor, result_bytes: int) -> Attempt:
         """Scores are gathered on the GPU while that takes no more windows and a share of its free memory."""
