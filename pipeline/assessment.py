@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from pipeline.allocation import resolve_num_workers
 from pipeline.artifacts import write_artifact
@@ -47,10 +48,14 @@ def postprocess_runs(config: PostprocessConfig) -> Postprocessing:
     """Choose by the held-out cases of all runs together, and write the choice into every one of their folders.
 
     Raises:
-        InputError: The runs have other classes, a case has several predictions, or there are too few cases.
+        InputError: The runs have different classes, a case has several predictions, there are too few cases, or a
+            folder cannot be written to.
     """
     run_dirs = [Path(folder) for folder in config.run_dirs]
     plan = _common_plan(run_dirs)
+    for run_dir in run_dirs:
+        # All or none: a choice that only some of the runs have is used by none of them.
+        _check_writable(run_dir)
     found = list_volumes(Path(config.predictions)) if config.predictions else _own_predictions(run_dirs)
     references = find_references(Path(config.labels)).paths
     wanted = set(found) & set(references)
@@ -74,6 +79,16 @@ def _common_plan(run_dirs: Sequence[Path]) -> Plan:
         if (plan.labels, plan.ignore_value) != (first.labels, first.ignore_value):
             raise InputError(f"has other classes than {run_dirs[0]}", where=run_dir, fix="Take runs of one dataset")
     return first
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot be written to ({error.strerror})", where=folder, fix="Check its permissions"
+        ) from error
 
 
 def _own_predictions(run_dirs: Sequence[Path]) -> dict[str, Path]:
