@@ -6,8 +6,9 @@ Heavy libraries are imported when a function needs them, so that importing this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +29,7 @@ from pipeline.export_config import ExportConfig
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
 from pipeline.postprocess_config import PostprocessConfig
-from pipeline.predict_config import PredictConfig
+from pipeline.predict_config import PredictConfig, PredictOptions
 from pipeline.rank_place import find_place
 from pipeline.status_config import StatusConfig
 
@@ -40,9 +41,10 @@ if TYPE_CHECKING:
     from pipeline.datasets.splits import Splits
     from pipeline.doctor.examination import Examination
     from pipeline.doctor.real_step import RealStep
-    from pipeline.evaluation.slices import ReportCase
     from pipeline.evaluation.summary import Metrics
     from pipeline.inference.postprocess import Postprocessing
+    from pipeline.inference.predictor import Predictor
+    from pipeline.io.volume import Volume
     from pipeline.status import WorkStatus
     from pipeline.store import CaseStore
     from pipeline.training.ranks import Ranks
@@ -250,7 +252,7 @@ def _planned_step(config: DoctorConfig) -> Callable[[], RealStep]:
 def predict(
     config: PredictConfig, *, network: nn.Module | None = None, case_ids: Collection[str] | None = None
 ) -> list[Path]:
-    """Segment what `input` names with a trained run, one file per case in `output`.
+    """Segment what `input` names with a trained run, or with several as one; one file per case in `output`.
 
     Args:
         config: Options.
@@ -261,26 +263,59 @@ def predict(
         CasesFailedError: Some cases failed; the rest is written.
     """
     from pipeline.inference.dicom_inputs import find_cases
-    from pipeline.inference.export import FORMATS
-    from pipeline.inference.loading import read_held_out
-    from pipeline.inference.predictor import Predictor
+    from pipeline.inference.export_formats import output_formats
+    from pipeline.inference.loading import read_held_out_by_all
 
+    run_dirs = [Path(folder) for folder in config.run_dirs]
     if config.cases == "held_out":
-        case_ids = read_held_out(Path(config.run_dir))
+        case_ids = read_held_out_by_all(run_dirs)
+        # What these cases themselves have chosen would flatter their scores, and hide what it was chosen by.
+        config = replace(config, postprocess="none")
     with TemporaryDirectory() as references:
         cases = find_cases(config, Path(references), case_ids)
-        predictor = Predictor.from_run(
-            Path(config.run_dir),
-            checkpoint=config.checkpoint,
-            accelerator=config.accelerator,
-            num_threads=config.num_threads,
-            overlap=config.overlap,
-            tta=config.tta,
-            network=network,
-            max_ram=config.max_ram_bytes,
-        )
-        formats = FORMATS[config.format]
+        predictor = load_predictor(run_dirs, config, network=network)
+        formats = output_formats(config)
         return predictor.predict_files(cases, Path(config.output), formats=formats, overwrite=config.overwrite)
+
+
+def load_predictor(
+    run_dir: str | Path | Sequence[str | Path],
+    options: PredictOptions | None = None,
+    *,
+    network: nn.Module | None = None,
+) -> Predictor:
+    """Load trained runs once, to segment many volumes with `Predictor.predict`, also from several threads.
+
+    Args:
+        run_dir: A run folder, or several: the probabilities of their networks are averaged.
+        options: How they are asked; None for the defaults of `voxfit predict`.
+        network: The network of one's own that the runs were trained with.
+    """
+    from pipeline.inference.predictor import Predictor
+
+    run_dirs = [run_dir] if isinstance(run_dir, str | Path) else run_dir
+    return Predictor.from_runs([Path(folder) for folder in run_dirs], options, network=network)
+
+
+def predict_volume(
+    run_dir: str | Path | Sequence[str | Path],
+    volume: Volume,
+    options: PredictOptions | None = None,
+    *,
+    network: nn.Module | None = None,
+) -> Volume:
+    """Segment one volume in memory; no file is written.
+
+    Args:
+        run_dir: As in `load_predictor`, which saves loading the runs again for the next volume.
+        volume: (C, I, J, K) intensities in RAS order, as `pipeline.io.image_file.read_volume` gives them.
+        options: As in `load_predictor`.
+        network: As in `load_predictor`.
+
+    Returns:
+        (1, I, J, K) class values on the volume's own grid.
+    """
+    return load_predictor(run_dir, options, network=network).predict(volume)
 
 
 # ---- export
@@ -322,6 +357,7 @@ def evaluate(
     Raises:
         CasesFailedError: Some cases could not be scored; the rest is written.
     """
+    from pipeline.assessment import write_evaluation_report
     from pipeline.evaluation.evaluate import evaluate_folder
     from pipeline.evaluation.summary import write_metrics
 
@@ -334,61 +370,18 @@ def evaluate(
     )
     write_metrics(Path(config.out), metrics)
     if config.report:
-        _write_report(config, metrics, facts)
+        write_evaluation_report(config, metrics, facts)
     return _finish(metrics, metrics.failures, done=f"{len(metrics.cases)} case(s) evaluated")
-
-
-def _write_report(config: EvaluateConfig, metrics: Metrics, facts: Mapping[str, str] | None) -> None:
-    from pipeline.evaluation.report import write_report
-
-    curves = Path(config.run_dir) / "metrics.csv" if config.run_dir else None
-    facts = {"predictions": Path(config.predictions).name, **(facts or {})}
-    cases = _shown_cases(config, metrics) if config.images else []
-    title = facts.get("dataset", "Evaluation")
-    write_report(Path(config.report), metrics, title=title, facts=facts, curves_csv=curves, cases=cases)
-    get_logger("evaluate").info("report: %s", config.report)
-
-
-def _shown_cases(config: EvaluateConfig, metrics: Metrics) -> list[ReportCase]:
-    """The volumes that the report shows."""
-    from pipeline.evaluation.pairs import find_references, list_volumes
-    from pipeline.evaluation.shown_cases import read_shown_cases
-    from pipeline.inference.inputs import find_inputs
-
-    return read_shown_cases(
-        metrics,
-        images={case.case_id: case for case in find_inputs(Path(config.images))},
-        references=find_references(Path(config.labels)).paths,
-        predictions=list_volumes(Path(config.predictions)),
-    )
 
 
 # ---- postprocess
 
 
 def postprocess(config: PostprocessConfig) -> Postprocessing:
-    """Choose the post-processing that improves held-out predictions, and write it into the run folder."""
-    from pipeline.evaluation.pairs import find_references, list_volumes, pair_cases
-    from pipeline.inference.loading import read_held_out, read_plan
-    from pipeline.inference.postprocess import FILE_NAME
-    from pipeline.inference.postprocess_choice import choose_postprocessing
+    """Choose the post-processing that improves held-out predictions, and write it into the run folders."""
+    from pipeline.assessment import postprocess_runs
 
-    run_dir = Path(config.run_dir)
-    made = read_plan(run_dir)
-    found = list_volumes(Path(config.predictions) if config.predictions else run_dir / "validation")
-    references = find_references(Path(config.labels)).paths
-    wanted = set(found) & set(references)
-    if config.cases == "held_out":
-        wanted &= set(read_held_out(run_dir))
-    chosen = choose_postprocessing(
-        pair_cases(found, references, wanted)[0],
-        made.labels,
-        ignore_value=made.ignore_value,
-        min_gain=config.min_gain,
-        num_workers=resolve_num_workers(config.num_workers),
-    )
-    write_artifact(run_dir / FILE_NAME, chosen)
-    return chosen
+    return postprocess_runs(config)
 
 
 def _finish(result: Result, failures: Mapping[str, str], *, done: str, things: str = "case(s)") -> Result:

@@ -113,6 +113,8 @@ def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tup
         input=config.dataset,
         output=str(predictions),
         tta=config.tta,
+        # Post-processing is chosen by these predictions.
+        postprocess="none",
         accelerator=hardware.accelerator,
         num_threads=hardware.num_threads,
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -66,6 +67,7 @@ POSITIONAL = {
 }
 PROGRAM = "voxfit"
 NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?")
+LIST = re.compile(r"tuple\[(\w+), \.\.\.\]")
 UNION_ERROR = re.compile(
     r'Parser key "(?P<key>[^"]+)":\s+Does not validate.*?Subtypes: \[(?P<kinds>[^\n]*)\]'
     r".*?Given value: (?P<value>[^\n]*)",
@@ -169,7 +171,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     if name in subparsers:
         config = COMMANDS[name].config
         _refuse_unknown(subparsers[name], arguments, set(option_names(config)))
-        arguments = list(_spell_out(arguments, {f"--{key}" for key in _switches(config)}))
+        lists = {f"--{key}": kind for key, kind in _lists(config)}
+        arguments = list(_spell_out(arguments, {f"--{key}" for key in _switches(config)}, lists))
     parsed = parser.parse_args(arguments)
     values = vars(parser.instantiate(parsed)[parsed.subcommand])
     values.pop("config", None)
@@ -227,8 +230,18 @@ def _switches(config: type[Any]) -> set[str]:
     return {item.name for item in fields(config) if item.type in ("bool", bool)}
 
 
-def _spell_out(arguments: Sequence[str], switches: set[str]) -> Iterator[str]:
-    """Write `--switch` as `--switch true` and `--key 1 2 3` or `--key 1,2,3` as `--key [1,2,3]`."""
+def _lists(config: type[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names of the options that take any number of values, and of which kind these are."""
+    for item in fields(config):
+        group: object = item.default_factory
+        if isinstance(group, type) and is_dataclass(group):
+            yield from _lists(group, f"{prefix}{item.name}.")
+        elif found := LIST.search(str(item.type)):
+            yield prefix + item.name, found[1]
+
+
+def _spell_out(arguments: Sequence[str], switches: set[str], lists: Mapping[str, str]) -> Iterator[str]:
+    """Write `--switch` as `--switch true` and `--key 1 2 3`, `--key 1,2,3` or `--key a b` as `--key [...]`."""
     words = list(arguments)
     while words:
         word = words.pop(0)
@@ -236,15 +249,24 @@ def _spell_out(arguments: Sequence[str], switches: set[str]) -> Iterator[str]:
         if word in switches and (not words or words[0].lower() not in ("true", "false")):
             yield "true"
         if word.startswith("--") and words:
-            yield from _number_list(words)
+            yield from _word_list(words) if lists.get(word) == "str" else _number_list(words, always=word in lists)
 
 
-def _number_list(words: list[str]) -> Iterator[str]:
+def _number_list(words: list[str], *, always: bool) -> list[str]:
+    """The numbers at the beginning, which are taken off, as one word; a single one as a list too if `always`."""
     numbers: list[str] = []
     while words and all(NUMBER.fullmatch(part) for part in words[0].split(",")):
         numbers += words.pop(0).split(",")
-    if numbers:
-        yield numbers[0] if len(numbers) == 1 else f"[{','.join(numbers)}]"
+    if not numbers:
+        return []
+    return [numbers[0] if len(numbers) == 1 and not always else f"[{','.join(numbers)}]"]
+
+
+def _word_list(words: list[str]) -> list[str]:
+    """The words before the next option, which are taken off, as one word; a single one stays as it is."""
+    count = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    taken = [words.pop(0) for _ in range(count)]
+    return [json.dumps(taken)] if len(taken) > 1 else taken
 
 
 def _shorten(message: str) -> str:

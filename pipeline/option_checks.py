@@ -43,6 +43,20 @@ def within_unit(config: object, *names: str, prefix: str = "") -> list[str]:
     return [f"{prefix}{name}: must be 0 to 1, got {value}" for name, value in values.items() if not 0 <= value <= 1]
 
 
+def as_words(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One or several words as several."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def repeated(config: object, name: str) -> list[str]:
+    """A problem where an option of one or several words has none, an empty one, or one twice."""
+    words = as_words(getattr(config, name))
+    if not words or not all(words):
+        return [f"{name}: must not be empty"]
+    twice = sorted({word for word in words if words.count(word) > 1})
+    return [f"{name}: stands more than once: {', '.join(twice)}"] if twice else []
+
+
 def parse_bytes(text: str) -> int:
     """Bytes from an amount of memory such as "24GiB", "24GB", "24" or "512 MiB"; 0 where the text is none.
 

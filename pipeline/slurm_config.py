@@ -28,6 +28,8 @@ class SlurmConfig(Checked):
     """Folder of the scripts; `bash jobs/submit.sh` starts them all."""
     train_config: str = ""
     """YAML file with options of `voxfit train`, which is given it as --config."""
+    predict_input: str = ""
+    """New images, as `voxfit predict --input` takes them: adds a job that segments them with all folds as one."""
     num_folds: int | Auto = "auto"
     """Folds; auto is what train_config says, or 5."""
     max_epochs: int | Auto = "auto"

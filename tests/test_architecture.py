@@ -38,7 +38,7 @@ LAYERS = [
     {"networks", "losses", "sampling"},
     {"planning", "inference", "evaluation"},
     {"training"},
-    {"doctor"},
+    {"doctor", "assessment"},
     {"api"},
     {"chain", "job_scripts"},
     {"cli"},

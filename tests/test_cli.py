@@ -140,3 +140,37 @@ def test_help_is_given_without_loading_torch() -> None:
     )
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert output.strip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--run_dir", "R"], "R"),
+        (["--run_dir", "R", "R 2", "it's: [3]"], ("R", "R 2", "it's: [3]")),
+        (["--run_dir=R"], "R"),
+        (["--run_dir", "12"], "12"),
+        (["--run_dir", "1", "2", "c"], ("1", "2", "c")),
+        (["--run_dir", "07", "1.50"], ("07", "1.50")),
+        (["--run_dir", '["a", "b"]'], ("a", "b")),
+    ],
+)
+def test_one_or_several_folders_are_typed_as_people_type_them(
+    words: list[str], expected: str | tuple[str, ...], tmp_path: Path
+) -> None:
+    for arguments in (["--input", "i", *words, "--output", "o"], [*words, "--input", "i", "--output", "o"]):
+        assert parse(["predict", *arguments])[1].run_dir == expected
+    path = tmp_path / "a.yaml"
+    path.write_text("run_dir: [fold_0, fold_1]\ntta_axes: [1]\ntta: mirror\n")
+    config = parse(["predict", "--config", str(path), "--input", "i", "--output", "o"])[1]
+    assert (config.run_dirs, config.tta_axes) == (("fold_0", "fold_1"), (1,))
+    assert parse(["predict", "--config", str(path), *words, "--input", "i", "--output", "o"])[1].run_dir == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "axes"), [(["0"], (0,)), (["0", "2"], (0, 2)), (["1,2"], (1, 2)), (["auto"], "auto")]
+)
+def test_axes_are_one_or_several_numbers(words: list[str], axes: tuple[int, ...] | str) -> None:
+    paths = ["predict", "--run_dir", "r", "--input", "i", "--output", "o"]
+    assert parse([*paths, "--tta", "mirror", "--tta_axes", *words])[1].tta_axes == axes
+    if axes != "auto":
+        assert parse([*TRAIN, "--augmentation.mirror_axes", *words])[1].augmentation.mirror_axes == axes

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pipeline.errors import InputError
@@ -25,3 +27,25 @@ def test_what_is_no_amount_of_memory_is_refused_with_the_option_named(text: str)
 def test_all_problems_come_in_one_error() -> None:
     with pytest.raises(InputError, match=r"overlap: .*; max_ram: .*; num_threads: "):
         PredictConfig(**PATHS, overlap=1.0, max_ram="x", num_threads=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run_dir": ("a", "b", "a")}, "run_dir: stands more than once: a"),
+        ({"run_dir": ()}, "run_dir: must not be empty"),
+        ({"run_dir": ""}, "run_dir: must not be empty"),
+        ({"tta_axes": (0, 3), "tta": "mirror"}, r"tta_axes: must be some of 0, 1 and 2, or auto, got \[0, 3\]"),
+        ({"tta_axes": (), "tta": "mirror"}, "tta_axes: must be some of"),
+        ({"tta_axes": (0,)}, "tta_axes: goes with tta mirror"),
+        ({"uncertainty": "variance"}, "uncertainty: variance is over several runs, and run_dir names one"),
+    ],
+)
+def test_what_cannot_be_asked_of_runs_is_refused_with_the_option_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PredictConfig(**{**PATHS, **options})
+
+
+def test_a_variance_may_be_asked_of_several_runs() -> None:
+    assert PredictConfig(**{**PATHS, "run_dir": ("a", "b")}, uncertainty="variance").run_dirs == ("a", "b")
+    assert PredictConfig(**PATHS).run_dirs == ("run",)

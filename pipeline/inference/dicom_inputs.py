@@ -153,7 +153,7 @@ def find_cases(config: PredictConfig, references: Path, case_ids: Collection[str
         return find_dicom_inputs(
             path,
             references,
-            [channel.name for channel in read_plan(Path(config.run_dir)).channels],
+            [channel.name for channel in read_plan(Path(config.run_dirs[0])).channels],
             channels=parse_channels(config.channels),
             allow_tilt=config.allow_tilt,
             num_workers=resolve_num_workers("auto"),

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from pipeline.datasets.case import Case
 from pipeline.errors import InputError
+from pipeline.inference.export_formats import BLOSC2, NIFTI_PROBABILITIES, OutputFormat
+from pipeline.inference.outputs import Prediction
 from pipeline.io.dicom.frames import Stack
 from pipeline.io.dicom.references import anonymous_errors
 from pipeline.io.dicom.tilt import back_to_slices
-from pipeline.io.image_file import is_series, write_label
+from pipeline.io.image_file import is_series, write_label, write_map
 from pipeline.io.volume import Volume
 from pipeline.plan import Plan
 
-OutputFormat = Literal["nifti", "dicom_seg"]
 NO_SERIES = "Use --format nifti"
-SUFFIXES: dict[OutputFormat, str] = {"nifti": ".nii.gz", "dicom_seg": ".dcm"}
-FORMATS: dict[str, tuple[OutputFormat, ...]] = {
-    "nifti": ("nifti",),
-    "dicom_seg": ("dicom_seg",),
-    "both": ("nifti", "dicom_seg"),
-}
-
-
-def output_files(case_id: str, folder: Path, formats: Sequence[OutputFormat]) -> dict[OutputFormat, Path]:
-    """The files of a case by format."""
-    return {kind: folder / f"{case_id}{SUFFIXES[kind]}" for kind in formats}
 
 
 def check_inputs(cases: Sequence[Case], formats: Iterable[OutputFormat]) -> None:
@@ -58,17 +47,23 @@ def check_formats(image: Volume, formats: Iterable[OutputFormat]) -> None:
         read_segmentation_source(stack)
 
 
-def write_outputs(label: Volume, files: Mapping[OutputFormat, Path], plan: Plan) -> None:
-    """Write a segmentation in every format, each file atomically.
+def write_outputs(prediction: Prediction, files: Mapping[OutputFormat, Path], plan: Plan) -> None:
+    """Write what was made of a case in every format, each file atomically; the segmentation last.
 
     Args:
-        label: (1, I, J, K) class values on the grid of the image, with its source.
+        prediction: On the grid of the image, with its source.
         files: Where to, by format.
         plan: Names, values and codes of the classes.
 
     Raises:
         InputError: A file cannot be written.
     """
+    label = prediction.label
+    for kind in (NIFTI_PROBABILITIES, BLOSC2):
+        if kind in files and prediction.probabilities is not None:
+            prediction.probabilities.write(files[kind], label)
+    for kind, values in prediction.maps.items():
+        write_map(files[kind], values)
     if "nifti" in files:
         write_label(files["nifti"], label)
     if "dicom_seg" in files:

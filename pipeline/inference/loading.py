@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -42,6 +42,19 @@ def read_held_out(run_dir: Path) -> tuple[str, ...]:
     if not isinstance(fold, int) or not 0 <= fold < len(splits.folds):
         raise InputError(f"the run held out no fold (fold: {fold})", where=run_dir, fix="Use --cases all")
     return splits.folds[fold].validation
+
+
+def read_held_out_by_all(run_dirs: Sequence[Path]) -> tuple[str, ...]:
+    """Ids of the cases that none of the runs was trained on.
+
+    Raises:
+        InputError: See `read_held_out`; or there are none, as of the folds of a cross-validation.
+    """
+    first, *others = [read_held_out(run_dir) for run_dir in run_dirs]
+    common = tuple(case_id for case_id in first if all(case_id in held_out for held_out in others))
+    if not common:
+        raise InputError("no case was held out by all of the runs", fix="Predict with one run at a time")
+    return common
 
 
 def as_trained(plan: Plan, run_dir: Path) -> Plan:
@@ -104,18 +117,23 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, where: Pa
 
 
 def read_mirror_axes(run_dir: Path) -> tuple[int, ...]:
-    """The axes that training mirrored, from the run's `config.yaml`; the defaults where the run has none.
+    """The axes that training mirrored, where it did.
 
     Raises:
         InputError: Training did not mirror: a network that never saw a mirrored image is not to be asked about one.
     """
-    default = AugmentationConfig()
-    group = _read_augmentation(run_dir / "config.yaml")
-    trained = group.get("enabled", default.enabled) and group.get("mirror", default.mirror)
-    axes = tuple(group.get("mirror_axes", default.mirror_axes)) if trained else ()
+    axes = trained_mirror_axes(run_dir)
     if not axes:
         raise InputError("the run was trained without mirroring", where=run_dir, fix="Use --tta none")
     return axes
+
+
+def trained_mirror_axes(run_dir: Path) -> tuple[int, ...]:
+    """The axes that training mirrored, from the run's `config.yaml`; the defaults where the run has none."""
+    default = AugmentationConfig()
+    group = _read_augmentation(run_dir / "config.yaml")
+    trained = group.get("enabled", default.enabled) and group.get("mirror", default.mirror)
+    return tuple(group.get("mirror_axes", default.mirror_axes)) if trained else ()
 
 
 def _read_augmentation(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.inference.planes import Planes, Scores
 from pipeline.inference.prediction_memory import Block, PredictionMemory
 from pipeline.inference.sliding_window import stream_planes
-from pipeline.inference.window_outputs import Network
+from pipeline.inference.window_outputs import Network, gathers_features
 from pipeline.inference.windows import SlidingWindow
 from pipeline.preprocessing.restore import NativeScores, Reducer
 from pipeline.slabs.store import slab_ranges
@@ -65,7 +65,7 @@ def stream_block(
         axis=memory.axis,
         region=block.source,
         keep=memory.keep,
-        of_features=memory.of_features,
+        of_features=memory.of_features and gathers_features(network, sliding.num_classes),
     )
     for each in planes:
         each.check_finite()

@@ -4,6 +4,9 @@ A sweep along the longest axis holds the planes of one window, in as many channe
 where the network has fewer of these. Where that is too much, the volume is divided across the other axes into blocks
 that are swept one after the other. Every score stays the same to the last bit; what it costs is time, since windows
 that reach into two blocks are computed for both. Nothing is written to disk.
+
+Several networks that are combined sweep side by side, so the planes of all of them are held; the windows of only one
+are in a network at a time.
 """
 
 from __future__ import annotations
@@ -30,6 +33,29 @@ LIVE_ACTIVATIONS = 8
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """One network on its way over a volume, or one of its mirrored passes.
+
+    Attributes:
+        sliding: The windows.
+        num_features: Of the network, see `window_outputs.num_features`.
+    """
+
+    sliding: SlidingWindow
+    num_features: int | None = None
+
+    @property
+    def of_features(self) -> bool:
+        """Whether features are gathered in place of scores."""
+        return self.num_features is not None and self.num_features < self.sliding.num_classes
+
+    @property
+    def gathered(self) -> int:
+        """Channels that are gathered."""
+        return self.num_features if self.of_features and self.num_features else self.sliding.num_classes
+
+
+@dataclass(frozen=True)
 class Block:
     """What one sweep is for.
 
@@ -49,13 +75,14 @@ class PredictionMemory:
     Attributes:
         axis: Of the sweeps.
         keep: Planes that are handed on once more, for interpolation between planes.
-        of_features: Gather features instead of scores.
+        of_features: Gather features instead of scores, of networks that have fewer of them.
         blocks: One sweep each.
         rows: Planes of the result at a time.
         chunk: Classes at a time.
-        num_windows, fewest_windows: Windows that are computed, and those of a single block.
+        num_windows, fewest_windows: Windows that are computed, and those of a single block, by all networks.
         parts: Bytes by what takes them: "means" gathered, "slab" on its way to the native grid, "window" in the
             network, which is an estimate.
+        num_sweeps: Sweeps side by side.
     """
 
     axis: int
@@ -67,6 +94,7 @@ class PredictionMemory:
     num_windows: int
     fewest_windows: int
     parts: Mapping[str, int]
+    num_sweeps: int = 1
 
     @property
     def num_bytes(self) -> int:
@@ -78,8 +106,9 @@ class PredictionMemory:
         parts = ", ".join(f"{value / GIB:.2f} {name}" for name, value in self.parts.items())
         what = "features" if self.of_features else "scores"
         again = f", {self.num_windows / self.fewest_windows:.2f} times the windows" if len(self.blocks) > 1 else ""
+        several = f" of {self.num_sweeps} sweeps side by side" if self.num_sweeps > 1 else ""
         return (
-            f"{what} are gathered along axis {'ijk'[self.axis]} in {len(self.blocks)} block(s){again}: "
+            f"{what}{several} are gathered along axis {'ijk'[self.axis]} in {len(self.blocks)} block(s){again}: "
             f"{self.num_bytes / GIB:.2f} GiB beside network, image and labels ({parts})"
         )
 
@@ -101,21 +130,39 @@ def plan_prediction_memory(
         num_features: Of the network, see `window_outputs.num_features`.
         max_bytes: Most that may be held beside network, image and result; None is no bound.
     """
+    return plan_sweeps(resampling, [Sweep(sliding, num_features)], num_channels=num_channels, max_bytes=max_bytes)
+
+
+def plan_sweeps(
+    resampling: ScoreResampling,
+    sweeps: Sequence[Sweep],
+    *,
+    num_channels: int = 1,
+    num_buffered: int = 0,
+    max_bytes: int | None = None,
+) -> PredictionMemory:
+    """As `plan_prediction_memory`, for networks that sweep a volume side by side.
+
+    Args:
+        resampling: From the prepared to the native grid.
+        sweeps: The networks.
+        num_channels: Of the image.
+        num_buffered: Values that reducers keep of every voxel of a slab of the result.
+        max_bytes: Most that may be held beside networks, image and result; None is no bound.
+    """
     axis = longest_axis(resampling.source_shape)
     by_axis = [
-        list(_divisions(resampling, sliding, other, most=1 if other == axis or max_bytes is None else None))
+        list(_divisions(resampling, sweeps, other, most=1 if other == axis or max_bytes is None else None))
         for other in range(3)
     ]
-    of_features = num_features is not None and num_features < sliding.num_classes
     need = _Need(
         resampling=resampling,
         axis=axis,
-        num_classes=sliding.num_classes,
-        gathered=num_features if of_features else sliding.num_classes,
-        held=held_planes(sliding, axis, resampling.source_shape, _planes_kept(resampling, axis)),
-        window_bytes=_window_bytes(sliding, num_channels, num_features),
+        sweeps=tuple(sweeps),
+        window_bytes=max(_window_bytes(sweep, num_channels) for sweep in sweeps),
+        num_buffered=num_buffered,
     )
-    ways = [(sum(need.parts(way).values()), prod(each.num_starts for each in way), way) for way in product(*by_axis)]
+    ways = [(sum(need.parts(way).values()), _num_windows(way), way) for way in product(*by_axis)]
     fitting = [(windows, taken, way) for taken, windows, way in ways if max_bytes is None or taken <= max_bytes]
     way = min(fitting or ways, key=lambda each: each[:2])[2]
     rows, chunk = need.pieces(way)
@@ -123,13 +170,14 @@ def plan_prediction_memory(
     return PredictionMemory(
         axis=axis,
         keep=_planes_kept(resampling, axis),
-        of_features=of_features,
+        of_features=any(sweep.of_features for sweep in sweeps),
         blocks=tuple(Block((i, j, k), resampling.source_box((i, j, k))) for i, j, k in boxes),
         rows=rows,
         chunk=chunk,
-        num_windows=prod(each.num_starts for each in way),
-        fewest_windows=prod(each[0].num_starts for each in by_axis),
+        num_windows=_num_windows(way),
+        fewest_windows=_num_windows([each[0] for each in by_axis]),
         parts=need.parts(way),
+        num_sweeps=len(sweeps),
     )
 
 
@@ -147,21 +195,26 @@ class _Division:
     Attributes:
         sides: On the grid of the result.
         longest_source, longest_native: Voxels of the longest side on both grids.
-        num_starts: Windows along the axis, those that reach into two sides counted for both.
+        num_starts: Windows along the axis by sweep, those that reach into two sides counted for both.
     """
 
     sides: tuple[slice, ...]
     longest_source: int
     longest_native: int
-    num_starts: int
+    num_starts: tuple[int, ...]
+
+
+def _num_windows(way: Sequence[_Division]) -> int:
+    """Windows of all sweeps."""
+    return sum(prod(starts) for starts in zip(*(division.num_starts for division in way), strict=True))
 
 
 def _divisions(
-    resampling: ScoreResampling, sliding: SlidingWindow, axis: int, *, most: int | None
+    resampling: ScoreResampling, sweeps: Sequence[Sweep], axis: int, *, most: int | None
 ) -> Iterator[_Division]:
     """Divisions of an axis into 1, 2, ... sides, at most `most`, or up to sides of half a window step."""
     size, source_size = resampling.shape[axis], resampling.source_shape[axis]
-    starts = sliding.starts(axis, source_size)
+    starts = {start for sweep in sweeps for start in sweep.sliding.starts(axis, source_size)}
     # Where a window begins, no other windows need to be computed for both sides than those that reach across.
     good = {resampling.num_ready(axis, start) for start in starts if start > 0} - {0, size}
     for number in range(1, min(size, most or 2 * len(starts)) + 1):
@@ -174,7 +227,10 @@ def _divisions(
                 tuple(sides),
                 max(side.stop - side.start for side in sources),
                 max(side.stop - side.start for side in sides),
-                sum(len(sliding.starts_within(axis, source_size, side)) for side in sources),
+                tuple(
+                    sum(len(sweep.sliding.starts_within(axis, source_size, side)) for side in sources)
+                    for sweep in sweeps
+                ),
             )
 
 
@@ -188,18 +244,21 @@ class _Need:
     Attributes:
         resampling: From the prepared to the native grid.
         axis: Of the sweeps.
-        num_classes: Classes.
-        gathered: Channels.
-        held: Planes at a time.
+        sweeps: The networks.
         window_bytes: What a window takes in the network.
+        num_buffered: Values that reducers keep of every voxel of a slab of the result.
     """
 
     resampling: ScoreResampling
     axis: int
-    num_classes: int
-    gathered: int
-    held: int
+    sweeps: tuple[Sweep, ...]
     window_bytes: int
+    num_buffered: int
+
+    @property
+    def gathered(self) -> int:
+        """Channels of all sweeps."""
+        return sum(sweep.gathered for sweep in self.sweeps)
 
     def parts(self, way: Sequence[_Division]) -> dict[str, int]:
         """Bytes by what takes them: of the largest block, should one have the longest of all sides."""
@@ -207,7 +266,10 @@ class _Need:
         rows, chunk = self.pieces(way)
         taken = min(int(rows * self._zoom) + 2, self.resampling.source_shape[self.axis]) * source
         # Planes of the source, scores of a chunk of classes there and three times beside, and the running maximum.
-        slab = (self.gathered + chunk) * taken + (3 * chunk + 3) * rows * native
+        slab = (self.gathered + chunk) * taken + (3 * chunk + 3 + self.num_buffered) * rows * native
+        if len(self.sweeps) > 1:
+            # Probabilities of a chunk, their mean and their spread, and what normalises them.
+            slab += (3 * chunk + 2 * len(self.sweeps)) * taken
         return {
             "means": self._gathered_bytes(source),
             "slab": FLOAT_BYTES * slab,
@@ -222,11 +284,14 @@ class _Need:
         rows = min(rows, self.resampling.shape[self.axis])
         voxels = rows * max(native, source * self._zoom)
         chunk = max(1, int(min(CHUNK_BYTES, SLAB_SHARE * slab) / (FLOAT_BYTES * voxels)))
-        return rows, min(chunk, self.num_classes)
+        return rows, min(chunk, self.sweeps[0].sliding.num_classes)
 
     def _gathered_bytes(self, source: int) -> int:
         """Means and the sum of their weights."""
-        return FLOAT_BYTES * (self.gathered + 1) * self.held * source
+        axis, shape = self.axis, self.resampling.source_shape
+        keep = _planes_kept(self.resampling, axis)
+        held = sum((sweep.gathered + 1) * held_planes(sweep.sliding, axis, shape, keep) for sweep in self.sweeps)
+        return FLOAT_BYTES * held * source
 
     def _planes(self, way: Sequence[_Division]) -> tuple[int, int]:
         """Voxels of a plane of the largest block on both grids."""
@@ -239,7 +304,8 @@ class _Need:
         return self.resampling.source_shape[self.axis] / self.resampling.shape[self.axis]
 
 
-def _window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
+def _window_bytes(sweep: Sweep, num_channels: int) -> int:
     """A window's batch, and what a network has alive of it: an estimate, for networks of others a low one."""
+    sliding, num_features = sweep.sliding, sweep.num_features
     live = LIVE_ACTIVATIONS * num_features if num_features is not None else 2 * sliding.num_classes
     return FLOAT_BYTES * sliding.window_batch * prod(sliding.window) * (2 * num_channels + live)

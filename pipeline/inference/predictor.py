@@ -12,32 +12,27 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.allocation import allotted_cpus
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.geometry import Grid
 from pipeline.inference.attempts import Attempt, PlanMemory, plan_host_memory, run_attempts
-from pipeline.inference.export import OutputFormat, check_formats, check_inputs, output_files, write_outputs
-from pipeline.inference.loading import (
-    as_trained,
-    find_checkpoint,
-    load_weights,
-    read_mirror_axes,
-    read_plan,
-    read_precision,
-)
-from pipeline.inference.native_scores import reduce_blocks, stream_block
-from pipeline.inference.prediction_memory import PredictionMemory, plan_prediction_memory
-from pipeline.inference.window_outputs import num_features
+from pipeline.inference.ensemble import Ensemble, Member
+from pipeline.inference.export import check_formats, check_inputs, write_outputs
+from pipeline.inference.export_formats import OutputFormat, output_files
+from pipeline.inference.native_scores import reduce_blocks
+from pipeline.inference.outputs import LABEL_ONLY, OutputReducer, OutputRequest, Prediction
+from pipeline.inference.postprocess import Step
+from pipeline.inference.prediction_memory import PredictionMemory, plan_sweeps
+from pipeline.inference.runs import load_runs
 from pipeline.inference.windows import SlidingWindow
 from pipeline.io.image_file import source_files
-from pipeline.io.volume import Volume
+from pipeline.io.volume import SourceGrid, Volume
 from pipeline.log import get_logger, track
-from pipeline.networks.precision import DeviceType, autocast, choose_device_type, choose_precision, free_vram_bytes
-from pipeline.networks.unet import UNet
-from pipeline.networks.weights import read_weights
+from pipeline.networks.precision import DeviceType, autocast, free_vram_bytes
 from pipeline.plan import Plan, Precision
+from pipeline.predict_config import PredictOptions
 from pipeline.preprocessing.preprocess import PreparedImage, prepare_image
-from pipeline.preprocessing.restore import LabelReducer, NativeScores, Reducer, ScoreReducer
+from pipeline.preprocessing.restore import NativeScores, Reducer, ScoreReducer
 from pipeline.preprocessing.score_resampling import ScoreResampling
 
 # The scores of a whole volume may take this share of a GPU's free memory; beyond it they are gathered on the host.
@@ -48,7 +43,10 @@ AnyReducer = TypeVar("AnyReducer", bound=Reducer)
 
 
 class Predictor:
-    """Segments volumes as a plan says; load it once and use it for many.
+    """Segments volumes as a plan says; load it once and use it for many, from several threads if need be.
+
+    Of a single network logits are brought to the native grid, of several the mean of their probabilities. Several
+    threads get the results of one; each plans its memory as if it were alone.
 
     Args:
         network: Takes (B, C, *patch_size) and gives logits (B, K, *patch_size) in evaluation mode, which it is put in.
@@ -60,6 +58,10 @@ class Predictor:
         window_batch: Windows that go through the network at once.
         max_ram: Most bytes that the process may hold in host memory while it predicts; None takes a share of the
             memory that the job was allotted.
+
+    Attributes:
+        members: The networks, each with its own window and mirrored axes; `from_runs` loads several.
+        postprocessing: What is done to every segmentation.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class Predictor:
         self.plan, self.device_type, self.precision = plan, device_type, precision
         self.overlap, self.tta_axes = overlap, tuple(tta_axes)
         self.window_batch, self.max_ram = window_batch, max_ram
+        self.members: tuple[Member, ...] = (Member(self.network, plan.patch_size, self.tta_axes),)
+        self.postprocessing: tuple[Step, ...] = ()
 
     @classmethod
     def from_run(
@@ -92,41 +96,46 @@ class Predictor:
         network: nn.Module | None = None,
         max_ram: int | None = None,
     ) -> Predictor:
-        """Load a trained run.
+        """Load one trained run, without post-processing: `from_runs` by single options, with `max_ram` in bytes."""
+        options = PredictOptions(
+            checkpoint=checkpoint,
+            accelerator=accelerator,
+            num_threads=num_threads,
+            overlap=overlap,
+            tta=tta,
+            postprocess="none",
+        )
+        predictor = cls.from_runs([run_dir], options, network=network)
+        predictor.max_ram = max_ram
+        return predictor
+
+    @classmethod
+    def from_runs(
+        cls, run_dirs: Sequence[Path], options: PredictOptions | None = None, *, network: nn.Module | None = None
+    ) -> Predictor:
+        """Load one trained run, or several that are asked as one: the probabilities of their networks are averaged.
 
         Args:
-            run_dir: The run folder: `plan.json`, `checkpoints/`, and for mirroring `config.yaml`.
-            checkpoint: Which weights; averaged (EMA) ones where the checkpoint has them.
-            accelerator: "auto" takes a GPU where there is one.
-            num_threads: Of the network on a CPU, for the whole process; "auto" takes the allotted CPUs.
-            overlap: Least share of a window that its neighbour covers as well.
-            tta: "mirror" averages over all combinations of the axes that training mirrored.
-            network: A network of one's own that the run was trained with; None builds the plan's U-Net.
-            max_ram: Most bytes that the process may hold in host memory; None takes a share of the allotted memory.
+            run_dirs: Run folders.
+            options: How they are asked; None for the defaults, post-processing that was chosen for them included.
+            network: A network of one's own that the runs were trained with; None builds the plans' U-Nets.
 
         Raises:
-            InputError: The run has no plan or no such checkpoint, the weights are another network's, there is no GPU,
-                or mirroring is asked of a run that was trained without.
+            InputError: See `load_runs`.
         """
-        plan = as_trained(read_plan(run_dir), run_dir)
-        weights = read_weights(find_checkpoint(run_dir, checkpoint))
-        device_type = choose_device_type(accelerator)
-        network = network if network is not None else _make_network(plan)
-        load_weights(network, weights, where=run_dir)
-        choice = choose_precision(read_precision(run_dir) or plan.precision, device_type=device_type)
-        if device_type == "cpu":
-            torch.set_num_threads(allotted_cpus() if num_threads == "auto" else num_threads)
-        get_logger("predict").info("network on %s in %s (%s)", device_type, *choice)
-        axes = read_mirror_axes(run_dir) if tta == "mirror" else ()
-        return cls(
-            network,
-            plan,
-            device_type=device_type,
-            precision=choice.precision,
-            overlap=overlap,
-            tta_axes=axes,
-            max_ram=max_ram,
+        options = options or PredictOptions()
+        runs = load_runs(run_dirs, options, network=network)
+        predictor = cls(
+            runs.members[0].network,
+            runs.plan,
+            device_type=runs.device_type,
+            precision=runs.precision,
+            overlap=options.overlap,
+            tta_axes=runs.members[0].tta_axes,
+            max_ram=options.max_ram_bytes,
         )
+        predictor.members, predictor.postprocessing = runs.members, runs.postprocessing
+        return predictor
 
     def predict(self, volume: Volume) -> Volume:
         """Segment one volume.
@@ -140,6 +149,14 @@ class Predictor:
         Raises:
             InputError: The number of channels is not the plan's, or the network gives no finite values.
         """
+        return self.segment(self.prepare(volume), volume.grid, volume.source).label
+
+    def prepare(self, volume: Volume) -> PreparedImage:
+        """The volume as the network takes it.
+
+        Raises:
+            InputError: The number of channels is not the plan's, or voxels are not finite.
+        """
         if volume.num_channels != self.plan.num_channels:
             names = ", ".join(channel.name for channel in self.plan.channels)
             raise InputError(
@@ -147,11 +164,40 @@ class Predictor:
                 where=volume.source.path if volume.source else "",
                 fix="Give one file per channel (_0000, _0001, ...) or one file with all of them as fourth axis",
             )
-        prepared = prepare_image(volume, self.plan)
-        reduced = self.reduce(prepared, lambda: LabelReducer(prepared.native_grid.shape, self.plan))
-        return Volume(reduced.label[None], volume.grid, volume.source)
+        return prepare_image(volume, self.plan)
 
-    def reduce(self, prepared: PreparedImage, make_reducer: Callable[[], AnyReducer]) -> AnyReducer:
+    def segment(
+        self,
+        prepared: PreparedImage,
+        grid: Grid,
+        source: SourceGrid | None,
+        files: Mapping[OutputFormat, Path] | None = None,
+    ) -> Prediction:
+        """The segmentation of a prepared image, post-processed, with whatever else is to be written of it.
+
+        Args:
+            prepared: The image.
+            grid: Of the volume that it was made from.
+            source: Of that volume.
+            files: By format, as `write_outputs` takes them; None for the segmentation alone.
+
+        Raises:
+            InputError: The network gives no finite values, `max_ram` is not enough, the variance is asked of a single
+                network, or the disk is full.
+        """
+        request = OutputRequest.of(files or {}, gives_probabilities=len(self.members) > 1)
+        reduced = self.reduce(
+            prepared, lambda: OutputReducer(prepared.native_grid.shape, self.plan, request), request=request
+        )
+        return reduced.finish(grid, source, self.postprocessing)
+
+    def reduce(
+        self,
+        prepared: PreparedImage,
+        make_reducer: Callable[[], AnyReducer],
+        *,
+        request: OutputRequest = LABEL_ONLY,
+    ) -> AnyReducer:
         """Give the scores of a prepared image on its native grid, piece by piece, to a reducer.
 
         Where 16 bits overflow, or where memory runs out, the volume is computed once more, which the log says.
@@ -159,30 +205,51 @@ class Predictor:
         Args:
             prepared: The image.
             make_reducer: Makes what takes the scores, once for every beginning.
+            request: What the reducer makes of them beside the segmentation: for a variance it is given that as one
+                more score behind the classes.
 
         Returns:
             The reducer that took all of them.
 
         Raises:
-            InputError: The logits are not finite in float32 either, or `max_ram` is not enough.
+            InputError: The scores are not finite in float32 either, or `max_ram` is not enough.
         """
-        native = NativeScores.of(prepared, self.plan)
-        return self._reduce(torch.from_numpy(prepared.array), native, make_reducer)
+        native = NativeScores.of(prepared, self.plan, num_scores=self.plan.num_classes + request.variance)
+        return self._reduce(torch.from_numpy(prepared.array), native, make_reducer, request)
 
-    def _reduce(self, image: Tensor, native: NativeScores, make_reducer: Callable[[], AnyReducer]) -> AnyReducer:
-        def plan_memory(window_batch: int, max_bytes: int | None) -> PredictionMemory:
-            return plan_prediction_memory(
-                native.resampling,
-                self._sliding(window_batch),
-                num_channels=self.plan.num_channels,
-                num_features=num_features(self.network),
-                max_bytes=max_bytes,
-            )
+    def plan_memory(
+        self,
+        resampling: ScoreResampling,
+        window_batch: int | None = None,
+        max_bytes: int | None = None,
+        *,
+        request: OutputRequest = LABEL_ONLY,
+    ) -> PredictionMemory:
+        """How a volume is predicted; without a bound the way that computes the fewest windows."""
+        return plan_sweeps(
+            resampling,
+            self._ensemble(window_batch or self.window_batch, request).sweeps(),
+            num_channels=self.plan.num_channels,
+            num_buffered=request.num_buffered(self.plan.num_classes),
+            max_bytes=max_bytes,
+        )
+
+    def _ensemble(self, window_batch: int, request: OutputRequest) -> Ensemble:
+        return Ensemble(self.members, self.sliding(window_batch), with_variance=request.variance)
+
+    def _reduce(
+        self,
+        image: Tensor,
+        native: NativeScores,
+        make_reducer: Callable[[], AnyReducer],
+        request: OutputRequest = LABEL_ONLY,
+    ) -> AnyReducer:
+        plan_memory = partial(self.plan_memory, native.resampling, request=request)
 
         def run(attempt: Attempt) -> AnyReducer:
             reducer = make_reducer()
-            placed, sliding = image.to(attempt.scores_device), self._sliding(attempt.window_batch)
-            stream = partial(stream_block, self.network, placed, sliding, attempt.memory)
+            ensemble = self._ensemble(attempt.window_batch, request)
+            stream = ensemble.stream(image.to(attempt.scores_device), attempt.memory)
             with autocast(attempt.precision, self.device_type):
                 reduce_blocks(stream, native, attempt.memory, [reducer])
             return reducer
@@ -190,12 +257,14 @@ class Predictor:
         return run_attempts(self._first_attempt(plan_memory, image, make_reducer().num_bytes), run, plan_memory)
 
     def predict_scores(self, image: Tensor) -> Tensor:
-        """Logits (num_classes, I, J, K) in float32 on the CPU of a prepared image (C, I, J, K), all of them at once.
+        """Scores (num_classes, I, J, K) in float32 on the CPU of a prepared image (C, I, J, K), all of them at once.
+
+        They are logits of a single network, and the mean of the probabilities of several.
 
         Where 16 bits overflow, the volume is computed once more in float32, which the log says.
 
         Raises:
-            InputError: The logits are not finite in float32 either.
+            InputError: The scores are not finite in float32 either.
         """
         shape, num_classes = (image.shape[1], image.shape[2], image.shape[3]), self.plan.num_classes
         unchanged = NativeScores(ScoreResampling(shape, shape), (0, 0, 0), num_classes)
@@ -253,9 +322,11 @@ class Predictor:
     def _predict_file(self, case: Case, files: Mapping[OutputFormat, Path]) -> None:
         image = read_case_image(case)
         check_formats(image, files)
-        write_outputs(self.predict(image), files, self.plan)
+        prediction = self.segment(self.prepare(image), image.grid, image.source, files)
+        write_outputs(prediction, files, self.plan)
 
-    def _sliding(self, window_batch: int) -> SlidingWindow:
+    def sliding(self, window_batch: int) -> SlidingWindow:
+        """The windows, so many of them at once."""
         return SlidingWindow(
             window=self.plan.patch_size,
             num_classes=self.plan.num_classes,
@@ -277,17 +348,6 @@ class Predictor:
             )
         get_logger("predict").info("on %s, %s", device, memory.describe())
         return Attempt(precision=self.precision, scores_device=device, window_batch=self.window_batch, memory=memory)
-
-
-def _make_network(plan: Plan) -> UNet:
-    """The plan's U-Net; windows of the size of its patch fit where the training step did."""
-    return UNet(
-        plan.num_channels,
-        plan.num_classes,
-        plan.network,
-        slab_stages=plan.slab_stages,
-        offload_stages=plan.offload_stages,
-    )
 
 
 def _make_folder(folder: Path) -> None:

@@ -133,7 +133,8 @@ class _WindowAdder:
     def __init__(
         self, network: Network, image: Tensor, sliding: SlidingWindow, mean: RunningMean, *, of_features: bool
     ) -> None:
-        self._flips = all_flips(sliding.tta_axes)
+        alone = tuple(axis + 2 for axis in sliding.mirrored)
+        self._flips = [alone] if alone else all_flips(sliding.tta_axes)
         self._outputs = WindowOutputs(network, sliding.num_classes, of_features, self._flips)
         self._image, self._sliding, self._mean = image, sliding, mean
         self._weights = gaussian_weights(sliding.window).to(image.device)[None] / len(self._flips)

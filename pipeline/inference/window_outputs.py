@@ -61,6 +61,12 @@ def num_features(network: Network) -> int | None:
     return getattr(network, "num_features", None) if hasattr(network, "pending_logits") else None
 
 
+def gathers_features(network: Network, num_classes: int) -> bool:
+    """Whether a network has fewer features than scores, so that its features are what a sweep gathers."""
+    found = num_features(network)
+    return found is not None and found < num_classes
+
+
 @dataclass(frozen=True)
 class WindowOutputs:
     """A network as what it gives for windows.

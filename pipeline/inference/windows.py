@@ -7,8 +7,8 @@ beyond it on both sides, so their slices may start below 0.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class SlidingWindow:
             passes.
         window_batch: Windows that go through the network at once.
         device: Where the network is; None for where the image is.
+        mirrored: Axes that are mirrored in every pass, to be mirrored back: one of the passes of `tta_axes` by itself.
 
     Raises:
         InputError: `overlap` or `tta_axes` are out of range.
@@ -47,6 +48,7 @@ class SlidingWindow:
     tta_axes: Sequence[int] = ()
     window_batch: int = 1
     device: torch.device | str | None = None
+    mirrored: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
@@ -54,6 +56,17 @@ class SlidingWindow:
         if not set(self.tta_axes) <= {0, 1, 2}:
             what = f"only the axes 0, 1 and 2 can be mirrored, got {list(self.tta_axes)}"
             raise InputError(what, where="tta_axes")
+
+    def for_network(self, window: Shape3, tta_axes: Sequence[int]) -> SlidingWindow:
+        """The same with another network's window and mirrored axes."""
+        return replace(self, window=window, tta_axes=tta_axes)
+
+    @property
+    def passes(self) -> list[SlidingWindow]:
+        """Every mirrored pass as a sweep of its own, the plain one first."""
+        axes = sorted(set(self.tta_axes))
+        flips = [flip for count in range(len(axes) + 1) for flip in combinations(axes, count)]
+        return [replace(self, tta_axes=(), mirrored=flip) for flip in flips]
 
     def starts(self, axis: int, size: int) -> list[int]:
         """First voxels of the windows along an axis of `size` voxels; below 0 where the window is larger."""

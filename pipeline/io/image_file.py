@@ -139,10 +139,28 @@ def write_label(path: Path, label: Volume) -> None:
     Raises:
         InputError: The file cannot be written.
     """
-    source = label.source
-    if source is None or not source.order.grid_to_ras(source.grid).is_close(label.grid):
-        source = SourceGrid.in_ras_order(path, label.grid)
-    nifti.write_label(path, label.array[0], source)
+    nifti.write_label(path, label.array[0], source_grid(path, label))
+
+
+def write_map(path: Path, values: Volume) -> None:
+    """Write values of every voxel as NIfTI, on the grid that `write_label` takes.
+
+    Args:
+        path: `.nii.gz` or `.nii`.
+        values: (1, I, J, K) float32 in RAS order.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    nifti.write_volume(path, Volume(values.array, values.grid, source_grid(path, values)))
+
+
+def source_grid(path: Path, volume: Volume) -> SourceGrid:
+    """The grid of the file that a volume came from, or the volume's own where that is another."""
+    source = volume.source
+    if source is None or not source.order.grid_to_ras(source.grid).is_close(volume.grid):
+        return SourceGrid.in_ras_order(path, volume.grid)
+    return source
 
 
 def _series(path: Path) -> tuple[tuple[Path, ...], bool] | None:

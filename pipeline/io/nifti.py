@@ -5,11 +5,12 @@ Legend: "file order" is the axis order on disk, (i, j, k[, t][, c]); everything 
 
 from __future__ import annotations
 
+import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -147,6 +148,44 @@ def write_volume(path: Path, volume: Volume, *, dtype: DTypeLike | None = None) 
     channels = source.order.from_ras(volume.array)
     voxels = channels[0] if volume.num_channels == 1 else np.moveaxis(channels, 0, -1)
     _write(path, voxels, source, np.dtype(dtype) if dtype is not None else _storable(volume.array.dtype))
+
+
+def write_channels(
+    path: Path, channels: Iterable[NDArray[Any]], num_channels: int, source: SourceGrid, *, slope: float
+) -> None:
+    """Write a 4D file channel by channel, atomically: no more than one is held.
+
+    Args:
+        path: `.nii.gz` or `.nii`.
+        channels: (I, J, K) of `num_channels` channels in RAS order, uint16.
+        num_channels: The file's fourth axis.
+        source: The grid to write on, see `write_label`.
+        slope: What the numbers are multiplied with when they are read.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    header = _output_header(source)
+    header.set_data_dtype(np.uint16)
+    try:
+        header.set_data_shape((*source.grid.shape, num_channels))
+    except HeaderDataError as error:
+        raise InputError(f"cannot have {num_channels} channels ({_first_line(error)})", where=path) from error
+    header.set_slope_inter(slope, 0)
+    header["vox_offset"] = header.single_vox_offset
+    dtype = np.dtype(np.uint16).newbyteorder(header.endianness)
+    with atomic_path(path) as temporary, _opened(temporary) as stream:
+        stream.write(header.binaryblock)
+        stream.write(b"\0" * (header.single_vox_offset - len(header.binaryblock)))
+        for voxels in channels:
+            own = source.order.from_ras(voxels)
+            for index in range(own.shape[2]):
+                stream.write(own[:, :, index].astype(dtype, copy=False).tobytes(order="F"))
+
+
+def _opened(path: Path) -> IO[bytes]:
+    # Level 1: most of what is written channel by channel is zeros, and of the rest higher ones gain little.
+    return cast(IO[bytes], gzip.open(path, "wb", compresslevel=1) if path.name.endswith(".gz") else path.open("wb"))
 
 
 def smallest_integer(lowest: int, highest: int) -> np.dtype[Any]:

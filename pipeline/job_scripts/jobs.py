@@ -66,7 +66,8 @@ class Chain:
 
     def jobs(self) -> tuple[Job, ...]:
         """All jobs in the order in which they run."""
-        return self._preprocess(), self._verify(), self._train(), self._predict(), self._evaluate()
+        found = self._preprocess(), self._verify(), self._train(), self._predict(), self._evaluate()
+        return (*found, self._ensemble()) if self.config.predict_input else found
 
     def _preprocess(self) -> Job:
         cpus = min(self.config.cpus, PREPROCESSING_CPUS)
@@ -139,6 +140,22 @@ class Chain:
                 f"--input {_quoted(self.config.dataset)}",
                 "--cases held_out",
                 f"--output {self._work('predictions')}",
+                "--accelerator " + ("gpu" if self.on_gpu else "cpu"),
+            ),
+        )
+
+    def _ensemble(self) -> Job:
+        memory = predict_memory(self.plan, self.sizes, on_gpu=self.on_gpu)
+        run_dirs = " ".join(self._work(f"fold_{fold}") for fold in range(self.num_folds))
+        return Job(
+            name="ensemble",
+            title="Segment new images with all folds as one: the mean of their probabilities.",
+            options=self._options("ensemble", cpus=self.config.cpus, memory=memory, num_gpus=1),
+            command="predict",
+            arguments=(
+                f"--run_dir {run_dirs}",
+                f"--input {_quoted(self.config.predict_input)}",
+                f"--output {self._work('ensemble')}",
                 "--accelerator " + ("gpu" if self.on_gpu else "cpu"),
             ),
         )

@@ -37,6 +37,9 @@ def slurm(config: SlurmConfig) -> JobScripts:
     from pipeline.datasets.dataset import read_dataset
 
     plan, dataset = read_artifact(Path(config.plan), Plan), read_dataset(config.dataset)
+    if config.predict_input and not Path(config.predict_input).exists():
+        # Or it would be found out when everything is trained.
+        raise InputError("does not exist", where=config.predict_input, fix="Give what `voxfit predict --input` takes")
     texts = render_scripts(config, plan, CaseSizes.of(dataset, plan), num_folds=read_num_folds(config))
     folder = Path(config.out)
     for name, text in texts.items():
@@ -77,17 +80,22 @@ def read_num_folds(config: SlurmConfig) -> int:
         raise InputError(what, where=config.train_config, fix="Give a YAML file for `voxfit train --config`") from error
 
 
-def _places(config: SlurmConfig) -> dict[str, str]:
+def _places(config: SlurmConfig) -> dict[str, str | bool]:
     """Where submit.sh finds the rest: paths start in the folder in which `voxfit slurm` was called."""
     out, here = Path(config.out), Path.cwd()
     up = shlex.quote(os.path.relpath(here, here / out))
     start = shlex.quote(str(here)) if out.is_absolute() else f'"$(dirname "${{BASH_SOURCE[0]}}")"/{up}'
     logs = str(Path(config.work_dir) / "logs")
-    return {"start": start, "jobs": shlex.quote(str(out)), "logs": shlex.quote(logs)}
+    return {
+        "start": start,
+        "jobs": shlex.quote(str(out)),
+        "logs": shlex.quote(logs),
+        "has_ensemble": bool(config.predict_input),
+    }
 
 
-def _render(template: str, values: Mapping[str, str | Job]) -> str:
+def _render(template: str, values: Mapping[str, str | bool | Job]) -> str:
     source = files("pipeline.job_scripts").joinpath(template).read_text(encoding="utf-8")
     # Values are quoted for the shell where they are made.
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source).render(**values) + "\n"
+    return environment.from_string(source).render(**values).rstrip("\n") + "\n"

@@ -123,10 +123,10 @@ class NativeScores:
     num_classes: int
 
     @classmethod
-    def of(cls, prepared: PreparedImage, plan: Plan) -> NativeScores:
-        """Those of a prepared image."""
+    def of(cls, prepared: PreparedImage, plan: Plan, *, num_scores: int | None = None) -> NativeScores:
+        """Those of a prepared image; `num_scores` where there are others than those of the classes."""
         resampling = ScoreResampling(prepared.grid.shape, prepared.crop_shape, plan.anisotropic_axis)
-        return cls(resampling, prepared.crop_start, plan.num_classes)
+        return cls(resampling, prepared.crop_start, plan.num_classes if num_scores is None else num_scores)
 
     def reduce(self, scores: ScoresByClasses, box: Box, reducers: Sequence[Reducer], *, chunk: int) -> None:
         """Give the scores of a box to reducers.

@@ -21,7 +21,13 @@ SIZES = CaseSizes(
     num_cases=120, native_voxels=512 * 512 * 300, stored_voxels=400 * 400 * 300, preparing_bytes=int(3.1 * GIB)
 )
 CONFIG = SlurmConfig(
-    dataset="Dataset", plan="work/plan.json", work_dir="work", out="scripts/slurm", account="imaging", partition="gpu"
+    dataset="Dataset",
+    plan="work/plan.json",
+    work_dir="work",
+    out="scripts/slurm",
+    predict_input="NewImages",
+    account="imaging",
+    partition="gpu",
 )
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Submit the whole chain: preprocess -> verify -> train (an array over folds) -> predict -> evaluate.
+# New images are segmented with all folds (ensemble) as soon as these are trained.
 # Written by `voxfit slurm`. Options are handed to every sbatch: bash submit.sh --partition=gpu
 # Submitting it again goes on: what is in the store is kept, finished folds end at once.
 set -euo pipefail
@@ -24,5 +25,7 @@ submit preprocess
 # afterany: also when a share failed, so that one place names every case that is missing. What follows needs all of them.
 submit verify "afterany:$job"
 submit train "afterok:$job"
+trained="$job"
 submit predict "afterok:$job"
 submit evaluate "afterok:$job"
+submit ensemble "afterok:$trained"

@@ -54,9 +54,16 @@ def make_plan() -> Callable[..., Plan]:
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Write a run folder with an untrained U-Net of the plan as its best checkpoint."""
 
-    def make(plan: Plan, *, config: dict[str, object] | None = None, num_classes: int | None = None) -> Path:
-        torch.manual_seed(3)
-        run_dir = tmp_path / "run"
+    def make(
+        plan: Plan,
+        *,
+        config: dict[str, object] | None = None,
+        num_classes: int | None = None,
+        name: str = "run",
+        seed: int = 3,
+    ) -> Path:
+        torch.manual_seed(seed)
+        run_dir = tmp_path / name
         network = UNet(plan.num_channels, num_classes or plan.num_classes, plan.network)
         state = {f"network.{key}": value for key, value in network.state_dict().items()}
         (run_dir / "checkpoints").mkdir(parents=True)

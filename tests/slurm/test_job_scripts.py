@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from pipeline.artifacts import write_artifact
 from pipeline.cli import main, parse
 from pipeline.errors import InputError
 from pipeline.job_scripts.jobs import MAX_SHARDS
@@ -100,6 +101,31 @@ def test_every_script_is_sound_and_its_command_is_one_that_voxfit_takes(
         work = str(options.get("work_dir", "work"))
         folders = {"train": "run_dir", "predict": "run_dir", "evaluate": "predictions"}
         assert getattr(config, folders.get(name, "store")).startswith(f"{work}/")
+
+
+def test_new_images_are_segmented_with_all_folds_as_one() -> None:
+    made = scripts(num_folds=3, predict_input="it's new/images", work_dir="a b/work", gpus=0)
+    assert list(made) == [*(f"{name}.sbatch" for name in (*JOBS, "ensemble")), "submit.sh"]
+    name, config = parse(command(made["ensemble.sbatch"])[1:])
+    assert (name, config.run_dirs) == ("predict", ("a b/work/fold_0", "a b/work/fold_1", "a b/work/fold_2"))
+    assert (config.input, config.output, config.accelerator) == ("it's new/images", "a b/work/ensemble", "cpu")
+    assert (config.cases, config.postprocess) == ("all", "auto")
+    lines = directives(made["ensemble.sbatch"])
+    assert "--nodes=1 --ntasks=1" in lines
+    assert not any(line.startswith("--array") for line in lines)
+    assert "--gres=gpu:1" in directives(scripts(predict_input="new")["ensemble.sbatch"])
+    assert "ensemble" not in "".join(scripts().values())
+
+
+def test_images_that_are_not_there_are_found_out_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_artifact(tmp_path / "plan.json", PLAN)
+    dataset, out = str(ROOT / "data_samples" / "msd_blobs"), str(tmp_path / "o")
+    words = ["slurm", "--dataset", dataset, "--plan", str(tmp_path / "plan.json"), "--out", out]
+    assert main([*words, "--predict_input", str(tmp_path / "none")]) == 2
+    assert "none: does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def test_array_tasks_are_shares_and_folds() -> None:
@@ -218,8 +244,11 @@ def test_a_folder_whose_variable_is_not_set_ends_the_script_before_the_training(
         assert ("NODE_DISK" in done.stderr) == bool(code)
 
 
-def test_submitting_chains_the_jobs_from_where_the_paths_start(tmp_path: Path) -> None:
-    made = scripts(out="jobs/mine")
+@pytest.mark.parametrize(("predict_input", "ensemble_after"), [("", []), ("new", ["afterok:3"])])
+def test_submitting_chains_the_jobs_from_where_the_paths_start(
+    tmp_path: Path, predict_input: str, ensemble_after: list[str]
+) -> None:
+    made = scripts(out="jobs/mine", predict_input=predict_input)
     (tmp_path / "jobs" / "mine").mkdir(parents=True)
     (tmp_path / "jobs" / "mine" / "submit.sh").write_text(made["submit.sh"])
     stub = tmp_path / "bin" / "sbatch"
@@ -237,7 +266,8 @@ def test_submitting_chains_the_jobs_from_where_the_paths_start(tmp_path: Path) -
     subprocess.run(["bash", script, "--nice=5"], cwd="/", env=variables, check=True)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == f"{tmp_path} --parsable --nice=5 jobs/mine/preprocess.sbatch"
-    after = ["afterany:1", "afterok:2", "afterok:3", "afterok:4"]
+    after = ["afterany:1", "afterok:2", "afterok:3", "afterok:4", *ensemble_after]
+    assert len(calls) == 1 + len(after)
     assert [re.findall(r"--dependency=(\S+) --kill-on-invalid-dep=yes", call) for call in calls[1:]] == [
         [dependency] for dependency in after
     ]
