@@ -57,7 +57,15 @@ def test_the_commands_of_the_readme_run_as_written_one_after_the_other(tmp_path:
             continue
         for line in text.strip().splitlines():
             run(["bash", "-c", line], tmp_path)
-    for name in ("plan.json", "metrics.json", "report.html", "predictions/blobs_009.nii.gz", "segresnet/run.json"):
+    for name in (
+        "plan.json",
+        "metrics.json",
+        "report.html",
+        "predictions/blobs_009.nii.gz",
+        "both/blobs_009.nii.gz",
+        "both/probabilities/blobs_009.b2nd",
+        "segresnet/run.json",
+    ):
         assert (tmp_path / "work" / name).is_file(), name
 
 

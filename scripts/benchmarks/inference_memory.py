@@ -8,6 +8,8 @@ and image loaded, less the label that comes out. Copies of the image that prepar
     wide     one convolution to 32 features and a head that leaves its logits to the caller: what is gathered of a
              full-size U-Net, at a fraction of its work
     logits   one convolution to the classes, a network of one's own: whole logits of a window
+With --num_networks several of them are one prediction; --outputs names what is written beside the label, as in
+"probabilities_blosc2 entropy", whose maps count as results as the label does.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.inference import attempts
+from pipeline.inference.ensemble import Member
+from pipeline.inference.export import write_outputs
+from pipeline.inference.export_formats import OutputFormat, output_files
 from pipeline.inference.predictor import Predictor
 from pipeline.io.volume import Volume
 from pipeline.networks.blocks import Head
@@ -77,9 +83,9 @@ def make_predictor_plan(patch_size: tuple[int, int, int], num_classes: int, spac
     )
 
 
-def make_network(kind: str, num_classes: int) -> nn.Module:
+def make_network(kind: str, num_classes: int, seed: int = 0) -> nn.Module:
     """One of `NETWORKS`, untrained."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if kind == "unet":
         return UNet(1, num_classes, NARROW)
     return WideNetwork(num_classes) if kind == "wide" else nn.Conv3d(1, num_classes, 3, padding=1)
@@ -89,29 +95,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Predict one volume of noise and say what that took."""
     torch.set_num_threads(options.num_threads)
     plan = make_predictor_plan(tuple(options.patch_size), options.num_classes, options.spacing)
-    network = make_network(options.network, options.num_classes)
+    networks = [make_network(options.network, options.num_classes, seed) for seed in range(options.num_networks)]
+    members = tuple(Member(network.eval(), plan.patch_size) for network in networks)
     # Libraries take what they take once and for all.
-    Predictor(network, plan).predict(_noise(tuple(options.patch_size)))
+    Predictor(networks[0], plan).predict(_noise(tuple(options.patch_size)))
     volume, allowed = _noise(tuple(options.shape)), parse_bytes(options.max_extra)
     held, label_bytes = psutil.Process().memory_info().rss, volume.array[0].size
     planned: list[Any] = []
     _watch_plans(planned)
     Path("/proc/self/clear_refs").write_text("5")
     started = perf_counter()
-    predictor = Predictor(network, plan, max_ram=held + label_bytes + allowed if allowed else None)
-    label = predictor.predict(volume)
+    results = label_bytes * (1 + 4 * sum(kind in ("entropy", "variance") for kind in options.outputs))
+    predictor = Predictor(networks[0], plan, max_ram=held + results + allowed if allowed else None)
+    predictor.members = members
+    label = _predict(predictor, volume, options.outputs)
     seconds = perf_counter() - started
     peak = _peak_bytes()
     (memory,) = planned
     return {
         "network": options.network,
+        "num_networks": options.num_networks,
+        "outputs": options.outputs,
         "shape": options.shape,
         "num_classes": options.num_classes,
         "patch_size": options.patch_size,
         "held_before_bytes": held,
         "label_bytes": label.array.nbytes,
         "peak_bytes": peak,
-        "extra_bytes": peak - held - label.array.nbytes,
+        "extra_bytes": peak - held - results,
         "allowed_bytes": allowed,
         "planned_bytes": memory.num_bytes,
         "planned": memory.describe(),
@@ -120,6 +131,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "classes_found": len(np.unique(label.array)),
     }
+
+
+def _predict(predictor: Predictor, volume: Volume, outputs: list[OutputFormat]) -> Volume:
+    """The label, after what else is wanted was written."""
+    if not outputs:
+        return predictor.predict(volume)
+    with TemporaryDirectory() as folder:
+        files = output_files("noise", Path(folder), outputs)
+        prediction = predictor.segment(predictor.prepare(volume), volume.grid, volume.source, files)
+        write_outputs(prediction, files, predictor.plan)
+        return prediction.label
 
 
 def _watch_plans(planned: list[Any]) -> None:
@@ -152,6 +174,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_classes", type=int, default=118)
     parser.add_argument("--network", choices=NETWORKS, default="unet")
     parser.add_argument("--max_extra", default="2GiB", help="memory beyond network, image and label; 0 for no bound")
+    parser.add_argument("--num_networks", type=int, default=1)
+    parser.add_argument("--outputs", nargs="*", default=[])
     parser.add_argument("--num_threads", type=int, default=1)
     return parser.parse_args(arguments)
 

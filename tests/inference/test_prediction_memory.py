@@ -54,6 +54,18 @@ def test_a_bound_is_kept_by_more_blocks(measure: Measure) -> None:
 
 
 @pytest.mark.slow
+def test_a_bound_is_kept_by_several_networks_together(measure: Measure) -> None:
+    shape, allowed = (128, 112, 136), 250 * MIB
+    free, bounded = (
+        measure(*shape, patch=48, network="wide", num_classes=60, num_networks=3, max_extra=bound)
+        for bound in (0, "250MiB")
+    )
+    assert free["planned_bytes"] > allowed >= bounded["planned_bytes"]
+    assert bounded["extra_bytes"] <= allowed
+    assert bounded["num_windows"] > free["num_windows"] == 3 * 100
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_whole_ct_of_118_classes_is_predicted_in_two_gib(measure: Measure) -> None:
     measured = measure(512, 512, 400, patch=128, network="unet", num_classes=118, max_extra="2GiB")

@@ -338,12 +338,13 @@ def test_a_five_fold_job_runs_as_the_page_says(cluster: Cluster, tmp_path: Path)
             jobs = submitted(output)
             cluster.wait(tmp_path)
             assert cluster.states(tmp_path, jobs) == {
-                name: {"COMPLETED"} for name in ("preprocess", "verify", "train", "predict", "evaluate")
+                name: {"COMPLETED"} for name in ("preprocess", "verify", "train", "predict", "evaluate", "ensemble")
             }
     metrics = json.loads((tmp_path / "work" / "metrics.json").read_text())
     assert len(metrics["cases"]) == NUM_CASES
     logs = {path.name: path.read_text() for path in (tmp_path / "work" / "logs").iterdir()}
-    assert len(logs) == 1 + 1 + 5 + 5 + 1
+    assert len(logs) == 1 + 1 + 5 + 5 + 1 + 1
+    assert all((tmp_path / "work" / f"fold_{fold}" / "postprocessing.json").is_file() for fold in range(5))
     for name, text in logs.items():
         if re.search("preprocess|train", name):
             assert "allotted 1 CPU(s) (by SLURM_CPUS_PER_TASK" in text
