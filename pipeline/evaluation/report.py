@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from jinja2 import Environment, StrictUndefined
+from typing import Any
 
 from pipeline.artifacts import write_text
 from pipeline.evaluation.figures import class_colors, draw_curves, draw_distributions, read_curves
+from pipeline.evaluation.page import Cell, number_cell, render_page
 from pipeline.evaluation.shown_cases import choose_shown_cases, mean_over_classes
 from pipeline.evaluation.slices import ReportCase, draw_slices
 from pipeline.evaluation.summary import Metrics
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATE = "report.html.j2"
 # Name in the metrics, heading, digits after the point.
 COLUMNS = (
     ("dice", "Dice", 3),
@@ -26,13 +24,6 @@ COLUMNS = (
     ("relative_volume_error", "rel. volume error", 3),
 )
 MOST_CLASS_COLUMNS = 8
-
-
-class Cell(NamedTuple):
-    """A number in a table: as text, and as what it is sorted by."""
-
-    text: str
-    value: float
 
 
 def write_report(
@@ -58,13 +49,13 @@ def write_report(
         InputError: `curves_csv` cannot be read, or the report cannot be written.
     """
     colors = class_colors(list(metrics.labels))
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    html = render_page(
+        TEMPLATE,
         title=title,
         facts=dict(facts or {}),
         metrics=metrics,
         colors=colors,
-        headline=[(heading, _cell(metrics.overall[name], digits).text) for name, heading, digits in COLUMNS[:5]],
+        headline=[(heading, number_cell(metrics.overall[name], digits).text) for name, heading, digits in COLUMNS[:5]],
         columns=[heading for _, heading, _ in COLUMNS],
         class_rows=_class_rows(metrics),
         case_headings=_case_headings(metrics),
@@ -76,17 +67,19 @@ def write_report(
     write_text(path, html)
 
 
-def _cell(value: float, digits: int) -> Cell:
-    return Cell("–" if np.isnan(value) else f"{value:.{digits}f}", value)
-
-
 def _class_rows(metrics: Metrics) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, summary in metrics.by_class.items():
         cells = []
         for metric, _, digits in COLUMNS:
             item = summary.metrics[metric]
-            cells.append((_cell(item.mean, digits).text, _cell(item.std, digits).text, _cell(item.median, digits).text))
+            cells.append(
+                (
+                    number_cell(item.mean, digits).text,
+                    number_cell(item.std, digits).text,
+                    number_cell(item.median, digits).text,
+                )
+            )
         rows.append({"name": name, "value": metrics.labels[name], "cells": cells, "summary": summary})
     return rows
 
@@ -105,8 +98,8 @@ def _case_rows(metrics: Metrics) -> list[tuple[str, list[Cell]]]:
     rows = []
     for case in metrics.cases:
         dice = [mean_over_classes(case, "dice"), *(case.classes[name].dice for name in _class_columns(metrics))]
-        others = [_cell(mean_over_classes(case, metric), digits) for metric, _, digits in COLUMNS[2:5]]
-        rows.append((case.case_id, [*(_cell(value, 3) for value in dice), *others]))
+        others = [number_cell(mean_over_classes(case, metric), digits) for metric, _, digits in COLUMNS[2:5]]
+        rows.append((case.case_id, [*(number_cell(value, 3) for value in dice), *others]))
     return rows
 
 
@@ -118,6 +111,8 @@ def _slices(metrics: Metrics, cases: Sequence[ReportCase], colors: Mapping[str, 
         if item.case_id not in given:
             continue
         picture = draw_slices(given[item.case_id], labels=metrics.labels, colors=colors)
-        by_class = [(name, _cell(score.dice, 3).text) for name, score in scores[item.case_id].classes.items()]
-        shown.append({"case": item, "dice": _cell(item.mean_dice, 3).text, "by_class": by_class, "picture": picture})
+        by_class = [(name, number_cell(score.dice, 3).text) for name, score in scores[item.case_id].classes.items()]
+        shown.append(
+            {"case": item, "dice": number_cell(item.mean_dice, 3).text, "by_class": by_class, "picture": picture}
+        )
     return shown
