@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from pipeline.doctor.examination import Examination
     from pipeline.doctor.real_step import RealStep
     from pipeline.evaluation.comparison import Comparison
-    from pipeline.evaluation.slices import ReportCase
     from pipeline.evaluation.summary import Metrics
     from pipeline.inference.postprocess import Postprocessing
     from pipeline.status import WorkStatus
@@ -293,6 +292,7 @@ def evaluate(
     """
     from pipeline.evaluation.evaluate import evaluate_folder
     from pipeline.evaluation.summary import write_metrics
+    from pipeline.reporting import write_evaluation_report
 
     metrics = evaluate_folder(
         Path(config.predictions),
@@ -300,36 +300,13 @@ def evaluate(
         case_ids=case_ids,
         tolerance_mm=config.tolerance_mm,
         num_workers=resolve_num_workers(config.num_workers),
+        patient_pattern=config.patient_pattern,
+        seed=config.seed,
     )
     write_metrics(Path(config.out), metrics)
     if config.report:
-        _write_report(config, metrics, facts)
+        write_evaluation_report(config, metrics, facts)
     return _finish(metrics, metrics.failures, done=f"{len(metrics.cases)} case(s) evaluated")
-
-
-def _write_report(config: EvaluateConfig, metrics: Metrics, facts: Mapping[str, str] | None) -> None:
-    from pipeline.evaluation.report import write_report
-
-    curves = Path(config.run_dir) / "metrics.csv" if config.run_dir else None
-    facts = {"predictions": Path(config.predictions).name, **(facts or {})}
-    cases = _shown_cases(config, metrics) if config.images else []
-    title = facts.get("dataset", "Evaluation")
-    write_report(Path(config.report), metrics, title=title, facts=facts, curves_csv=curves, cases=cases)
-    get_logger("evaluate").info("report: %s", config.report)
-
-
-def _shown_cases(config: EvaluateConfig, metrics: Metrics) -> list[ReportCase]:
-    """The volumes that the report shows."""
-    from pipeline.evaluation.pairs import find_references, list_volumes
-    from pipeline.evaluation.shown_cases import read_shown_cases
-    from pipeline.inference.inputs import find_inputs
-
-    return read_shown_cases(
-        metrics,
-        images={case.case_id: case for case in find_inputs(Path(config.images))},
-        references=find_references(Path(config.labels)).paths,
-        predictions=list_volumes(Path(config.predictions)),
-    )
 
 
 # ---- compare

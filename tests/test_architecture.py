@@ -39,7 +39,7 @@ LAYERS = [
     {"networks", "losses", "sampling"},
     {"planning", "inference", "evaluation"},
     {"training"},
-    {"doctor"},
+    {"doctor", "reporting"},
     {"api"},
     {"chain", "job_scripts"},
     {"cli"},

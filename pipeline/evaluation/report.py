@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import write_text
+from pipeline.evaluation.bootstrap import FEW_UNITS, Interval
 from pipeline.evaluation.figures import class_colors, draw_curves, draw_distributions, read_curves
 from pipeline.evaluation.page import Cell, number_cell, render_page
 from pipeline.evaluation.shown_cases import choose_shown_cases, mean_over_classes
@@ -55,7 +57,17 @@ def write_report(
         facts=dict(facts or {}),
         metrics=metrics,
         colors=colors,
-        headline=[(heading, number_cell(metrics.overall[name], digits).text) for name, heading, digits in COLUMNS[:5]],
+        headline=[
+            (
+                heading,
+                number_cell(metrics.overall[name], digits).text,
+                _span(metrics.overall_intervals.get(name), digits),
+            )
+            for name, heading, digits in COLUMNS[:5]
+        ],
+        few_units=FEW_UNITS,
+        fold_rows=_fold_rows(metrics),
+        fold_headings=_case_headings(metrics),
         columns=[heading for _, heading, _ in COLUMNS],
         class_rows=_class_rows(metrics),
         case_headings=_case_headings(metrics),
@@ -67,20 +79,37 @@ def write_report(
     write_text(path, html)
 
 
+def _span(interval: Interval | None, digits: int) -> str:
+    """The interval in words; "" where there is none."""
+    if interval is None or isnan(interval.low):
+        return ""
+    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
+
+
+def _fold_rows(metrics: Metrics) -> list[tuple[str, int, list[str]]]:
+    """Per fold the number of its cases, and means for the columns of the table of cases."""
+    rows: list[tuple[str, int, list[float]]] = []
+    for name, fold in metrics.folds.items():
+        dice = [fold.overall["dice"], *(fold.dice[each] for each in _class_columns(metrics))]
+        rows.append((name, fold.num_cases, [*dice, *(fold.overall[metric] for metric, _, _ in COLUMNS[2:5])]))
+    digits = [3] * (1 + len(_class_columns(metrics))) + [each for _, _, each in COLUMNS[2:5]]
+    return [
+        (name, num, [number_cell(v, d).text for v, d in zip(values, digits, strict=True)]) for name, num, values in rows
+    ]
+
+
 def _class_rows(metrics: Metrics) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, summary in metrics.by_class.items():
         cells = []
         for metric, _, digits in COLUMNS:
             item = summary.metrics[metric]
-            cells.append(
-                (
-                    number_cell(item.mean, digits).text,
-                    number_cell(item.std, digits).text,
-                    number_cell(item.median, digits).text,
-                )
-            )
-        rows.append({"name": name, "value": metrics.labels[name], "cells": cells, "summary": summary})
+            mean, std, median = (number_cell(value, digits).text for value in (item.mean, item.std, item.median))
+            span = _span(item.interval, digits)
+            cells.append((mean, std, f"median {median}" + (f", 95 % interval of the mean {span}" if span else "")))
+        dice = _span(summary.metrics["dice"].interval, 3) or "–"
+        row = {"name": name, "value": metrics.labels[name], "cells": cells, "dice": dice, "summary": summary}
+        rows.append(row)
     return rows
 
 
