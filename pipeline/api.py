@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.allocation import describe_allocation, resolve_num_workers
 from pipeline.artifacts import read_artifact, write_artifact
+from pipeline.compare_config import CompareConfig
 from pipeline.config import (
     EvaluateConfig,
     InspectConfig,
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
     from pipeline.datasets.dicom_inspection import DicomInspection
     from pipeline.datasets.inspection import Inspection
-    from pipeline.datasets.splits import Splits
     from pipeline.doctor.examination import Examination
     from pipeline.doctor.real_step import RealStep
+    from pipeline.evaluation.comparison import Comparison
     from pipeline.evaluation.summary import Metrics
     from pipeline.inference.postprocess import Postprocessing
     from pipeline.inference.predictor import Predictor
@@ -84,9 +85,10 @@ def plan(config: PlanConfig) -> Plan:
     from pipeline.datasets.examination import examine_cases
     from pipeline.datasets.fingerprint import make_fingerprint
     from pipeline.datasets.inspection import find_bad_cases
+    from pipeline.planning.budget import find_budget
     from pipeline.planning.planner import make_plan
 
-    budget = _budget(config)
+    budget = find_budget(config.vram)
     dataset = read_dataset(config.dataset)
     num_workers = resolve_num_workers(config.num_workers)
     examined = examine_cases(dataset, num_workers=num_workers)
@@ -104,13 +106,6 @@ def _probed(made: Plan, config: PlanConfig) -> Plan:
     from pipeline.training.probed_plan import probed, without_probe
 
     return probed(made) if config.probe == "auto" else without_probe(made)
-
-
-def _budget(config: PlanConfig) -> tuple[int, str]:
-    """The memory budget in bytes and, where the machine decided, a sentence about it."""
-    from pipeline.planning.budget import budget_from_device, parse_vram
-
-    return budget_from_device() if config.vram == "auto" else (parse_vram(config.vram), "")
 
 
 # ---- preprocess
@@ -171,12 +166,13 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
 
 def _train(config: TrainConfig, network: nn.Module | None, ranks: Ranks | None = None) -> FitResult:
     from pipeline.store import CaseStore
+    from pipeline.training.run_splits import splits_of_run
     from pipeline.training.trainer import fit_fold, fit_in_processes
 
     made = read_artifact(Path(config.plan), Plan)
     store = CaseStore(Path(config.store))
     store.check_plan(made)
-    splits = _splits(store, config)
+    splits = splits_of_run(store, config)
     place, devices = find_place(), config.hardware.devices
     if devices not in ("auto", 1) and not place.launcher:
         return fit_in_processes(config, int(devices), network)
@@ -184,23 +180,6 @@ def _train(config: TrainConfig, network: nn.Module | None, ranks: Ranks | None =
     with log_to_file(Path(config.run_dir) / "log.txt") if place.is_first else nullcontext():
         get_logger("train").info("%s", describe_allocation())
         return fit_fold(made, Path(config.store), splits, config, network=network, ranks=ranks)
-
-
-def _splits(store: CaseStore, config: TrainConfig) -> Splits:
-    """The run's folds: those saved in it, else new ones; checked against the store either way."""
-    from pipeline.datasets.splits import Splits, check_splits, make_splits, patients_by_pattern
-
-    if config.patient_pattern:
-        patients = patients_by_pattern(store.case_ids, config.patient_pattern)
-    else:
-        patients = {case_id: store.record(case_id).patient or case_id for case_id in store.case_ids}
-    saved = Path(config.run_dir) / "splits.json"
-    if saved.is_file():
-        splits = read_artifact(saved, Splits)
-    else:
-        splits = make_splits(patients, num_folds=config.num_folds, seed=config.seed)
-    check_splits(splits, patients)
-    return splits
 
 
 # ---- status
@@ -239,10 +218,11 @@ def _planned_step(config: DoctorConfig) -> Callable[[], RealStep]:
     """The step, once it is known that plan, store and folds can be read and belong together."""
     from pipeline.doctor.real_step import take_step
     from pipeline.store import CaseStore
+    from pipeline.training.run_splits import splits_of_run
 
     store, options = CaseStore(Path(config.store)), config.training()
     store.check_plan(read_artifact(Path(config.plan), Plan))
-    splits = _splits(store, options)
+    splits = splits_of_run(store, options)
     return partial(take_step, options, splits, Path(config.work_dir or "."))
 
 
@@ -367,11 +347,36 @@ def evaluate(
         case_ids=case_ids,
         tolerance_mm=config.tolerance_mm,
         num_workers=resolve_num_workers(config.num_workers),
+        patient_pattern=config.patient_pattern,
+        seed=config.seed,
     )
     write_metrics(Path(config.out), metrics)
     if config.report:
         write_evaluation_report(config, metrics, facts)
     return _finish(metrics, metrics.failures, done=f"{len(metrics.cases)} case(s) evaluated")
+
+
+# ---- compare
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Put runs side by side, finished or not, on one page; nothing in their folders is touched.
+
+    Raises:
+        InputError: A folder holds no run or cannot be read, or the page would lie among the files of a run.
+    """
+    from pipeline.evaluation.compare import compare_runs
+    from pipeline.evaluation.compare_page import write_comparison
+    from pipeline.training.compared_run import check_page_place, read_compared_runs
+
+    out = Path(config.out)
+    check_page_place(out)
+    found = compare_runs(read_compared_runs(config.runs), scores=config.scores, seed=config.seed)
+    write_comparison(out, found)
+    if config.json:
+        write_artifact(out.with_suffix(".json"), found)
+    get_logger("compare").info("page: %s", out)
+    return found
 
 
 # ---- postprocess

@@ -24,7 +24,7 @@ from pipeline.plan import Plan
 from pipeline.postprocess_config import PostprocessConfig
 
 
-def write_evaluation_report(config: EvaluateConfig, metrics: Metrics, facts: Mapping[str, str] | None) -> None:
+def write_evaluation_report(config: EvaluateConfig, metrics: Metrics, facts: Mapping[str, str] | None = None) -> None:
     """Write the report of an evaluation, with slices where its options name the images."""
     curves = Path(config.run_dir) / "metrics.csv" if config.run_dir else None
     facts = {"predictions": Path(config.predictions).name, **(facts or {})}

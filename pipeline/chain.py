@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -12,7 +12,7 @@ from pipeline import api
 from pipeline.artifacts import read_artifact
 from pipeline.config import EvaluateConfig, PlanConfig, PreprocessConfig, RunConfig, TrainConfig
 from pipeline.errors import CasesFailedError, InputError
-from pipeline.log import log_to_file
+from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
 from pipeline.predict_config import PredictConfig
 from pipeline.rank_place import find_place
@@ -34,14 +34,14 @@ FREE_TO_CHANGE = ("work_dir", "fold", "train.stage_to", "train.max_time", "train
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `voxfit run` made: the scores of the validation fold, and the page that shows them."""
+    """What `voxfit run` made: the scores of the held-out cases of a fold or of all, and the page that shows them."""
 
     metrics: Metrics
     report: Path
 
 
 def run(config: RunConfig, *, network: nn.Module | None = None) -> RunResult:
-    """Plan, preprocess, train, predict the validation fold, evaluate, report; resumes where it was.
+    """Plan, preprocess, train, predict what was held out, evaluate, report, for one fold or all; resumes where it was.
 
     Raises:
         CasesFailedError: Everything is done, without the cases that it lists.
@@ -54,15 +54,26 @@ def run(config: RunConfig, *, network: nn.Module | None = None) -> RunResult:
     _keep_config(work_dir / "config.yaml", config)
     with log_to_file(work_dir / "log.txt"):
         failures = _prepare(config, work_dir)
-        run_dir = work_dir / f"fold_{config.fold}"
-        paths = {"plan": str(work_dir / "plan.json"), "store": str(work_dir / "store"), "run_dir": str(run_dir)}
-        options = {**_values(config.train), **paths, "fold": config.fold, "max_epochs": config.max_epochs}
-        fit = api.train(TrainConfig(**options), network=network)
-        result, failed = _assess(config, fit, network)
-        failures = {**failures, **failed}
+        folds = range(config.train.num_folds) if config.fold == "all" else [config.fold]
+        results: dict[int, RunResult] = {}
+        for fold in folds:
+            if len(folds) > 1:
+                get_logger("run").info("fold %d of %d", fold, len(folds))
+            results[fold], failed = _run_fold(replace(config, fold=fold), network)
+            failures = {**failures, **failed}
+        result = _pool(config, results) if config.fold == "all" else results[config.fold]
         if failures:
-            raise CasesFailedError(failures, done=f"{run_dir} is finished", result=result)
+            raise CasesFailedError(failures, done=f"{result.report} was written", result=result)
         return result
+
+
+def _run_fold(config: RunConfig, network: nn.Module | None) -> tuple[RunResult, dict[str, str]]:
+    """Train one fold and score what it held out; with the cases that failed."""
+    work_dir = Path(config.work_dir)
+    paths = {"plan": str(work_dir / "plan.json"), "store": str(work_dir / "store")}
+    options = {**_values(config.train), **paths, "fold": config.fold, "max_epochs": config.max_epochs}
+    fit = api.train(TrainConfig(**options, run_dir=str(work_dir / f"fold_{config.fold}")), network=network)
+    return _assess(config, fit, network)
 
 
 def describe_run(result: RunResult) -> Group:
@@ -106,7 +117,7 @@ def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tup
     from pipeline.datasets.splits import Splits
 
     run_dir, hardware = fit.run_dir, config.train.hardware
-    held_out = read_artifact(run_dir / "splits.json", Splits).folds[config.fold].validation
+    held_out = read_artifact(run_dir / "splits.json", Splits).folds[int(config.fold)].validation
     predictions, report = run_dir / "validation", run_dir / "report.html"
     prediction = PredictConfig(
         run_dir=str(run_dir),
@@ -125,12 +136,51 @@ def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tup
         out=str(predictions / "metrics.json"),
         report=str(report),
         run_dir=str(run_dir),
+        patient_pattern=config.train.patient_pattern,
         num_workers=config.num_workers,
     )
     _, failed = _collect(api.predict, prediction, network=network, case_ids=held_out)
     facts = _facts(config, run_dir)
     metrics, not_scored = _collect(api.evaluate, evaluation, case_ids=held_out, facts=facts)
     return RunResult(metrics, report), {**not_scored, **failed}
+
+
+def _pool(config: RunConfig, results: Mapping[int, RunResult]) -> RunResult:
+    """The held-out cases of all folds as one evaluation: predictions, scores and report in `cross_validation`.
+
+    Raises:
+        InputError: The folds are not those of one split.
+    """
+    from pipeline.assessment import write_evaluation_report
+    from pipeline.datasets.splits import Splits
+    from pipeline.evaluation.pairs import find_references
+    from pipeline.evaluation.pooling import gather_predictions
+    from pipeline.evaluation.summary import pool_metrics, write_metrics
+
+    work_dir = Path(config.work_dir)
+    run_dirs = [work_dir / f"fold_{fold}" for fold in results]
+    splits = [read_artifact(run_dir / "splits.json", Splits) for run_dir in run_dirs]
+    others = [str(run_dir.name) for run_dir, each in zip(run_dirs, splits, strict=True) if each != splits[0]]
+    if others:
+        fix = "Delete these and run again: they were trained with other cases held out"
+        raise InputError(f"other folds than fold_0: {', '.join(others)}", where=work_dir, fix=fix)
+    folder = work_dir / "cross_validation"
+    gather_predictions([run_dir / "validation" for run_dir in run_dirs], folder / "predictions")
+    by_fold = {f"fold {fold}": result.metrics for fold, result in results.items()}
+    scored = [case.case_id for metrics in by_fold.values() for case in metrics.cases]
+    patients = find_references(Path(config.dataset)).patients_of(scored, config.train.patient_pattern)
+    metrics = pool_metrics(by_fold, patients=patients)
+    evaluation = EvaluateConfig(
+        predictions=str(folder / "predictions"),
+        labels=config.dataset,
+        images=config.dataset,
+        out=str(folder / "metrics.json"),
+        report=str(folder / "report.html"),
+    )
+    write_metrics(Path(evaluation.out), metrics)
+    facts = {**_facts(config, run_dirs[0]), "fold": f"all {len(run_dirs)}, each case by the fold that held it out"}
+    write_evaluation_report(evaluation, metrics, facts)
+    return RunResult(metrics, Path(evaluation.report))
 
 
 def _collect(command: Callable[..., Result], config: Any, **options: Any) -> tuple[Result, dict[str, str]]:

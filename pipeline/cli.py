@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
+from pipeline.compare_config import CompareConfig
 from pipeline.doctor_config import DoctorConfig
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.export_config import ExportConfig
@@ -53,6 +54,9 @@ COMMANDS = {
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
     ),
+    "compare": Command(
+        CompareConfig, "pipeline.api:compare", "pipeline.evaluation.comparison_table:describe_comparison"
+    ),
     "postprocess": Command(
         PostprocessConfig, "pipeline.api:postprocess", "pipeline.inference.postprocess:describe_postprocessing"
     ),
@@ -60,10 +64,26 @@ COMMANDS = {
     "doctor": Command(DoctorConfig, "pipeline.api:doctor", "pipeline.doctor.explain:describe_examination"),
     "slurm": Command(SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"),
 }
-# What the one argument without a name is for, by command.
+
+
+class Positional(NamedTuple):
+    """The option that is given without its name, what it is for, and whether several values of it may follow."""
+
+    name: str
+    help: str
+    is_many: bool = False
+
+
 POSITIONAL = {
-    "inspect": "A dataset (folder, dataset.json, CSV or JSON list), or a folder with DICOM series at any depth.",
-    "status": "A run folder, or a work folder with several folds.",
+    "inspect": Positional(
+        "path", "A dataset (folder, dataset.json, CSV or JSON list), or a folder with DICOM series at any depth."
+    ),
+    "status": Positional("path", "A run folder, or a work folder with several folds."),
+    "compare": Positional(
+        "runs",
+        "Run folders of `voxfit train` or `voxfit run`; the others are compared with the first.",
+        is_many=True,
+    ),
 }
 PROGRAM = "voxfit"
 NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?")
@@ -94,9 +114,11 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     for name, command in COMMANDS.items():
         sub = Parser(description=command.config.__doc__)
         sub.add_argument("--config", action="config", help="YAML file; flags override it.")
-        if name in POSITIONAL:
-            sub.add_argument("path", type=str, help=POSITIONAL[name])
-        sub.add_class_arguments(command.config, skip={"path"} if name in POSITIONAL else None)
+        positional = POSITIONAL.get(name)
+        if positional is not None:
+            many: dict[str, Any] = {"nargs": "+"} if positional.is_many else {}
+            sub.add_argument(positional.name, type=str, help=positional.help, **many)
+        sub.add_class_arguments(command.config, skip={positional.name} if positional is not None else None)
         subcommands.add_subcommand(name, sub, help=command.config.__doc__)
         sub.prog = f"{PROGRAM} {name}"
         subparsers[name] = sub

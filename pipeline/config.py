@@ -231,12 +231,17 @@ class EvaluateConfig(Checked):
     """A run folder whose training curves go into the report."""
     tolerance_mm: float = 1.0
     """Tolerance of the normalised surface distance."""
+    patient_pattern: str = ""
+    """Regular expression on the case id whose first group is the patient, as in training; by default the dataset tells.
+    Cases of a patient are drawn together for the intervals of the means."""
+    seed: int = 0
+    """Seed of these intervals (bootstrap)."""
     num_workers: int | Auto = "auto"
     """Processes; auto takes the CPUs this job was allotted."""
 
     def problems(self) -> list[str]:
         found = [] if self.out.endswith(".json") else [f"out: must end in .json, got {self.out}"]
-        return found + at_least(self, 0, "tolerance_mm") + at_least(self, 1, "num_workers")
+        return found + at_least(self, 0, "tolerance_mm", "seed") + at_least(self, 1, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +254,9 @@ class RunConfig(Checked):
     """Folder for everything that is made."""
     vram: str = "auto"
     """Memory budget such as 24GiB; auto takes the GPU's, or 8GiB where there is none."""
-    fold: int = 0
-    """Fold held out for validation, prediction and the report."""
+    fold: int | Literal["all"] = 0
+    """Fold held out for validation, prediction and the report; "all" trains every fold, one after the other, and pools
+    their held-out cases on one page (of `voxfit train`, "all" is one training on every case instead)."""
     max_epochs: int | Auto = 100
     """Epochs, over which the learning rate falls; auto takes as many as fit into max_time by a rehearsal of a few
     steps. It is decided at the first start and kept when the run goes on."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline import api, chain
+from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.cli import main
 from pipeline.config import (
     EvaluateConfig,
@@ -25,7 +26,9 @@ from pipeline.config import (
     TrainConfig,
     TrainOptions,
 )
+from pipeline.datasets.splits import Splits
 from pipeline.errors import CasesFailedError, InputError
+from pipeline.evaluation.summary import Metrics
 from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
 from pipeline.predict_config import PredictConfig
 from pipeline.saved_config import write_config
@@ -303,6 +306,49 @@ def test_another_fold_goes_into_the_same_work_folder(dataset: Path, finished: Pa
     chain.run(run_config(dataset, work_dir, fold=1, max_epochs=2))
     assert (work_dir / "fold_1" / "report.html").is_file()
     assert state_of(work_dir / "fold_0") == before
+
+
+def test_all_folds_are_run_one_after_the_other_and_pooled(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    work_dir = tmp_path / "work"
+    shutil.copytree(finished, work_dir)
+    before = state_of(work_dir / "fold_0")
+    result = chain.run(run_config(dataset, work_dir, fold="all"))
+    assert state_of(work_dir / "fold_0") == before
+    assert [case.case_id for case in result.metrics.cases] == [f"case_{number}" for number in range(4)]
+    folder = work_dir / "cross_validation"
+    assert result.report == folder / "report.html"
+    page = result.report.read_text()
+    assert page.count("<td>fold ") == 2
+    assert "95 % intervals of the mean" in page
+    assert read_artifact(folder / "metrics.json", Metrics) == result.metrics
+    # Scoring the predictions together gives what the folds gave one by one.
+    out = tmp_path / "metrics.json"
+    together = api.evaluate(
+        EvaluateConfig(predictions=str(folder / "predictions"), labels=str(dataset), out=str(out), num_workers=1)
+    )
+    assert replace(result.metrics, folds={}) == together
+    for number, (name, fold) in enumerate(result.metrics.folds.items()):
+        own = read_artifact(work_dir / f"fold_{number}" / "validation" / "metrics.json", Metrics)
+        assert (name, fold.num_cases, fold.overall) == (f"fold {number}", 2, own.overall)
+    everything = state_of(work_dir)
+    chain.run(run_config(dataset, work_dir, fold="all"))
+    kept = {name: time for name, time in state_of(work_dir).items() if not name.startswith("cross_validation")}
+    assert kept == {name: time for name, time in everything.items() if name in kept}
+    assert len(kept) == len(everything) - 4
+
+
+def test_folds_of_another_split_are_not_pooled(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    work_dir = tmp_path / "work"
+    shutil.copytree(finished, work_dir)
+    chain.run(run_config(dataset, work_dir, fold=1))
+    path = work_dir / "fold_1" / "splits.json"
+    splits = read_artifact(path, Splits)
+    write_artifact(path, replace(splits, seed=7))
+    record = json.loads((work_dir / "fold_1" / "run.json").read_text()) | {"splits_hash": ""}
+    (work_dir / "fold_1" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="other folds than fold_0: fold_1"):
+        chain.run(run_config(dataset, work_dir, fold="all"))
+    assert not (work_dir / "cross_validation").exists()
 
 
 def test_a_call_that_failed_before_the_plan_does_not_bind_the_folder(dataset: Path, tmp_path: Path) -> None:

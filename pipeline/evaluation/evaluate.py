@@ -37,6 +37,8 @@ def evaluate_folder(
     case_ids: Collection[str] | None = None,
     tolerance_mm: float = 1.0,
     num_workers: int = 1,
+    patient_pattern: str = "",
+    seed: int = 0,
 ) -> Metrics:
     """Score the predictions in a folder; cases that cannot be scored are in the result's `failures`.
 
@@ -46,6 +48,8 @@ def evaluate_folder(
         case_ids: Cases that must be there. By default all of a label folder, and of a dataset those with a prediction.
         tolerance_mm: Of the normalised surface distance.
         num_workers: Processes.
+        patient_pattern: Tells the patient by the case id, as in training; "" leaves it to the dataset.
+        seed: Of the intervals of the means.
 
     Raises:
         InputError: There is no prediction, no label, or none that belong together.
@@ -57,6 +61,7 @@ def evaluate_folder(
     pairs, missing = pair_cases(found, references.paths, case_ids)
     if not pairs:
         raise InputError(f"no prediction belongs to a label of {labels}", where=predictions, fix="Compare file names")
+    patients = references.patients_of([pair.case_id for pair in pairs], patient_pattern)
     return evaluate_pairs(
         pairs,
         labels=references.labels,
@@ -64,6 +69,8 @@ def evaluate_folder(
         tolerance_mm=tolerance_mm,
         num_workers=num_workers,
         failures=missing,
+        patients=patients,
+        seed=seed,
     )
 
 
@@ -75,6 +82,8 @@ def evaluate_pairs(
     tolerance_mm: float = 1.0,
     num_workers: int = 1,
     failures: Mapping[str, str] | None = None,
+    patients: Mapping[str, str] | None = None,
+    seed: int = 0,
 ) -> Metrics:
     """Score pairs of files; a pair that cannot be scored is named in the result's `failures`.
 
@@ -85,6 +94,8 @@ def evaluate_pairs(
         tolerance_mm: Of the normalised surface distance.
         num_workers: Processes, at most; few small cases are scored in this one.
         failures: Reasons by case id that are known already.
+        patients: Patient by case id, where known.
+        seed: Of the intervals of the means.
     """
     classes = None if labels is None else {name: value for name, value in labels.items() if value != 0}
     score = partial(_score_pair, classes=classes, ignore_value=ignore_value, tolerance_mm=tolerance_mm)
@@ -97,7 +108,7 @@ def evaluate_pairs(
             scores[outcome.item.case_id] = outcome.result
     names = classes if classes is not None else _names_of_values(scores.values())
     cases = [_named(case_id, by_value, names) for case_id, by_value in scores.items()]
-    return make_metrics(cases, labels=names, tolerance_mm=tolerance_mm, failures=failed)
+    return make_metrics(cases, labels=names, tolerance_mm=tolerance_mm, failures=failed, patients=patients, seed=seed)
 
 
 def _score_all(

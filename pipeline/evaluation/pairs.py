@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.datasets.dataset import is_dataset_folder, read_dataset
+from pipeline.datasets.dataset import Dataset, is_dataset_folder, read_dataset
+from pipeline.datasets.splits import patients_by_pattern
 from pipeline.errors import InputError
 from pipeline.io.nifti import is_nifti_name, strip_nifti_suffix
 from pipeline.log import get_logger
@@ -31,11 +32,21 @@ class References:
         paths: Label file by case id.
         labels: Value by class name, background included; None when only the files are known.
         ignore_value: Value of voxels that are not scored.
+        patients: Patient by case id, where a dataset tells.
     """
 
     paths: dict[str, Path] = field(default_factory=dict)
     labels: dict[str, int] | None = None
     ignore_value: int | None = None
+    patients: dict[str, str] = field(default_factory=dict)
+
+    def patients_of(self, case_ids: Collection[str], pattern: str = "") -> dict[str, str]:
+        """Patient by case id: by the pattern, as in training, if there is one; otherwise as the dataset tells.
+
+        Raises:
+            InputError: The pattern is none, or does not fit every case.
+        """
+        return patients_by_pattern(sorted(case_ids), pattern) if pattern else self.patients
 
 
 def find_references(path: Path) -> References:
@@ -50,10 +61,16 @@ def find_references(path: Path) -> References:
         if not (path.resolve().parent / "dataset.json").is_file():
             return References(paths=list_volumes(path))
         around = read_dataset(path.resolve().parent)
-        return References(paths=list_volumes(path), labels=around.labels, ignore_value=around.ignore_value)
+        paths, patients = list_volumes(path), _patients(around)
+        return References(paths=paths, labels=around.labels, ignore_value=around.ignore_value, patients=patients)
     dataset = read_dataset(path)
     paths = {case.case_id: case.label for case in (*dataset.cases, *dataset.test_cases) if case.label is not None}
-    return References(paths=paths, labels=dataset.labels, ignore_value=dataset.ignore_value)
+    patients = _patients(dataset)
+    return References(paths=paths, labels=dataset.labels, ignore_value=dataset.ignore_value, patients=patients)
+
+
+def _patients(dataset: Dataset) -> dict[str, str]:
+    return {case.case_id: case.patient for case in (*dataset.cases, *dataset.test_cases) if case.patient}
 
 
 def list_volumes(folder: Path) -> dict[str, Path]:

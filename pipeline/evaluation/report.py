@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from jinja2 import Environment, StrictUndefined
+from typing import Any
 
 from pipeline.artifacts import write_text
+from pipeline.evaluation.bootstrap import FEW_UNITS, Interval
 from pipeline.evaluation.figures import class_colors, draw_curves, draw_distributions, read_curves
+from pipeline.evaluation.page import Cell, number_cell, render_page
 from pipeline.evaluation.shown_cases import choose_shown_cases, mean_over_classes
 from pipeline.evaluation.slices import ReportCase, draw_slices
 from pipeline.evaluation.summary import Metrics
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATE = "report.html.j2"
 # Name in the metrics, heading, digits after the point.
 COLUMNS = (
     ("dice", "Dice", 3),
@@ -26,13 +26,6 @@ COLUMNS = (
     ("relative_volume_error", "rel. volume error", 3),
 )
 MOST_CLASS_COLUMNS = 8
-
-
-class Cell(NamedTuple):
-    """A number in a table: as text, and as what it is sorted by."""
-
-    text: str
-    value: float
 
 
 def write_report(
@@ -58,13 +51,23 @@ def write_report(
         InputError: `curves_csv` cannot be read, or the report cannot be written.
     """
     colors = class_colors(list(metrics.labels))
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    html = render_page(
+        TEMPLATE,
         title=title,
         facts=dict(facts or {}),
         metrics=metrics,
         colors=colors,
-        headline=[(heading, _cell(metrics.overall[name], digits).text) for name, heading, digits in COLUMNS[:5]],
+        headline=[
+            (
+                heading,
+                number_cell(metrics.overall[name], digits).text,
+                _span(metrics.overall_intervals.get(name), digits),
+            )
+            for name, heading, digits in COLUMNS[:5]
+        ],
+        few_units=FEW_UNITS,
+        fold_rows=_fold_rows(metrics),
+        fold_headings=_case_headings(metrics),
         columns=[heading for _, heading, _ in COLUMNS],
         class_rows=_class_rows(metrics),
         case_headings=_case_headings(metrics),
@@ -76,8 +79,23 @@ def write_report(
     write_text(path, html)
 
 
-def _cell(value: float, digits: int) -> Cell:
-    return Cell("–" if np.isnan(value) else f"{value:.{digits}f}", value)
+def _span(interval: Interval | None, digits: int) -> str:
+    """The interval in words; "" where there is none."""
+    if interval is None or isnan(interval.low):
+        return ""
+    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
+
+
+def _fold_rows(metrics: Metrics) -> list[tuple[str, int, list[str]]]:
+    """Per fold the number of its cases, and means for the columns of the table of cases."""
+    rows: list[tuple[str, int, list[float]]] = []
+    for name, fold in metrics.folds.items():
+        dice = [fold.overall["dice"], *(fold.dice[each] for each in _class_columns(metrics))]
+        rows.append((name, fold.num_cases, [*dice, *(fold.overall[metric] for metric, _, _ in COLUMNS[2:5])]))
+    digits = [3] * (1 + len(_class_columns(metrics))) + [each for _, _, each in COLUMNS[2:5]]
+    return [
+        (name, num, [number_cell(v, d).text for v, d in zip(values, digits, strict=True)]) for name, num, values in rows
+    ]
 
 
 def _class_rows(metrics: Metrics) -> list[dict[str, Any]]:
@@ -86,8 +104,12 @@ def _class_rows(metrics: Metrics) -> list[dict[str, Any]]:
         cells = []
         for metric, _, digits in COLUMNS:
             item = summary.metrics[metric]
-            cells.append((_cell(item.mean, digits).text, _cell(item.std, digits).text, _cell(item.median, digits).text))
-        rows.append({"name": name, "value": metrics.labels[name], "cells": cells, "summary": summary})
+            mean, std, median = (number_cell(value, digits).text for value in (item.mean, item.std, item.median))
+            span = _span(item.interval, digits)
+            cells.append((mean, std, f"median {median}" + (f", 95 % interval of the mean {span}" if span else "")))
+        dice = _span(summary.metrics["dice"].interval, 3) or "–"
+        row = {"name": name, "value": metrics.labels[name], "cells": cells, "dice": dice, "summary": summary}
+        rows.append(row)
     return rows
 
 
@@ -105,8 +127,8 @@ def _case_rows(metrics: Metrics) -> list[tuple[str, list[Cell]]]:
     rows = []
     for case in metrics.cases:
         dice = [mean_over_classes(case, "dice"), *(case.classes[name].dice for name in _class_columns(metrics))]
-        others = [_cell(mean_over_classes(case, metric), digits) for metric, _, digits in COLUMNS[2:5]]
-        rows.append((case.case_id, [*(_cell(value, 3) for value in dice), *others]))
+        others = [number_cell(mean_over_classes(case, metric), digits) for metric, _, digits in COLUMNS[2:5]]
+        rows.append((case.case_id, [*(number_cell(value, 3) for value in dice), *others]))
     return rows
 
 
@@ -118,6 +140,8 @@ def _slices(metrics: Metrics, cases: Sequence[ReportCase], colors: Mapping[str, 
         if item.case_id not in given:
             continue
         picture = draw_slices(given[item.case_id], labels=metrics.labels, colors=colors)
-        by_class = [(name, _cell(score.dice, 3).text) for name, score in scores[item.case_id].classes.items()]
-        shown.append({"case": item, "dice": _cell(item.mean_dice, 3).text, "by_class": by_class, "picture": picture})
+        by_class = [(name, number_cell(score.dice, 3).text) for name, score in scores[item.case_id].classes.items()]
+        shown.append(
+            {"case": item, "dice": number_cell(item.mean_dice, 3).text, "by_class": by_class, "picture": picture}
+        )
     return shown

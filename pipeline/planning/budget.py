@@ -34,6 +34,15 @@ def format_need(num_bytes: int) -> str:
     return f"{ceil(1000 * num_bytes / GIB) / 1000:g} GiB"
 
 
+def find_budget(vram: str) -> tuple[int, str]:
+    """The memory budget in bytes and, where the machine decided, a sentence about it.
+
+    Args:
+        vram: An amount, or "auto".
+    """
+    return budget_from_device() if vram == "auto" else (parse_vram(vram), "")
+
+
 def budget_from_device() -> tuple[int, str]:
     """The budget for `vram: auto` in bytes, and the sentence that says where it comes from."""
     import torch

@@ -1,0 +1,174 @@
+"""The comparison artifact: trainings side by side, and how their scores differ case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from pipeline.evaluation.bootstrap import Interval, IntervalMethod
+from pipeline.evaluation.metrics import NAN, Score
+from pipeline.plan import Record
+
+ScoreSource = Literal["final", "training"]
+# Metric, case and class to a value; NaN where there is none.
+ScoreTable = dict[str, dict[str, dict[str, Score]]]
+MEAN_ROW = "mean over classes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRun(Record):
+    """One training as its run folder tells it.
+
+    Attributes:
+        name: The shortest end of its path that tells it from the others.
+        folder: Its path as it was given.
+        state: "finished", or what else `voxfit status` says.
+        dataset_name, fingerprint_hash: Of its plan.
+        fold: Held out, or "all".
+        device, precision: What it ran on and computed in.
+        epoch, max_epochs, iteration, optimizer_step, samples: Finished; samples are patches, over all processes.
+        best_epoch, best_dice: The best validation of the training.
+        train_seconds, validation_seconds: Sums over the finished epochs.
+        peak_vram_bytes, peak_ram_bytes: The largest of all epochs; None where it is 0 or unknown.
+        predicted_bytes, measured_bytes: As in `run.json`.
+        step_downs: Every out-of-memory that it went on from, in a sentence.
+        class_names: Foreground classes.
+        settings: Options (`option.`), plan (`plan.`) and what they came to (`run.`), as text by dotted key.
+        curves: Columns over epochs; besides those of `metrics.csv` `samples` and, summed up, `hours`.
+        scores: By where they are from.
+        patients: Patient by case, where that is known.
+    """
+
+    name: str
+    folder: str
+    state: str
+    dataset_name: str
+    fingerprint_hash: str
+    fold: int | Literal["all"]
+    device: str
+    precision: str
+    epoch: int = 0
+    max_epochs: int | None = None
+    iteration: int = 0
+    optimizer_step: int = 0
+    samples: int = 0
+    best_epoch: int | None = None
+    best_dice: float | None = None
+    train_seconds: float = 0.0
+    validation_seconds: float = 0.0
+    peak_vram_bytes: int | None = None
+    peak_ram_bytes: int | None = None
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
+    step_downs: tuple[str, ...] = ()
+    class_names: tuple[str, ...]
+    settings: dict[str, str] = field(default_factory=dict)
+    curves: dict[str, tuple[Score, ...]] = field(default_factory=dict)
+    scores: dict[ScoreSource, ScoreTable] = field(default_factory=dict)
+    patients: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMeans(Record):
+    """What a run's cases come to in one metric.
+
+    Attributes:
+        num_cases: Cases that were scored.
+        means: By class, and over classes (`MEAN_ROW`): of class means, as in `metrics.json`.
+        intervals: Of these means.
+    """
+
+    num_cases: int
+    means: dict[str, Score]
+    intervals: dict[str, Interval]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Record):
+    """How one class differs between two runs, over the cases in which both have a value.
+
+    Attributes:
+        name: The class, or `MEAN_ROW`: each case's mean over the classes that have a value in both.
+        num_cases: Cases.
+        first, second: Mean of each run over them.
+        difference: Mean of second - first.
+        interval: Of the difference.
+        num_higher, num_lower, num_equal: Cases in which the second run's value is higher, lower, the same.
+        num_units: Cases, or patients where some have several cases: what the test counts.
+        p: Two-sided Wilcoxon signed-rank test, units without a difference left out; NaN without any unit.
+        smallest_p: What p would be at the least with so many units that differ.
+        adjusted_p: Over all pairs (Holm 1979), for each metric: rows of the mean by themselves, classes as well.
+    """
+
+    name: str
+    num_cases: int
+    first: Score = NAN
+    second: Score = NAN
+    difference: Score = NAN
+    interval: Interval = field(default_factory=Interval)
+    num_higher: int = 0
+    num_lower: int = 0
+    num_equal: int = 0
+    num_units: int = 0
+    p: Score = NAN
+    smallest_p: Score = NAN
+    adjusted_p: Score = NAN
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPair(Record):
+    """Two runs, case by case.
+
+    Attributes:
+        first, second: Names.
+        not_paired: Why they were not; "" where they were.
+        warning: What the reader should know of the pairing, or "".
+        num_common, num_only_first, num_only_second: Cases that both have scored, or only one.
+        intervals: How they were made; None where nothing was paired.
+        metrics: By metric, a row for the mean and one per class.
+    """
+
+    first: str
+    second: str
+    not_paired: str = ""
+    warning: str = ""
+    num_common: int = 0
+    num_only_first: int = 0
+    num_only_second: int = 0
+    intervals: IntervalMethod | None = None
+    metrics: dict[str, tuple[Difference, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Record):
+    """Everything `voxfit compare` found.
+
+    Attributes:
+        source: Which scores were compared.
+        source_note: Why these, in a sentence.
+        seed: Of the bootstrap.
+        runs: In the order given.
+        means: By run and metric.
+        different_settings: Those that differ: a value per run, None where a run has none.
+        pairs: Every other run with the first.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    schema_version: int = 1
+    source: ScoreSource
+    source_note: str
+    seed: int
+    runs: tuple[ComparedRun, ...]
+    means: dict[str, dict[str, RunMeans]]
+    different_settings: dict[str, tuple[str | None, ...]]
+    pairs: tuple[RunPair, ...]
+
+
+def mean_known(values: Iterable[float]) -> float:
+    """The mean of the values that there are; NaN without any."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else NAN

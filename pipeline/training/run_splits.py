@@ -1,0 +1,29 @@
+"""The folds that a run trains by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.artifacts import read_artifact
+from pipeline.config import TrainConfig
+from pipeline.datasets.splits import Splits, check_splits, make_splits, patients_by_pattern
+from pipeline.store import CaseStore
+
+
+def splits_of_run(store: CaseStore, config: TrainConfig) -> Splits:
+    """The folds saved in the run, else new ones; checked against the store either way.
+
+    Raises:
+        InputError: They do not fit the cases of the store, or cannot be made of them.
+    """
+    if config.patient_pattern:
+        patients = patients_by_pattern(store.case_ids, config.patient_pattern)
+    else:
+        patients = {case_id: store.record(case_id).patient or case_id for case_id in store.case_ids}
+    saved = Path(config.run_dir) / "splits.json"
+    if saved.is_file():
+        splits = read_artifact(saved, Splits)
+    else:
+        splits = make_splits(patients, num_folds=config.num_folds, seed=config.seed)
+    check_splits(splits, patients)
+    return splits
