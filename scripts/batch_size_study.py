@@ -10,6 +10,8 @@ in the same number of epochs, so larger batches take fewer optimiser steps. The 
 `--lr_rule` scales it from the first batch: `linear` (Goyal et al. 2017, for SGD) or `sqrt` (Malladi et al. 2022, for
 Adam).
 
+The gradient noise scale is measured between accumulated batches: it needs one that is accumulated, such as 1x4.
+
 Each training is a process of its own, so that peaks of memory are its own; the same command again goes on where it
 was. Written into `--out_dir`: a run folder per batch, compare.html and compare.json. One seed each says nothing of the
 spread between seeds: repeat with `--seed` and another `--out_dir` before a conclusion is drawn from small differences.
