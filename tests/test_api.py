@@ -337,6 +337,15 @@ def test_all_folds_are_run_one_after_the_other_and_pooled(dataset: Path, finishe
     assert len(kept) == len(everything) - 4
 
 
+def test_patients_of_the_pattern_that_made_the_folds_are_those_of_the_intervals(dataset: Path, tmp_path: Path) -> None:
+    # Cases 0 and 1 are of one patient, 2 and 3 of another.
+    train = replace(TRAIN, patient_pattern=r"(case_(?=[01])|cas(?=e_[23]))")
+    metrics = chain.run(run_config(dataset, tmp_path, fold="all", max_epochs=1, train=train)).metrics
+    single = read_artifact(tmp_path / "fold_0" / "validation" / "metrics.json", Metrics)
+    found = [(each.intervals.unit, each.intervals.num_units) for each in (metrics, single) if each.intervals]
+    assert found == [("patient", 2), ("patient", 1)]
+
+
 def test_folds_of_another_split_are_not_pooled(dataset: Path, finished: Path, tmp_path: Path) -> None:
     work_dir = tmp_path / "work"
     shutil.copytree(finished, work_dir)

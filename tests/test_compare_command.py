@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from html import unescape
@@ -354,6 +355,16 @@ def test_values_that_are_no_numbers_leave_gaps_and_never_break_the_json(write_ru
     (found,) = read_artifact(tmp_path / "page" / "compare.json", Comparison).runs
     assert np.isnan([found.curves[key][1] for key in ("train_loss", "lr", "peak_ram_bytes")]).all()
     assert found.peak_ram_bytes == 2**30 + 3
+
+
+def test_a_comparison_does_not_wait_for_torch(write_run, tmp_path):
+    run = write_run("a", dice=make_dice())
+    code = (
+        "import sys\nfrom pipeline.cli import main\n"
+        f"code = main(['compare', {str(run)!r}, '--out', {str(tmp_path / 'c.html')!r}])\n"
+        "print(code, sorted({'torch', 'monai', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1] == "0 []"
 
 
 # ---- the page

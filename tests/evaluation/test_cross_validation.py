@@ -73,6 +73,8 @@ def test_cases_of_a_patient_are_no_independent_witnesses():
     assert widths[1] > 1.5 * widths[0]
     assert together.intervals is not None
     assert (together.intervals.unit, together.intervals.num_units) == ("patient", 8)
+    pooled = pool_metrics({"a": metrics_of(*cases[:16]), "b": metrics_of(*cases[16:])}, patients=patients)
+    assert pooled.overall_intervals == together.overall_intervals
 
 
 def test_the_intervals_are_in_the_file_the_table_and_the_report(tmp_path):
