@@ -249,10 +249,12 @@ def predict(
     Raises:
         CasesFailedError: Some cases failed; the rest is written.
     """
+    from pipeline.inference.case_files import predict_files
     from pipeline.inference.dicom_inputs import find_cases
     from pipeline.inference.export import FORMATS
     from pipeline.inference.loading import read_held_out
     from pipeline.inference.predictor import Predictor
+    from pipeline.inference.window_batch import set_window_batch
 
     if config.cases == "held_out":
         case_ids = read_held_out(Path(config.run_dir))
@@ -268,8 +270,9 @@ def predict(
             network=network,
             max_ram=config.max_ram_bytes,
         )
+        set_window_batch(predictor, config.window_batch)
         formats = FORMATS[config.format]
-        return predictor.predict_files(cases, Path(config.output), formats=formats, overwrite=config.overwrite)
+        return predict_files(predictor, cases, Path(config.output), formats=formats, overwrite=config.overwrite)
 
 
 # ---- export

@@ -36,6 +36,9 @@ class PredictConfig(Checked):
     """Where the network runs."""
     num_threads: int | Auto = "auto"
     """Threads of the network on a CPU; auto takes the allotted CPUs."""
+    window_batch: int | Auto = "auto"
+    """Windows that are computed at once: on a GPU in one batch, on a CPU each on cores of its own; auto takes what the
+    memory is enough for. The result does not depend on it on a CPU, on a GPU to rounding."""
     max_ram: str = "auto"
     """Host memory that the whole process may hold, such as 8GiB: larger volumes are divided, at the same result and
     more time; auto takes a share of the memory that this job was allotted."""
@@ -47,7 +50,7 @@ class PredictConfig(Checked):
         found = [] if 0 <= self.overlap < 1 else [f"overlap: must be from 0 to below 1, got {self.overlap}"]
         if self.max_ram != "auto" and not parse_bytes(self.max_ram):
             found.append(f"max_ram: must be an amount of memory such as 8GiB, or auto, got {self.max_ram}")
-        return found + at_least(self, 1, "num_threads")
+        return found + at_least(self, 1, "num_threads", "window_batch")
 
     @property
     def max_ram_bytes(self) -> int | None:

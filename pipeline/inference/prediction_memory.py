@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
 
-from pipeline.inference.sliding_window import held_planes
+from pipeline.inference.sliding_window import WINDOWS_AHEAD, held_planes
 from pipeline.inference.windows import Box, SlidingWindow, longest_axis
 from pipeline.plan import GIB
 from pipeline.preprocessing.score_resampling import ScoreResampling
@@ -113,7 +113,7 @@ def plan_prediction_memory(
         num_classes=sliding.num_classes,
         gathered=num_features if of_features else sliding.num_classes,
         held=held_planes(sliding, axis, resampling.source_shape, _planes_kept(resampling, axis)),
-        window_bytes=_window_bytes(sliding, num_channels, num_features),
+        window_bytes=window_bytes(sliding, num_channels, num_features),
     )
     ways = [(sum(need.parts(way).values()), prod(each.num_starts for each in way), way) for way in product(*by_axis)]
     fitting = [(windows, taken, way) for taken, windows, way in ways if max_bytes is None or taken <= max_bytes]
@@ -239,7 +239,11 @@ class _Need:
         return self.resampling.source_shape[self.axis] / self.resampling.shape[self.axis]
 
 
-def _window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
-    """A window's batch, and what a network has alive of it: an estimate, for networks of others a low one."""
-    live = LIVE_ACTIVATIONS * num_features if num_features is not None else 2 * sliding.num_classes
+def window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
+    """Windows at once, and what a network has alive of them: an estimate, for networks of others a low one."""
+    channels = num_features if num_features is not None else sliding.num_classes
+    live = (LIVE_ACTIVATIONS if num_features is not None else 2) * channels
+    if sliding.threads is not None:
+        # Beside those in the network, some that are through it wait for their turn.
+        live += WINDOWS_AHEAD * channels
     return FLOAT_BYTES * sliding.window_batch * prod(sliding.window) * (2 * num_channels + live)

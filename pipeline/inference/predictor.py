@@ -1,22 +1,20 @@
-"""A trained network as a function from volumes to class values, and over many files."""
+"""A trained network as a function from volumes to class values."""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.allocation import allotted_cpus
-from pipeline.datasets.dataset import Case, read_case_image
-from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.errors import InputError
 from pipeline.inference.attempts import Attempt, PlanMemory, plan_host_memory, run_attempts
-from pipeline.inference.export import OutputFormat, check_formats, check_inputs, output_files, write_outputs
+from pipeline.inference.case_context import current_case
 from pipeline.inference.loading import (
     as_trained,
     find_checkpoint,
@@ -28,10 +26,10 @@ from pipeline.inference.loading import (
 from pipeline.inference.native_scores import reduce_blocks, stream_block
 from pipeline.inference.prediction_memory import PredictionMemory, plan_prediction_memory
 from pipeline.inference.window_outputs import num_features
+from pipeline.inference.window_threads import WindowThreads
 from pipeline.inference.windows import SlidingWindow
-from pipeline.io.image_file import source_files
 from pipeline.io.volume import Volume
-from pipeline.log import get_logger, track
+from pipeline.log import get_logger
 from pipeline.networks.precision import DeviceType, autocast, choose_device_type, choose_precision, free_vram_bytes
 from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights
@@ -42,7 +40,6 @@ from pipeline.preprocessing.score_resampling import ScoreResampling
 
 # The scores of a whole volume may take this share of a GPU's free memory; beyond it they are gathered on the host.
 SCORES_SHARE = 0.5
-OTHER_FOLDER = "Choose another folder"
 
 AnyReducer = TypeVar("AnyReducer", bound=Reducer)
 
@@ -60,7 +57,13 @@ class Predictor:
         window_batch: Windows that go through the network at once.
         max_ram: Most bytes that the process may hold in host memory while it predicts; None takes a share of the
             memory that the job was allotted.
+
+    Attributes:
+        threads: That compute windows side by side, see `set_window_batch`.
     """
+
+    threads: WindowThreads | None = None
+    _said = ""
 
     def __init__(
         self,
@@ -140,6 +143,14 @@ class Predictor:
         Raises:
             InputError: The number of channels is not the plan's, or the network gives no finite values.
         """
+        return Volume(self.segment(self.prepare(volume))[None], volume.grid, volume.source)
+
+    def prepare(self, volume: Volume) -> PreparedImage:
+        """The volume as the network takes it.
+
+        Raises:
+            InputError: The number of channels is not the plan's, or voxels are not finite.
+        """
         if volume.num_channels != self.plan.num_channels:
             names = ", ".join(channel.name for channel in self.plan.channels)
             raise InputError(
@@ -147,9 +158,15 @@ class Predictor:
                 where=volume.source.path if volume.source else "",
                 fix="Give one file per channel (_0000, _0001, ...) or one file with all of them as fourth axis",
             )
-        prepared = prepare_image(volume, self.plan)
-        reduced = self.reduce(prepared, lambda: LabelReducer(prepared.native_grid.shape, self.plan))
-        return Volume(reduced.label[None], volume.grid, volume.source)
+        return prepare_image(volume, self.plan)
+
+    def segment(self, prepared: PreparedImage) -> NDArray[Any]:
+        """Class values (I, J, K) of a prepared image on its native grid.
+
+        Raises:
+            InputError: The network gives no finite values, or `max_ram` is not enough.
+        """
+        return self.reduce(prepared, lambda: LabelReducer(prepared.native_grid.shape, self.plan)).label
 
     def reduce(self, prepared: PreparedImage, make_reducer: Callable[[], AnyReducer]) -> AnyReducer:
         """Give the scores of a prepared image on its native grid, piece by piece, to a reducer.
@@ -169,19 +186,25 @@ class Predictor:
         native = NativeScores.of(prepared, self.plan)
         return self._reduce(torch.from_numpy(prepared.array), native, make_reducer)
 
+    def plan_memory(
+        self, resampling: ScoreResampling, window_batch: int | None = None, max_bytes: int | None = None
+    ) -> PredictionMemory:
+        """How a volume is predicted; without a bound the way that computes the fewest windows."""
+        return plan_prediction_memory(
+            resampling,
+            self.sliding(window_batch or self.window_batch),
+            num_channels=self.plan.num_channels,
+            num_features=num_features(self.network),
+            max_bytes=max_bytes,
+        )
+
     def _reduce(self, image: Tensor, native: NativeScores, make_reducer: Callable[[], AnyReducer]) -> AnyReducer:
-        def plan_memory(window_batch: int, max_bytes: int | None) -> PredictionMemory:
-            return plan_prediction_memory(
-                native.resampling,
-                self._sliding(window_batch),
-                num_channels=self.plan.num_channels,
-                num_features=num_features(self.network),
-                max_bytes=max_bytes,
-            )
+        plan_memory = partial(self.plan_memory, native.resampling)
 
         def run(attempt: Attempt) -> AnyReducer:
             reducer = make_reducer()
-            placed, sliding = image.to(attempt.scores_device), self._sliding(attempt.window_batch)
+            current_case().expect(attempt.memory.num_windows)
+            placed, sliding = image.to(attempt.scores_device), self.sliding(attempt.window_batch)
             stream = partial(stream_block, self.network, placed, sliding, attempt.memory)
             with autocast(attempt.precision, self.device_type):
                 reduce_blocks(stream, native, attempt.memory, [reducer])
@@ -202,60 +225,8 @@ class Predictor:
         reduced = self._reduce(image, unchanged, lambda: ScoreReducer(shape, num_classes))
         return torch.from_numpy(reduced.scores)
 
-    def predict_files(
-        self,
-        cases: Sequence[Case],
-        output: Path,
-        *,
-        formats: Sequence[OutputFormat] = ("nifti",),
-        overwrite: bool = False,
-    ) -> list[Path]:
-        """Segment cases into `output/<case_id>.nii.gz` or `.dcm`, each on the grid of its own first image, atomically.
-
-        A case that fails does not end the others. Outputs that exist are kept unless `overwrite`.
-
-        Args:
-            cases: Images to segment.
-            output: Folder.
-            formats: What is written of each case; "dicom_seg" needs DICOM series.
-            overwrite: Segment again what is there already.
-
-        Returns:
-            The files of all cases, kept ones included.
-
-        Raises:
-            InputError: The folder cannot be written to, is where the images lie under the same names, the disk is full,
-            or the only case failed.
-            CasesFailedError: Some of several cases failed; it lists them, and its result are the other files.
-        """
-        check_inputs(cases, formats)
-        _make_folder(output)
-        files = {case.case_id: output_files(case.case_id, output, formats) for case in cases}
-        _check_not_an_input(cases, files)
-        todo = {case_id: _open_files(paths, overwrite=overwrite) for case_id, paths in files.items()}
-        open_cases = [case for case in cases if todo[case.case_id]]
-        if len(open_cases) < len(cases):
-            get_logger("predict").info("%d output(s) are there already and are kept", len(cases) - len(open_cases))
-        failures: dict[str, str] = {}
-        for case in track(open_cases, description="predict", total=len(open_cases)):
-            try:
-                self._predict_file(case, todo[case.case_id])
-            except (VoxfitError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-                # The next case would need the space as well; and of a single case the error itself says most.
-                if _is_disk_full(error) or (len(cases) == 1 and isinstance(error, VoxfitError)):
-                    raise
-                failures[case.case_id] = _first_line(error)
-        if failures:
-            done = {case_id: paths for case_id, paths in files.items() if case_id not in failures}
-            raise CasesFailedError(failures, done=f"{len(done)} case(s) segmented", result=_all_paths(done))
-        return _all_paths(files)
-
-    def _predict_file(self, case: Case, files: Mapping[OutputFormat, Path]) -> None:
-        image = read_case_image(case)
-        check_formats(image, files)
-        write_outputs(self.predict(image), files, self.plan)
-
-    def _sliding(self, window_batch: int) -> SlidingWindow:
+    def sliding(self, window_batch: int) -> SlidingWindow:
+        """The windows, so many of them at once."""
         return SlidingWindow(
             window=self.plan.patch_size,
             num_classes=self.plan.num_classes,
@@ -263,6 +234,7 @@ class Predictor:
             tta_axes=self.tta_axes,
             window_batch=window_batch,
             device=self.device_type,
+            threads=self.threads,
         )
 
     def _first_attempt(self, plan_memory: PlanMemory, image: Tensor, result_bytes: int) -> Attempt:
@@ -275,8 +247,14 @@ class Predictor:
             memory = plan_host_memory(
                 plan_memory, window_batch=self.window_batch, max_ram=self.max_ram, result_bytes=result_bytes
             )
-        get_logger("predict").info("on %s, %s", device, memory.describe())
+        self._say(f"on {device}, {memory.describe()}")
         return Attempt(precision=self.precision, scores_device=device, window_batch=self.window_batch, memory=memory)
+
+    def _say(self, how: str) -> None:
+        """Log how a volume is computed, unless the last one was as well."""
+        if how != self._said:
+            self._said = how
+            get_logger("predict").info("%s", how)
 
 
 def _make_network(plan: Plan) -> UNet:
@@ -288,47 +266,3 @@ def _make_network(plan: Plan) -> UNet:
         slab_stages=plan.slab_stages,
         offload_stages=plan.offload_stages,
     )
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder and try to write there, before anything is computed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot be written to ({error.strerror})", where=folder, fix=OTHER_FOLDER) from error
-
-
-def _open_files(paths: Mapping[OutputFormat, Path], *, overwrite: bool) -> dict[OutputFormat, Path]:
-    """The files of a case that are still to be written."""
-    return {kind: path for kind, path in paths.items() if overwrite or not path.exists()}
-
-
-def _all_paths(files: Mapping[str, Mapping[OutputFormat, Path]]) -> list[Path]:
-    return [path for paths in files.values() for path in paths.values()]
-
-
-def _check_not_an_input(cases: Sequence[Case], files: Mapping[str, Mapping[OutputFormat, Path]]) -> None:
-    for case in cases:
-        inputs = {file.resolve() for image in case.images for file in _files_of(image)}
-        for path in files[case.case_id].values():
-            if path.resolve() in inputs:
-                raise InputError("is an image that would be overwritten", where=path, fix=OTHER_FOLDER)
-
-
-def _files_of(image: Path) -> tuple[Path, ...]:
-    """What stands behind an image; when that cannot be told, the case fails for this when its turn comes."""
-    try:
-        return source_files(image)
-    except InputError:
-        return (image,)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    return any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in (error, error.__cause__))
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).splitlines() or [""])[0]
-    return line if isinstance(error, VoxfitError) else f"{type(error).__name__}: {line}"

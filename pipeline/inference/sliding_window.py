@@ -11,17 +11,20 @@ last bit of a score how much of a volume is held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.geometry import Shape3
+from pipeline.inference.case_context import current_case
 from pipeline.inference.planes import Planes
 from pipeline.inference.running_mean import RunningMean
-from pipeline.inference.window_outputs import Network, ScoreHead, WindowOutputs, all_flips, num_features
+from pipeline.inference.window_outputs import Network, Rows, ScoreHead, WindowOutputs, all_flips, num_features
 from pipeline.inference.windows import Box, SlidingWindow, gaussian_weights, longest_axis, read_window
+
+# Windows that threads have begun, for each that they may compute at once: they go on while finished ones are added.
+WINDOWS_AHEAD = 2
 
 
 @torch.inference_mode()
@@ -113,8 +116,10 @@ def stream_planes(
     mean = RunningMean(channels, first, device=image.device)
     add = _WindowAdder(network, image, sliding, mean, of_features=of_features)
     handed_on = 0
-    for places, finished in sliding.sweep(shape, axis, region):
-        head = add(places)
+    steps = list(sliding.sweep(shape, axis, region))
+    outputs = add.outputs([places for places, _ in steps])
+    for places, finished in steps:
+        head = add(len(places), outputs)
         start = max(0, handed_on - keep)
         yield Planes(axis, start, finished, sliding.num_classes, mean.read(axis, start, finished), head)
         handed_on = finished
@@ -134,22 +139,41 @@ class _WindowAdder:
         self, network: Network, image: Tensor, sliding: SlidingWindow, mean: RunningMean, *, of_features: bool
     ) -> None:
         self._flips = all_flips(sliding.tta_axes)
-        self._outputs = WindowOutputs(network, sliding.num_classes, of_features, self._flips)
+        self._outputs = WindowOutputs(network, sliding.num_classes, of_features)
         self._image, self._sliding, self._mean = image, sliding, mean
         self._weights = gaussian_weights(sliding.window).to(image.device)[None] / len(self._flips)
 
-    def __call__(self, places: Sequence[Box]) -> ScoreHead | None:
-        """Add windows in order; gives the head where features are gathered."""
-        head, remaining = None, iter(places)
-        while batch := list(islice(remaining, self._sliding.window_batch)):
-            head = self._add(batch)
+    def outputs(self, steps: Iterable[Sequence[Box]]) -> Iterator[tuple[Sequence[Box], Iterable[Rows]]]:
+        """What the network gives for windows, batch by batch and flip by flip, no batch from two steps."""
+        threads, at_once = self._sliding.threads, self._sliding.window_batch
+        size = 1 if threads else at_once
+        batches = (places[first : first + size] for places in steps for first in range(0, len(places), size))
+        passes = ((batch, flip) for batch in batches for flip in self._flips)
+        if threads is None:
+            return ((batch, self._rows(batch, flip)) for batch, flip in passes)
+        return threads.map(lambda each: (each[0], list(self._rows(*each))), passes, ahead=WINDOWS_AHEAD * at_once)
+
+    def __call__(self, count: int, outputs: Iterator[tuple[Sequence[Box], Iterable[Rows]]]) -> ScoreHead | None:
+        """Add the next windows in order; gives the head where features are gathered."""
+        head, added = None, 0
+        while added < count:
+            for _ in self._flips:
+                places, rows = next(outputs)
+                head = self._add(places, rows)
+                # Or they would still be there while the next are computed.
+                del rows
+            added += len(places)
+            current_case().on_windows(len(places))
         return head
 
-    def _add(self, places: Sequence[Box]) -> ScoreHead | None:
+    def _rows(self, places: Sequence[Box], flip: tuple[int, ...]) -> Iterator[Rows]:
         device = self._sliding.device or self._image.device
         batch = torch.stack([read_window(self._image, place) for place in places]).to(device)
+        return self._outputs.rows(batch, flip)
+
+    def _add(self, places: Sequence[Box], passed: Iterable[Rows]) -> ScoreHead | None:
         head = None
-        for rows, values, head in self._outputs.rows(batch):  # noqa: B007
+        for rows, values, head in passed:  # noqa: B007
             for place, window_values in zip(places, values, strict=True):
                 first = place[0].start
                 box = (slice(first + rows.start, first + rows.stop), *place[1:])
