@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from math import inf, prod
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipeline.preprocessing.workers import PROCESS_BYTES, estimate_case_bytes
 OTHER_FOLDER = "Choose another folder"
 # A label in the widest type that its file may have, beside the label itself.
 WRITTEN_VOXEL_BYTES = 8
+SECONDS_ASLEEP = 0.2
 
 Files = Mapping[OutputFormat, Path]
 
@@ -104,7 +105,7 @@ class _CaseThreads:
         with self._progress.shown(), ThreadPoolExecutor(self._room.num_lanes + 2, "case") as pool:
             numbers = {pool.submit(self._attempt, number): number for number in range(len(self._cases))}
             try:
-                for future in as_completed(numbers):
+                for future in _as_they_end(numbers):
                     if (error := _failure(future)) is not None:
                         failures[numbers[future]] = error
                     self._progress.finish(numbers[future])
@@ -158,6 +159,14 @@ class _CaseThreads:
             self._progress.add(number, count)
 
         return CaseContext(granted_bytes, partial(self._progress.expect, number), on_windows)
+
+
+def _as_they_end(futures: Collection[Future[None]]) -> Iterator[Future[None]]:
+    """Wakes now and then: a signal that another thread was given is handled by this one only once it is awake."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=SECONDS_ASLEEP, return_when=FIRST_COMPLETED)
+        yield from done
 
 
 def _stay(stage: str, **_: float) -> bool:

@@ -274,5 +274,5 @@ def test_ctrl_c_ends_a_volume_between_two_of_its_windows(tmp_path: Path, make_pl
 
     with pytest.raises(KeyboardInterrupt):
         predict_files(Predictor(Interrupting(), make_plan()), find_inputs(tmp_path / "in"), tmp_path / "out")
-    assert len(calls) < 30
+    assert len(calls) < 100
     assert list((tmp_path / "out").iterdir()) == []
