@@ -255,11 +255,16 @@ def predict(
     from pipeline.inference.loading import read_held_out
     from pipeline.inference.predictor import Predictor
     from pipeline.inference.window_batch import set_window_batch
+    from pipeline.preprocessing.shards import share_of
 
     if config.cases == "held_out":
         case_ids = read_held_out(Path(config.run_dir))
     with TemporaryDirectory() as references:
         cases = find_cases(config, Path(references), case_ids)
+        if config.share is not None:
+            mine, total = share_of([case.case_id for case in cases], config.share), len(cases)
+            cases = tuple(case for case in cases if case.case_id in mine)
+            get_logger("predict").info("share %s has %d of %d cases", config.shard, len(cases), total)
         predictor = Predictor.from_run(
             Path(config.run_dir),
             checkpoint=config.checkpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.option_checks import Auto, Checked, at_least, parse_bytes
+from pipeline.option_checks import Auto, Checked, at_least, parse_bytes, parse_share, share_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class PredictConfig(Checked):
     max_ram: str = "auto"
     """Host memory that the whole process may hold, such as 8GiB: larger volumes are divided, at the same result and
     more time; auto takes a share of the memory that this job was allotted."""
+    shard: str = ""
+    """Segment one share of the cases only, as in 3/16: jobs on any number of nodes may fill one folder at a time."""
     overwrite: bool = False
     """Segment again what is already in the output folder."""
 
@@ -50,7 +52,12 @@ class PredictConfig(Checked):
         found = [] if 0 <= self.overlap < 1 else [f"overlap: must be from 0 to below 1, got {self.overlap}"]
         if self.max_ram != "auto" and not parse_bytes(self.max_ram):
             found.append(f"max_ram: must be an amount of memory such as 8GiB, or auto, got {self.max_ram}")
-        return found + at_least(self, 1, "num_threads", "window_batch")
+        return found + at_least(self, 1, "num_threads", "window_batch") + share_problems(self.shard)
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """Number and count of the shares in `shard`; None without."""
+        return parse_share(self.shard)
 
     @property
     def max_ram_bytes(self) -> int | None:

@@ -25,3 +25,14 @@ def test_what_is_no_amount_of_memory_is_refused_with_the_option_named(text: str)
 def test_all_problems_come_in_one_error() -> None:
     with pytest.raises(InputError, match=r"overlap: .*; max_ram: .*; num_threads: "):
         PredictConfig(**PATHS, overlap=1.0, max_ram="x", num_threads=0)
+
+
+def test_a_share_is_read_as_number_and_count() -> None:
+    assert PredictConfig(**PATHS).share is None
+    assert PredictConfig(**PATHS, shard="3/16").share == (3, 16)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "3", "3/", "/4", "a/b", "-1/2", "1/2/3"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="shard: must be as in 3/16, counted from 1"):
+        PredictConfig(**PATHS, shard=text)

@@ -60,9 +60,11 @@ class Predictor:
 
     Attributes:
         threads: That compute windows side by side, see `set_window_batch`.
+        num_threads: Of everything else that is done side by side.
     """
 
     threads: WindowThreads | None = None
+    num_threads = 1
     _said = ""
 
     def __init__(
@@ -183,7 +185,7 @@ class Predictor:
         Raises:
             InputError: The logits are not finite in float32 either, or `max_ram` is not enough.
         """
-        native = NativeScores.of(prepared, self.plan)
+        native = NativeScores.of(prepared, self.plan, num_threads=self.num_threads)
         return self._reduce(torch.from_numpy(prepared.array), native, make_reducer)
 
     def plan_memory(

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from pipeline.allocation import allotted_cpus
 from pipeline.inference.attempts import held_bytes, most_bytes
 from pipeline.inference.prediction_memory import window_bytes
 from pipeline.inference.predictor import Predictor
@@ -32,6 +33,7 @@ def set_window_batch(predictor: Predictor, option: int | Literal["auto"]) -> Non
         predictor: On whose device the network lies already.
         option: Windows at once.
     """
+    predictor.num_threads = min(torch.get_num_threads(), allotted_cpus())
     if predictor.device_type == "cuda":
         predictor.window_batch = _fitting_batch(predictor) if option == "auto" else option
         get_logger("predict").info("%d window(s) at a time", predictor.window_batch)
@@ -39,11 +41,10 @@ def set_window_batch(predictor: Predictor, option: int | Literal["auto"]) -> Non
     if not isinstance(predictor.network, UNet):
         predictor.window_batch = 1 if option == "auto" else option
         return
-    num_threads = torch.get_num_threads()
-    count = min(num_threads, _fitting_count(predictor) if option == "auto" else option)
+    count = min(predictor.num_threads, _fitting_count(predictor) if option == "auto" else option)
     predictor.window_batch = count
     if count > 1:
-        torch.set_num_threads(cores_per_window(num_threads, count))
+        torch.set_num_threads(cores_per_window(predictor.num_threads, count))
         predictor.threads = WindowThreads(count)
     get_logger("predict").info("%d window(s) at a time, %d thread(s) for each", count, torch.get_num_threads())
 

@@ -6,13 +6,13 @@ and a core that another process has taken just then holds up all of them. Window
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+from pipeline.parallel import map_ahead
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,25 +32,14 @@ class WindowThreads:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="window")
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int) -> Iterator[Result]:
-        """Results in the order of the items, computed ahead of whoever takes them.
-
-        The precision that the caller computes in is that of the threads. What an item raised is raised in its turn.
+        """Results in the order of the items, see `map_ahead`; the caller's precision is that of the threads.
 
         Args:
             function: Called in the threads.
             items: What for.
             ahead: Most items that are begun and not yet taken.
         """
-        remaining, begun = iter(items), deque[Future[Result]]()
-        run = _as_here(function)
-        try:
-            begun.extend(self._pool.submit(run, item) for item in islice(remaining, max(1, ahead)))
-            while begun:
-                # Let go before the next is begun: the room for it is that of the result just taken.
-                yield begun.popleft().result()
-                begun.extend(self._pool.submit(run, item) for item in islice(remaining, 1))
-        finally:
-            _end(begun)
+        return map_ahead(_as_here(function), items, self._pool, ahead=ahead)
 
 
 def _as_here(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
@@ -62,13 +51,6 @@ def _as_here(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
             return function(item)
 
     return run
-
-
-def _end(begun: Iterable[Future[Any]]) -> None:
-    """Wait for what runs: who goes on, perhaps with less memory, is to find its memory free."""
-    for future in begun:
-        if not future.cancel():
-            future.exception()
 
 
 def cores_per_window(num_threads: int, window_batch: int) -> int:

@@ -276,3 +276,29 @@ def test_ctrl_c_ends_a_volume_between_two_of_its_windows(tmp_path: Path, make_pl
         predict_files(Predictor(Interrupting(), make_plan()), find_inputs(tmp_path / "in"), tmp_path / "out")
     assert len(calls) < 100
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.timeout(200)
+def test_shares_at_the_same_time_make_each_case_once_in_one_folder(
+    tmp_path: Path, make_plan: Callable[..., Plan], make_run: Callable[..., Path]
+) -> None:
+    write_cases(tmp_path / "in")
+    run_dir = make_run(make_plan())
+    options = ["--run_dir", str(run_dir), "--input", str(tmp_path / "in"), "--num_threads", "1"]
+    command = [sys.executable, "-m", "pipeline", "predict", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shares = [
+        subprocess.Popen(
+            [*command, "--output", str(tmp_path / "shared"), "--shard", f"{number}/3"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (1, 2, 3)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in shares]
+    assert [process.returncode for process in shares] == [0, 0, 0], errors
+    assert all(f"share {number}/3 has 2 of 6 cases" in text for number, text in enumerate(errors, start=1))
+    assert not any("already" in text for text in errors)
+    subprocess.run([*command, "--output", str(tmp_path / "alone")], env=environment, check=True, capture_output=True)
+    assert found_bytes(tmp_path / "shared") == found_bytes(tmp_path / "alone")
