@@ -276,6 +276,7 @@ def predict(
             max_ram=config.max_ram_bytes,
         )
         set_window_batch(predictor, config.window_batch)
+        predictor.skip_air, predictor.count_seams = config.skip_air, config.seams
         formats = FORMATS[config.format]
         return predict_files(predictor, cases, Path(config.output), formats=formats, overwrite=config.overwrite)
 

@@ -39,6 +39,11 @@ class PredictConfig(Checked):
     window_batch: int | Auto = "auto"
     """Windows that are computed at once: on a GPU in one batch, on a CPU each on cores of its own; auto takes what the
     memory is enough for. The result does not depend on it on a CPU, on a GPU to rounding."""
+    skip_air: bool = False
+    """Take windows for background, without the network, that hold one value only and that below the image's mean, as
+    air of a CT that is clipped: less time for scans with wide margins."""
+    seams: bool = False
+    """Say on which share of the segmented voxels overlapping windows disagree, and warn where it is large."""
     max_ram: str = "auto"
     """Host memory that the whole process may hold, such as 8GiB: larger volumes are divided, at the same result and
     more time; auto takes a share of the memory that this job was allotted."""

@@ -8,11 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def _ignore(count: int) -> None:
     """Nobody watches."""
+
+
+@dataclass
+class CaseNotes:
+    """What a computation finds out beside its result.
+
+    Attributes:
+        windows: That the volume has; those that two blocks need count twice.
+        skipped: Those of them that hold nothing but air.
+        compared, disagreeing: Voxels, see `SeamCounts`.
+    """
+
+    windows: int = 0
+    skipped: int = 0
+    compared: int = 0
+    disagreeing: int = 0
 
 
 @dataclass(frozen=True)
@@ -24,11 +40,23 @@ class CaseContext:
             bound leaves.
         expect: Called with the number of windows once it is known, and again when a volume is begun anew.
         on_windows: Called with the number of windows that were just computed; it may raise to end the computation.
+        notes: Filled while it is computed, anew when it is begun anew.
     """
 
     granted_bytes: int | None = None
     expect: Callable[[int], None] = _ignore
     on_windows: Callable[[int], None] = _ignore
+    notes: CaseNotes = field(default_factory=CaseNotes)
+
+    def begin(self, windows: int) -> None:
+        """A computation of so many windows begins."""
+        self.expect(windows)
+        self.notes.windows = self.notes.skipped = self.notes.compared = self.notes.disagreeing = 0
+
+    def note_seams(self, compared: int, disagreeing: int) -> None:
+        """So many voxels more were compared."""
+        self.notes.compared += compared
+        self.notes.disagreeing += disagreeing
 
 
 _current: ContextVar[CaseContext] = ContextVar("case_context", default=CaseContext())  # noqa: B039

@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
 from pipeline.inference.attempts import held_bytes, most_bytes
-from pipeline.inference.case_context import CaseContext, case_context
+from pipeline.inference.case_context import CaseContext, CaseNotes, case_context
 from pipeline.inference.case_room import Room
 from pipeline.inference.export import OutputFormat, check_formats, check_inputs, output_files, write_outputs
 from pipeline.inference.predictor import Predictor
@@ -29,6 +29,9 @@ OTHER_FOLDER = "Choose another folder"
 # A label in the widest type that its file may have, beside the label itself.
 WRITTEN_VOXEL_BYTES = 8
 SECONDS_ASLEEP = 0.2
+# Share of voxels on which overlapping windows disagree that is warned of. Measured on the hippocampus: 5 % with windows
+# of the size that the network was trained on; 44 % and 0.05 less Dice with windows of 0.58 of its voxels.
+MANY_SEAMS = 0.25
 
 Files = Mapping[OutputFormat, Path]
 
@@ -141,9 +144,11 @@ class _CaseThreads:
         memory = predictor.plan_memory(NativeScores.of(prepared, predictor.plan).resampling)
         held = prepared.array.nbytes + WRITTEN_VOXEL_BYTES * prod(grid.shape)
         is_beside = enter("compute", holds=held, needs=held + memory.num_bytes, lanes=memory.num_windows)
-        with case_context(self._context(number, memory.num_bytes if is_beside else None)):
+        context = self._context(number, memory.num_bytes if is_beside else None)
+        with case_context(context):
             label = Volume(predictor.segment(prepared)[None], grid, source)
         del prepared
+        say_notes(case.case_id, context.notes, predictor)
         enter("write", holds=label.array.nbytes, needs=label.array.nbytes + WRITTEN_VOXEL_BYTES * label.array.size)
         write_outputs(label, files, predictor.plan)
 
@@ -172,6 +177,21 @@ def _as_they_end(futures: Collection[Future[None]]) -> Iterator[Future[None]]:
 def _stay(stage: str, **_: float) -> bool:
     """A case that is alone anyway goes from stage to stage without asking."""
     return False
+
+
+def say_notes(case_id: str, notes: CaseNotes, predictor: Predictor) -> None:
+    """Log what was asked for beside the segmentation."""
+    logger = get_logger("predict")
+    if predictor.skip_air:
+        share = notes.skipped / max(1, notes.windows)
+        logger.info("%s: %d of %d windows (%.0f %%) are air", case_id, notes.skipped, notes.windows, 100 * share)
+    if predictor.count_seams:
+        share = notes.disagreeing / max(1, notes.compared)
+        text = f"{case_id}: overlapping windows disagree on {share:.1%} of {notes.compared} voxels".replace("%", " %")
+        if share > MANY_SEAMS:
+            logger.warning("%s; give a larger --overlap, or train with a larger patch", text)
+        else:
+            logger.info("%s", text)
 
 
 def _failure(future: Future[None]) -> Exception | None:

@@ -66,6 +66,7 @@ def stream_block(
         region=block.source,
         keep=memory.keep,
         of_features=memory.of_features,
+        own=block.own,
     )
     for each in planes:
         each.check_finite()

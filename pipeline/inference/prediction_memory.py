@@ -36,10 +36,12 @@ class Block:
     Attributes:
         native: Box of the result; the whole of it along the axis of the sweep.
         source: Box of the prepared grid that it is made from.
+        own: The part of it that belongs to no block before, so that all blocks together have each voxel once.
     """
 
     native: Box
     source: Box
+    own: Box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +121,30 @@ def plan_prediction_memory(
     fitting = [(windows, taken, way) for taken, windows, way in ways if max_bytes is None or taken <= max_bytes]
     way = min(fitting or ways, key=lambda each: each[:2])[2]
     rows, chunk = need.pieces(way)
-    boxes = product(*(division.sides for division in way))
+    sides = [zip(each.sides, _own_sides(resampling, n, each), strict=True) for n, each in enumerate(way)]
     return PredictionMemory(
         axis=axis,
         keep=_planes_kept(resampling, axis),
         of_features=of_features,
-        blocks=tuple(Block((i, j, k), resampling.source_box((i, j, k))) for i, j, k in boxes),
+        blocks=tuple(_block(resampling, *block) for block in product(*sides)),
         rows=rows,
         chunk=chunk,
         num_windows=prod(each.num_starts for each in way),
         fewest_windows=prod(each[0].num_starts for each in by_axis),
         parts=need.parts(way),
     )
+
+
+def _own_sides(resampling: ScoreResampling, axis: int, division: _Division) -> list[slice]:
+    sources = [resampling.source_side(axis, side) for side in division.sides]
+    taken = [sources[0].start, *(side.stop for side in sources[:-1])]
+    return [slice(max(start, side.start), side.stop) for start, side in zip(taken, sources, strict=True)]
+
+
+def _block(resampling: ScoreResampling, *sides: tuple[slice, slice]) -> Block:
+    """A block of its sides on the native grid, each with its own part on the prepared one."""
+    (i, own_i), (j, own_j), (k, own_k) = sides
+    return Block((i, j, k), resampling.source_box((i, j, k)), (own_i, own_j, own_k))
 
 
 def _planes_kept(resampling: ScoreResampling, axis: int) -> int:

@@ -61,10 +61,13 @@ class Predictor:
     Attributes:
         threads: That compute windows side by side, see `set_window_batch`.
         num_threads: Of everything else that is done side by side.
+        skip_air, count_seams: See `SlidingWindow`.
     """
 
     threads: WindowThreads | None = None
     num_threads = 1
+    skip_air = False
+    count_seams = False
     _said = ""
 
     def __init__(
@@ -205,7 +208,7 @@ class Predictor:
 
         def run(attempt: Attempt) -> AnyReducer:
             reducer = make_reducer()
-            current_case().expect(attempt.memory.num_windows)
+            current_case().begin(attempt.memory.num_windows)
             placed, sliding = image.to(attempt.scores_device), self.sliding(attempt.window_batch)
             stream = partial(stream_block, self.network, placed, sliding, attempt.memory)
             with autocast(attempt.precision, self.device_type):
@@ -237,6 +240,8 @@ class Predictor:
             window_batch=window_batch,
             device=self.device_type,
             threads=self.threads,
+            skip_air=self.skip_air,
+            count_seams=self.count_seams,
         )
 
     def _first_attempt(self, plan_memory: PlanMemory, image: Tensor, result_bytes: int) -> Attempt:

@@ -39,6 +39,8 @@ class SlidingWindow:
         device: Where the network is; None for where the image is.
         threads: Compute these windows, each for itself, instead of one batch of them; for networks on a CPU that may be
             called in several threads.
+        skip_air: Take windows of nothing but air for background, see `AirFinder`.
+        count_seams: Compare windows where they overlap, see `SeamCounts`.
 
     Raises:
         InputError: `overlap` or `tta_axes` are out of range.
@@ -51,6 +53,8 @@ class SlidingWindow:
     window_batch: int = 1
     device: torch.device | str | None = None
     threads: WindowThreads | None = None
+    skip_air: bool = False
+    count_seams: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
