@@ -33,8 +33,10 @@ def set_window_batch(predictor: Predictor, option: int | Literal["auto"]) -> Non
         predictor: On whose device the network lies already.
         option: Windows at once.
     """
-    predictor.num_threads = min(torch.get_num_threads(), allotted_cpus())
+    predictor.num_threads = torch.get_num_threads()
     if predictor.device_type == "cuda":
+        # Nobody has told torch yet how many it may take.
+        predictor.num_threads = min(predictor.num_threads, allotted_cpus())
         predictor.window_batch = _fitting_batch(predictor) if option == "auto" else option
         get_logger("predict").info("%d window(s) at a time", predictor.window_batch)
         return
