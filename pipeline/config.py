@@ -5,12 +5,11 @@ Precedence: flag > YAML > plan > default. "auto" means that the plan, or the mac
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pipeline.durations import epoch_problems, time_problems
-from pipeline.option_checks import Auto, Checked, at_least, within_unit
+from pipeline.option_checks import Auto, Checked, at_least, parse_share, share_problems, within_unit
 from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
 
 
@@ -130,14 +129,10 @@ class PreprocessConfig(Checked):
     @property
     def share(self) -> tuple[int, int] | None:
         """Number and count of the shares in `shard`; None without."""
-        number, _, count = self.shard.partition("/")
-        return (int(number), int(count)) if self.shard else None
+        return parse_share(self.shard)
 
     def problems(self) -> list[str]:
-        found = at_least(self, 1, "num_workers")
-        is_share = re.fullmatch(r"\d+/\d+", self.shard) is not None
-        if self.shard and not (is_share and self.share is not None and 1 <= self.share[0] <= self.share[1]):
-            found.append(f"shard: must be as in 3/16, counted from 1, got {self.shard}")
+        found = at_least(self, 1, "num_workers") + share_problems(self.shard)
         if self.shard and self.verify:
             found.append("verify: looks at the whole store, so it goes without shard")
         return found

@@ -65,3 +65,17 @@ def parse_bytes(text: str) -> int:
     match = _AMOUNT.fullmatch(text)
     unit = _UNITS.get(match.group(2).upper()) if match else None
     return int(float(match.group(1)) * unit) if match and unit else 0
+
+
+def parse_share(shard: str) -> tuple[int, int] | None:
+    """Number and count of the shares in a text such as 3/16, counted from 1; None where there is none."""
+    number, _, count = shard.partition("/")
+    return (int(number), int(count)) if shard else None
+
+
+def share_problems(shard: str) -> list[str]:
+    """A problem where the option is no share."""
+    share = parse_share(shard) if re.fullmatch(r"\d+/\d+|", shard) else (0, 0)
+    if share is None or 1 <= share[0] <= share[1]:
+        return []
+    return [f"shard: must be as in 3/16, counted from 1, got {shard}"]

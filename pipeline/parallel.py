@@ -1,11 +1,14 @@
-"""One function over many cases in several processes, where one bad case does not end the others."""
+"""One function over many items: cases in processes, where a bad one does not end the others; pieces in threads."""
 
 from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from pipeline.errors import InputError, VoxfitError
@@ -88,3 +91,30 @@ def _attempt(function: Callable[[Item], Result], item: Item) -> Outcome[Item, Re
         return Outcome(item, function(item), None)
     except (VoxfitError, OSError, EOFError, MemoryError) as error:
         return Outcome(item, None, error)
+
+
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, *, ahead: int
+) -> Iterator[Result]:
+    """Results in the order of the items, computed in a pool ahead of whoever takes them.
+
+    What an item raised is raised in its turn. However it ends, nothing runs on behind it: who goes on, perhaps with
+    less memory, finds its memory free.
+
+    Args:
+        function: Called in the pool.
+        items: What for.
+        pool: Who calls it; others may use it as well.
+        ahead: Most items that are begun and not yet taken.
+    """
+    remaining, begun = iter(items), deque[Future[Result]]()
+    try:
+        begun.extend(pool.submit(function, item) for item in islice(remaining, max(1, ahead)))
+        while begun:
+            # Let go before the next is begun: the room for it is that of the result just taken.
+            yield begun.popleft().result()
+            begun.extend(pool.submit(function, item) for item in islice(remaining, 1))
+    finally:
+        for future in begun:
+            if not future.cancel():
+                future.exception()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.option_checks import Auto, Checked, as_words, at_least, parse_bytes, repeated
+from pipeline.option_checks import Auto, Checked, as_words, at_least, parse_bytes, parse_share, repeated, share_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,14 @@ class PredictOptions(Checked):
     """Where the network runs."""
     num_threads: int | Auto = "auto"
     """Threads of the network on a CPU; auto takes the allotted CPUs."""
+    window_batch: int | Auto = "auto"
+    """Windows that are computed at once: on a GPU in one batch, on a CPU each on cores of its own; auto takes what the
+    memory is enough for. The result does not depend on it on a CPU, on a GPU to rounding."""
+    skip_air: bool = False
+    """Take windows for background, without the network, that hold one value only and that below the image's mean, as
+    air of a CT that is clipped: less time for scans with wide margins."""
+    seams: bool = False
+    """Say on which share of the segmented voxels overlapping windows disagree, and warn where it is large."""
     max_ram: str = "auto"
     """Host memory that the whole process may hold, such as 8GiB: larger volumes are divided, at the same result and
     more time; auto takes a share of the memory that this job was allotted."""
@@ -41,7 +49,7 @@ class PredictOptions(Checked):
                 found.append(f"tta_axes: must be some of 0, 1 and 2, or auto, got {list(self.tta_axes)}")
             if self.tta == "none":
                 found.append("tta_axes: goes with tta mirror")
-        return found + at_least(self, 1, "num_threads")
+        return found + at_least(self, 1, "num_threads", "window_batch")
 
     @property
     def max_ram_bytes(self) -> int | None:
@@ -72,15 +80,22 @@ class PredictConfig(PredictOptions):
     """DICOM series of each channel, as in "CT,PT": modalities or patterns for SeriesDescription; by default by name."""
     allow_tilt: bool = False
     """Resample DICOM series whose slices are shifted by a tilted gantry, instead of failing on them."""
+    shard: str = ""
+    """Segment one share of the cases only, as in 3/16: jobs on any number of nodes may fill one folder at a time."""
     overwrite: bool = False
     """Segment again what is already in the output folder."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values, each as `key: problem`."""
-        found = super().problems() + repeated(self, "run_dir")
+        found = super().problems() + repeated(self, "run_dir") + share_problems(self.shard)
         if self.uncertainty == "variance" and len(self.run_dirs) < 2:
             found.append("uncertainty: variance is over several runs, and run_dir names one; entropy needs one only")
         return found
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """Number and count of the shares in `shard`; None without."""
+        return parse_share(self.shard)
 
     @property
     def run_dirs(self) -> tuple[str, ...]:

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.inference.case_context import CaseContext, case_context
+from pipeline.inference.predictor import Predictor
+from pipeline.inference.window_batch import LARGEST_BATCH, set_window_batch
+from pipeline.io.volume import Volume
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.norms import GroupNorm
@@ -287,3 +291,38 @@ def test_pinned_memory_is_what_the_plan_says_and_does_not_grow_from_step_to_step
         taken.append(torch.cuda.host_memory_stats()["allocated_bytes.current"] - before)
     assert taken[0] <= predicted
     assert taken[1:] == taken[:1] * 2
+
+
+# ---- prediction
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_windows_in_batches_that_fit_give_the_labels_of_single_windows(precision: str) -> None:
+    torch.manual_seed(0)
+    plan = make_prediction_plan()
+    predictor = Predictor(UNet(1, 3, plan.network), plan, device_type="cuda", precision=precision)  # type: ignore[arg-type]
+    prepared = predictor.prepare(Volume.from_array(torch.randn(90, 100, 110).numpy(), np.eye(4)))
+    single = predictor.segment(prepared)
+    set_window_batch(predictor, "auto")
+    assert 1 < predictor.window_batch <= LARGEST_BATCH
+    predictor.count_seams = predictor.skip_air = True
+    context = CaseContext()
+    with case_context(context):
+        batched = predictor.segment(prepared)
+    assert (single == batched).mean() > 0.98
+    assert 0 < context.notes.disagreeing <= context.notes.compared
+    assert context.notes.skipped == 0
+
+
+def make_prediction_plan() -> Plan:
+    return Plan(
+        dataset_name="noise",
+        fingerprint_hash="0",
+        channels=(ChannelPlan(name="T1", scheme="none"),),
+        labels={"background": 0, "organ_1": 1, "organ_2": 2},
+        target_spacing=(1.0, 1.1, 0.9),
+        median_shape=(32, 32, 32),
+        patch_size=(32, 32, 32),
+        network=NETWORK,
+        memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
+    )

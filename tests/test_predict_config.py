@@ -49,3 +49,14 @@ def test_what_cannot_be_asked_of_runs_is_refused_with_the_option_named(options: 
 def test_a_variance_may_be_asked_of_several_runs() -> None:
     assert PredictConfig(**{**PATHS, "run_dir": ("a", "b")}, uncertainty="variance").run_dirs == ("a", "b")
     assert PredictConfig(**PATHS).run_dirs == ("run",)
+
+
+def test_a_share_is_read_as_number_and_count() -> None:
+    assert PredictConfig(**PATHS).share is None
+    assert PredictConfig(**PATHS, shard="3/16").share == (3, 16)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "3", "3/", "/4", "a/b", "-1/2", "1/2/3"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="shard: must be as in 3/16, counted from 1"):
+        PredictConfig(**PATHS, shard=text)

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.allocation import allotted_memory_bytes
 from pipeline.errors import InputError
+from pipeline.inference.case_context import current_case
 from pipeline.inference.planes import NotFiniteError
 from pipeline.inference.prediction_memory import PredictionMemory
 from pipeline.log import get_logger
@@ -101,11 +102,11 @@ def plan_host_memory(
     Raises:
         InputError: `max_ram` is given and not enough.
     """
+    granted = current_case().granted_bytes
+    if granted is not None:
+        return plan_memory(window_batch, granted)
     held = held_bytes()
-    if max_ram is None:
-        bound = min(int(AUTO_SHARE * free_bytes()), int(AUTO_SHARE * allotted_memory_bytes()) - held) - result_bytes
-    else:
-        bound = max_ram - held - result_bytes
+    bound = most_bytes(max_ram) - held - result_bytes
     memory = plan_memory(window_batch, bound)
     if memory.num_bytes > bound:
         needed = memory.num_bytes + held + result_bytes
@@ -114,6 +115,13 @@ def plan_host_memory(
             raise InputError(f"{what}; allowed are {max_ram / GIB:.2f}", where="max_ram", fix="Allow more")
         get_logger("predict").warning("%s; memory may run out", what)
     return memory
+
+
+def most_bytes(max_ram: int | None) -> int:
+    """What this process may hold in all: what is asked, or a share of what it was allotted and of what is free."""
+    if max_ram is not None:
+        return max_ram
+    return min(held_bytes() + int(AUTO_SHARE * free_bytes()), int(AUTO_SHARE * allotted_memory_bytes()))
 
 
 def held_bytes() -> int:

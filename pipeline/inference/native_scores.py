@@ -66,6 +66,7 @@ def stream_block(
         region=block.source,
         keep=memory.keep,
         of_features=memory.of_features and gathers_features(network, sliding.num_classes),
+        own=block.own,
     )
     for each in planes:
         each.check_finite()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
 
-from pipeline.inference.sliding_window import held_planes
+from pipeline.inference.sliding_window import WINDOWS_AHEAD, held_planes
 from pipeline.inference.windows import Box, SlidingWindow, longest_axis
 from pipeline.plan import GIB
 from pipeline.preprocessing.score_resampling import ScoreResampling
@@ -62,10 +62,12 @@ class Block:
     Attributes:
         native: Box of the result; the whole of it along the axis of the sweep.
         source: Box of the prepared grid that it is made from.
+        own: The part of it that belongs to no block before, so that all blocks together have each voxel once.
     """
 
     native: Box
     source: Box
+    own: Box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +161,19 @@ def plan_sweeps(
         resampling=resampling,
         axis=axis,
         sweeps=tuple(sweeps),
-        window_bytes=max(_window_bytes(sweep, num_channels) for sweep in sweeps),
+        window_bytes=max(window_bytes(each.sliding, num_channels, each.num_features) for each in sweeps),
         num_buffered=num_buffered,
     )
     ways = [(sum(need.parts(way).values()), _num_windows(way), way) for way in product(*by_axis)]
     fitting = [(windows, taken, way) for taken, windows, way in ways if max_bytes is None or taken <= max_bytes]
     way = min(fitting or ways, key=lambda each: each[:2])[2]
     rows, chunk = need.pieces(way)
-    boxes = product(*(division.sides for division in way))
+    sides = [zip(each.sides, _own_sides(resampling, n, each), strict=True) for n, each in enumerate(way)]
     return PredictionMemory(
         axis=axis,
         keep=_planes_kept(resampling, axis),
         of_features=any(sweep.of_features for sweep in sweeps),
-        blocks=tuple(Block((i, j, k), resampling.source_box((i, j, k))) for i, j, k in boxes),
+        blocks=tuple(_block(resampling, *block) for block in product(*sides)),
         rows=rows,
         chunk=chunk,
         num_windows=_num_windows(way),
@@ -179,6 +181,18 @@ def plan_sweeps(
         parts=need.parts(way),
         num_sweeps=len(sweeps),
     )
+
+
+def _own_sides(resampling: ScoreResampling, axis: int, division: _Division) -> list[slice]:
+    sources = [resampling.source_side(axis, side) for side in division.sides]
+    taken = [sources[0].start, *(side.stop for side in sources[:-1])]
+    return [slice(max(start, side.start), side.stop) for start, side in zip(taken, sources, strict=True)]
+
+
+def _block(resampling: ScoreResampling, *sides: tuple[slice, slice]) -> Block:
+    """A block of its sides on the native grid, each with its own part on the prepared one."""
+    (i, own_i), (j, own_j), (k, own_k) = sides
+    return Block((i, j, k), resampling.source_box((i, j, k)), (own_i, own_j, own_k))
 
 
 def _planes_kept(resampling: ScoreResampling, axis: int) -> int:
@@ -304,8 +318,11 @@ class _Need:
         return self.resampling.source_shape[self.axis] / self.resampling.shape[self.axis]
 
 
-def _window_bytes(sweep: Sweep, num_channels: int) -> int:
-    """A window's batch, and what a network has alive of it: an estimate, for networks of others a low one."""
-    sliding, num_features = sweep.sliding, sweep.num_features
-    live = LIVE_ACTIVATIONS * num_features if num_features is not None else 2 * sliding.num_classes
+def window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
+    """Windows at once, and what a network has alive of them: an estimate, for networks of others a low one."""
+    channels = num_features if num_features is not None else sliding.num_classes
+    live = (LIVE_ACTIVATIONS if num_features is not None else 2) * channels
+    if sliding.threads is not None:
+        # Beside those in the network, some that are through it wait for their turn.
+        live += WINDOWS_AHEAD * channels
     return FLOAT_BYTES * sliding.window_batch * prod(sliding.window) * (2 * num_channels + live)

@@ -1,33 +1,30 @@
-"""A trained network as a function from volumes to class values, and over many files."""
+"""A trained network, or several, as a function from volumes to class values."""
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.datasets.dataset import Case, read_case_image
-from pipeline.errors import CasesFailedError, InputError, VoxfitError
+from pipeline.errors import InputError
 from pipeline.geometry import Grid
 from pipeline.inference.attempts import Attempt, PlanMemory, plan_host_memory, run_attempts
+from pipeline.inference.case_context import current_case
 from pipeline.inference.ensemble import Ensemble, Member
-from pipeline.inference.export import check_formats, check_inputs, write_outputs
-from pipeline.inference.export_formats import OutputFormat, output_files
+from pipeline.inference.export_formats import OutputFormat
 from pipeline.inference.native_scores import reduce_blocks
 from pipeline.inference.outputs import LABEL_ONLY, OutputReducer, OutputRequest, Prediction
 from pipeline.inference.postprocess import Step
 from pipeline.inference.prediction_memory import PredictionMemory, plan_sweeps
 from pipeline.inference.runs import load_runs
+from pipeline.inference.window_threads import WindowThreads
 from pipeline.inference.windows import SlidingWindow
-from pipeline.io.image_file import source_files
 from pipeline.io.volume import SourceGrid, Volume
-from pipeline.log import get_logger, track
+from pipeline.log import get_logger
 from pipeline.networks.precision import DeviceType, autocast, free_vram_bytes
 from pipeline.plan import Plan, Precision
 from pipeline.predict_config import PredictOptions
@@ -37,7 +34,6 @@ from pipeline.preprocessing.score_resampling import ScoreResampling
 
 # The scores of a whole volume may take this share of a GPU's free memory; beyond it they are gathered on the host.
 SCORES_SHARE = 0.5
-OTHER_FOLDER = "Choose another folder"
 
 AnyReducer = TypeVar("AnyReducer", bound=Reducer)
 
@@ -62,7 +58,16 @@ class Predictor:
     Attributes:
         members: The networks, each with its own window and mirrored axes; `from_runs` loads several.
         postprocessing: What is done to every segmentation.
+        threads: That compute windows side by side, see `set_window_batch`.
+        num_threads: Of everything else that is done side by side.
+        skip_air, count_seams: See `SlidingWindow`.
     """
+
+    threads: WindowThreads | None = None
+    num_threads = 1
+    skip_air = False
+    count_seams = False
+    _said = ""
 
     def __init__(
         self,
@@ -185,11 +190,15 @@ class Predictor:
             InputError: The network gives no finite values, `max_ram` is not enough, the variance is asked of a single
                 network, or the disk is full.
         """
-        request = OutputRequest.of(files or {}, gives_probabilities=len(self.members) > 1)
+        request = self.request_of(files or {})
         reduced = self.reduce(
             prepared, lambda: OutputReducer(prepared.native_grid.shape, self.plan, request), request=request
         )
         return reduced.finish(grid, source, self.postprocessing)
+
+    def request_of(self, files: Mapping[OutputFormat, Path]) -> OutputRequest:
+        """What is to be made of the scores for files by format."""
+        return OutputRequest.of(files, gives_probabilities=len(self.members) > 1)
 
     def reduce(
         self,
@@ -214,7 +223,9 @@ class Predictor:
         Raises:
             InputError: The scores are not finite in float32 either, or `max_ram` is not enough.
         """
-        native = NativeScores.of(prepared, self.plan, num_scores=self.plan.num_classes + request.variance)
+        native = NativeScores.of(
+            prepared, self.plan, num_scores=self.plan.num_classes + request.variance, num_threads=self.num_threads
+        )
         return self._reduce(torch.from_numpy(prepared.array), native, make_reducer, request)
 
     def plan_memory(
@@ -248,6 +259,7 @@ class Predictor:
 
         def run(attempt: Attempt) -> AnyReducer:
             reducer = make_reducer()
+            current_case().begin(attempt.memory.num_windows)
             ensemble = self._ensemble(attempt.window_batch, request)
             stream = ensemble.stream(image.to(attempt.scores_device), attempt.memory)
             with autocast(attempt.precision, self.device_type):
@@ -271,60 +283,6 @@ class Predictor:
         reduced = self._reduce(image, unchanged, lambda: ScoreReducer(shape, num_classes))
         return torch.from_numpy(reduced.scores)
 
-    def predict_files(
-        self,
-        cases: Sequence[Case],
-        output: Path,
-        *,
-        formats: Sequence[OutputFormat] = ("nifti",),
-        overwrite: bool = False,
-    ) -> list[Path]:
-        """Segment cases into `output/<case_id>.nii.gz` or `.dcm`, each on the grid of its own first image, atomically.
-
-        A case that fails does not end the others. Outputs that exist are kept unless `overwrite`.
-
-        Args:
-            cases: Images to segment.
-            output: Folder.
-            formats: What is written of each case; "dicom_seg" needs DICOM series.
-            overwrite: Segment again what is there already.
-
-        Returns:
-            The files of all cases, kept ones included.
-
-        Raises:
-            InputError: The folder cannot be written to, is where the images lie under the same names, the disk is full,
-            or the only case failed.
-            CasesFailedError: Some of several cases failed; it lists them, and its result are the other files.
-        """
-        check_inputs(cases, formats)
-        _make_folder(output)
-        files = {case.case_id: output_files(case.case_id, output, formats) for case in cases}
-        _check_not_an_input(cases, files)
-        todo = {case_id: _open_files(paths, overwrite=overwrite) for case_id, paths in files.items()}
-        open_cases = [case for case in cases if todo[case.case_id]]
-        if len(open_cases) < len(cases):
-            get_logger("predict").info("%d output(s) are there already and are kept", len(cases) - len(open_cases))
-        failures: dict[str, str] = {}
-        for case in track(open_cases, description="predict", total=len(open_cases)):
-            try:
-                self._predict_file(case, todo[case.case_id])
-            except (VoxfitError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-                # The next case would need the space as well; and of a single case the error itself says most.
-                if _is_disk_full(error) or (len(cases) == 1 and isinstance(error, VoxfitError)):
-                    raise
-                failures[case.case_id] = _first_line(error)
-        if failures:
-            done = {case_id: paths for case_id, paths in files.items() if case_id not in failures}
-            raise CasesFailedError(failures, done=f"{len(done)} case(s) segmented", result=_all_paths(done))
-        return _all_paths(files)
-
-    def _predict_file(self, case: Case, files: Mapping[OutputFormat, Path]) -> None:
-        image = read_case_image(case)
-        check_formats(image, files)
-        prediction = self.segment(self.prepare(image), image.grid, image.source, files)
-        write_outputs(prediction, files, self.plan)
-
     def sliding(self, window_batch: int) -> SlidingWindow:
         """The windows, so many of them at once."""
         return SlidingWindow(
@@ -334,6 +292,9 @@ class Predictor:
             tta_axes=self.tta_axes,
             window_batch=window_batch,
             device=self.device_type,
+            threads=self.threads,
+            skip_air=self.skip_air,
+            count_seams=self.count_seams,
         )
 
     def _first_attempt(self, plan_memory: PlanMemory, image: Tensor, result_bytes: int) -> Attempt:
@@ -346,49 +307,11 @@ class Predictor:
             memory = plan_host_memory(
                 plan_memory, window_batch=self.window_batch, max_ram=self.max_ram, result_bytes=result_bytes
             )
-        get_logger("predict").info("on %s, %s", device, memory.describe())
+        self._say(f"on {device}, {memory.describe()}")
         return Attempt(precision=self.precision, scores_device=device, window_batch=self.window_batch, memory=memory)
 
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder and try to write there, before anything is computed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot be written to ({error.strerror})", where=folder, fix=OTHER_FOLDER) from error
-
-
-def _open_files(paths: Mapping[OutputFormat, Path], *, overwrite: bool) -> dict[OutputFormat, Path]:
-    """The files of a case that are still to be written."""
-    return {kind: path for kind, path in paths.items() if overwrite or not path.exists()}
-
-
-def _all_paths(files: Mapping[str, Mapping[OutputFormat, Path]]) -> list[Path]:
-    return [path for paths in files.values() for path in paths.values()]
-
-
-def _check_not_an_input(cases: Sequence[Case], files: Mapping[str, Mapping[OutputFormat, Path]]) -> None:
-    for case in cases:
-        inputs = {file.resolve() for image in case.images for file in _files_of(image)}
-        for path in files[case.case_id].values():
-            if path.resolve() in inputs:
-                raise InputError("is an image that would be overwritten", where=path, fix=OTHER_FOLDER)
-
-
-def _files_of(image: Path) -> tuple[Path, ...]:
-    """What stands behind an image; when that cannot be told, the case fails for this when its turn comes."""
-    try:
-        return source_files(image)
-    except InputError:
-        return (image,)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    return any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in (error, error.__cause__))
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).splitlines() or [""])[0]
-    return line if isinstance(error, VoxfitError) else f"{type(error).__name__}: {line}"
+    def _say(self, how: str) -> None:
+        """Log how a volume is computed, unless the last one was as well."""
+        if how != self._said:
+            self._said = how
+            get_logger("predict").info("%s", how)

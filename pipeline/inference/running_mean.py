@@ -51,18 +51,30 @@ class RunningMean:
         first = start - self.box[axis].start
         return self._means.narrow(axis + 1, first, stop - start)
 
+    def unseen(self, axis: int, start: int, stop: int) -> Tensor:
+        """The voxels (1, i, j, k) of planes that no window was added to."""
+        return self._weights.narrow(axis + 1, start - self.box[axis].start, stop - start) == 0
+
     def move_to(self, axis: int, start: int) -> None:
         """Let the box begin at plane `start` of the volume, which it holds; planes that are new to it are empty."""
         side = self.box[axis]
         step, num_planes = start - side.start, side.stop - side.start
-        if step == 0:
-            return
         for tensor in (self._means, self._weights):
-            # Piece by piece, so that no piece overlaps its source and nothing is copied twice.
-            for first in range(0, num_planes - step, step):
-                count = min(step, num_planes - step - first)
-                tensor.narrow(axis + 1, first, count).copy_(tensor.narrow(axis + 1, first + step, count))
-            tensor.narrow(axis + 1, num_planes - step, step).zero_()
+            shift_planes(tensor, axis + 1, step)
         moved = slice(start, start + num_planes)
         i, j, k = (moved if other == axis else self.box[other] for other in range(3))
         self.box = (i, j, k)
+
+
+def shift_planes(tensor: Tensor, dim: int, step: int, empty: float = 0) -> None:
+    """Move what a tensor holds `step` planes towards the beginning of `dim`; the last planes become `empty`.
+
+    Piece by piece, so that no piece overlaps its source and nothing is copied twice.
+    """
+    num_planes = tensor.shape[dim]
+    if step == 0:
+        return
+    for first in range(0, num_planes - step, step):
+        count = min(step, num_planes - step - first)
+        tensor.narrow(dim, first, count).copy_(tensor.narrow(dim, first + step, count))
+    tensor.narrow(dim, num_planes - step, step).fill_(empty)

@@ -11,17 +11,22 @@ last bit of a score how much of a volume is held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.geometry import Shape3
+from pipeline.inference.air import AirFinder
+from pipeline.inference.case_context import current_case
 from pipeline.inference.planes import Planes
 from pipeline.inference.running_mean import RunningMean
-from pipeline.inference.window_outputs import Network, ScoreHead, WindowOutputs, all_flips, num_features
+from pipeline.inference.seams import SeamCounter
+from pipeline.inference.window_outputs import Network, Rows, ScoreHead, WindowOutputs, all_flips, num_features
 from pipeline.inference.windows import Box, SlidingWindow, gaussian_weights, longest_axis, read_window
+
+# Windows that threads have begun, for each that they may compute at once: they go on while finished ones are added.
+WINDOWS_AHEAD = 2
 
 
 @torch.inference_mode()
@@ -83,6 +88,7 @@ def stream_planes(
     region: Box | None = None,
     keep: int = 0,
     of_features: bool = False,
+    own: Box | None = None,
 ) -> Iterator[Planes]:
     """Scores plane by plane along one axis: the same as those of `sliding_window_scores`, each when it is final.
 
@@ -98,6 +104,7 @@ def stream_planes(
         keep: Planes handed on before that are handed on again with the next, for whoever interpolates between them.
         of_features: Gather the features that the network's head makes scores of; only where `num_features` is not
             None. Less memory and time where there are fewer of them than classes, and the same scores to rounding.
+        own: The part of the region in which seams are counted; None is all of it.
 
     Yields:
         Planes in order. They are a view, of use until the next are asked for.
@@ -111,15 +118,23 @@ def stream_planes(
     channels = num_features(network) if of_features else sliding.num_classes
     first = tuple(slice(0, held_planes(sliding, axis, shape, keep)) if n == axis else region[n] for n in range(3))
     mean = RunningMean(channels, first, device=image.device)
-    add = _WindowAdder(network, image, sliding, mean, of_features=of_features)
+    flips = len(all_flips(sliding.tta_axes))
+    seams = SeamCounter(first, sliding.num_classes, flips, device=image.device) if sliding.count_seams else None
+    add = _WindowAdder(network, image, sliding, mean, seams, of_features=of_features)
     handed_on = 0
-    for places, finished in sliding.sweep(shape, axis, region):
-        head = add(places)
+    steps = _without_air(list(sliding.sweep(shape, axis, region)), image, sliding)
+    outputs = add.outputs([places for places, _ in steps])
+    for places, finished in steps:
+        head = add(len(places), outputs)
         start = max(0, handed_on - keep)
-        yield Planes(axis, start, finished, sliding.num_classes, mean.read(axis, start, finished), head)
+        unseen = mean.unseen(axis, start, finished) if sliding.skip_air else None
+        yield Planes(axis, start, finished, sliding.num_classes, mean.read(axis, start, finished), head, unseen)
+        if seams is not None:
+            current_case().note_seams(*seams.count(axis, slice(handed_on, finished), own or region))
         handed_on = finished
         if finished < shape[axis]:
-            mean.move_to(axis, max(0, finished - keep))
+            for moving in (mean, seams) if seams is not None else (mean,):
+                moving.move_to(axis, max(0, finished - keep))
 
 
 def held_planes(sliding: SlidingWindow, axis: int, shape: Shape3, keep: int) -> int:
@@ -127,34 +142,79 @@ def held_planes(sliding: SlidingWindow, axis: int, shape: Shape3, keep: int) -> 
     return min(shape[axis], sliding.window[axis] + keep)
 
 
+def _without_air(
+    steps: list[tuple[list[Box], int]], image: Tensor, sliding: SlidingWindow
+) -> list[tuple[list[Box], int]]:
+    """The steps of a sweep without the windows that need no network."""
+    if not sliding.skip_air:
+        return steps
+    is_air, context = AirFinder(image), current_case()
+    left = [([place for place in places if not is_air(place)], finished) for places, finished in steps]
+    before, after = (sum(len(places) for places, _ in each) for each in (steps, left))
+    context.notes.windows += before
+    context.notes.skipped += before - after
+    context.on_windows(before - after)
+    return left
+
+
 class _WindowAdder:
     """Puts windows of an image through a network and adds them to a mean."""
 
     def __init__(
-        self, network: Network, image: Tensor, sliding: SlidingWindow, mean: RunningMean, *, of_features: bool
+        self,
+        network: Network,
+        image: Tensor,
+        sliding: SlidingWindow,
+        mean: RunningMean,
+        seams: SeamCounter | None,
+        *,
+        of_features: bool,
     ) -> None:
+        self._seams = seams
+        self._head: ScoreHead | None = None
         alone = tuple(axis + 2 for axis in sliding.mirrored)
         self._flips = [alone] if alone else all_flips(sliding.tta_axes)
-        self._outputs = WindowOutputs(network, sliding.num_classes, of_features, self._flips)
+        self._outputs = WindowOutputs(network, sliding.num_classes, of_features)
         self._image, self._sliding, self._mean = image, sliding, mean
         self._weights = gaussian_weights(sliding.window).to(image.device)[None] / len(self._flips)
 
-    def __call__(self, places: Sequence[Box]) -> ScoreHead | None:
-        """Add windows in order; gives the head where features are gathered."""
-        head, remaining = None, iter(places)
-        while batch := list(islice(remaining, self._sliding.window_batch)):
-            head = self._add(batch)
-        return head
+    def outputs(self, steps: Iterable[Sequence[Box]]) -> Iterator[tuple[Sequence[Box], Iterable[Rows]]]:
+        """What the network gives for windows, batch by batch and flip by flip, no batch from two steps."""
+        threads, at_once = self._sliding.threads, self._sliding.window_batch
+        size = 1 if threads else at_once
+        batches = (places[first : first + size] for places in steps for first in range(0, len(places), size))
+        passes = ((batch, flip) for batch in batches for flip in self._flips)
+        if threads is None:
+            return ((batch, self._rows(batch, flip)) for batch, flip in passes)
+        return threads.map(lambda each: (each[0], list(self._rows(*each))), passes, ahead=WINDOWS_AHEAD * at_once)
 
-    def _add(self, places: Sequence[Box]) -> ScoreHead | None:
+    def __call__(self, count: int, outputs: Iterator[tuple[Sequence[Box], Iterable[Rows]]]) -> ScoreHead | None:
+        """Add the next windows in order; gives the head where features are gathered and a window was computed."""
+        added = 0
+        while added < count:
+            for _ in self._flips:
+                places, rows = next(outputs)
+                self._head = self._add(places, rows)
+                # Or they would still be there while the next are computed.
+                del rows
+            added += len(places)
+            current_case().on_windows(len(places))
+        return self._head
+
+    def _rows(self, places: Sequence[Box], flip: tuple[int, ...]) -> Iterator[Rows]:
         device = self._sliding.device or self._image.device
         batch = torch.stack([read_window(self._image, place) for place in places]).to(device)
+        return self._outputs.rows(batch, flip)
+
+    def _add(self, places: Sequence[Box], passed: Iterable[Rows]) -> ScoreHead | None:
         head = None
-        for rows, values, head in self._outputs.rows(batch):  # noqa: B007
+        for rows, values, head in passed:
             for place, window_values in zip(places, values, strict=True):
                 first = place[0].start
                 box = (slice(first + rows.start, first + rows.stop), *place[1:])
                 self._mean.add(box, window_values, self._weights[:, rows])
+                if self._seams is not None:
+                    self._seams.add(place, rows, window_values, head)
             # Or they would still be there while the next are computed.
             del values, window_values
         return head.to(self._image.device) if head else None

@@ -56,6 +56,10 @@ class ScoreHead:
         return float((self.weight.abs().sum(1) * largest_feature + self.bias.abs()).max())
 
 
+# Rows; scores (B, K, n, j, k) or features (B, F, n, j, k) there; and the head where these are features.
+Rows = tuple[slice, Tensor, ScoreHead | None]
+
+
 def num_features(network: Network) -> int | None:
     """Features that the network's scores are made from, where it can leave the scores to its caller; None elsewhere."""
     return getattr(network, "num_features", None) if hasattr(network, "pending_logits") else None
@@ -76,32 +80,27 @@ class WindowOutputs:
             has, logits of a whole window never exist.
         num_classes: K.
         of_features: Give features instead of scores; only where `num_features` is not None.
-        flips: Every combination of axes to mirror, none first, as axes of a batch.
     """
 
     network: Network
     num_classes: int
     of_features: bool
-    flips: Sequence[tuple[int, ...]]
 
-    def rows(self, batch: Tensor) -> Iterator[tuple[slice, Tensor, ScoreHead | None]]:
-        """Rows of the windows, once for every flip, with what the network gives there.
+    def rows(self, batch: Tensor, flip: tuple[int, ...] = ()) -> Iterator[Rows]:
+        """Rows of the windows with what the network gives there.
 
         Args:
             batch: (B, C, i, j, k).
-
-        Yields:
-            The rows; scores (B, K, n, j, k) or features (B, F, n, j, k); and the head where these are features.
+            flip: Axes of the batch that are mirrored for the network, and back.
         """
         num_rows = batch.shape[2]
-        for flip in self.flips:
-            for rows, values, head in self._plain_rows(batch.flip(flip) if flip else batch):
-                mirrored = slice(num_rows - rows.stop, num_rows - rows.start) if 2 in flip else rows
-                yield mirrored, values.flip(flip) if flip else values, head
-                # Or they would still be there while the next are computed.
-                del values
+        for rows, values, head in self._plain_rows(batch.flip(flip) if flip else batch):
+            mirrored = slice(num_rows - rows.stop, num_rows - rows.start) if 2 in flip else rows
+            yield mirrored, values.flip(flip) if flip else values, head
+            # Or they would still be there while the next are computed.
+            del values
 
-    def _plain_rows(self, batch: Tensor) -> Iterator[tuple[slice, Tensor, ScoreHead | None]]:
+    def _plain_rows(self, batch: Tensor) -> Iterator[Rows]:
         if not hasattr(self.network, "pending_logits"):
             scores = full_resolution(self.network(batch))
             self._check_shape(scores.shape, batch)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3
+from pipeline.inference.window_threads import WindowThreads
 
 Box = tuple[slice, slice, slice]
 
@@ -34,9 +35,13 @@ class SlidingWindow:
             more.
         tta_axes: Spatial axes (0, 1, 2) to mirror. Scores are averaged over all combinations: 2 ** len(tta_axes)
             passes.
-        window_batch: Windows that go through the network at once.
+        window_batch: Windows that are in the network at once.
         device: Where the network is; None for where the image is.
         mirrored: Axes that are mirrored in every pass, to be mirrored back: one of the passes of `tta_axes` by itself.
+        threads: Compute these windows, each for itself, instead of one batch of them; for networks on a CPU that may be
+            called in several threads.
+        skip_air: Take windows of nothing but air for background, see `AirFinder`.
+        count_seams: Compare windows where they overlap, see `SeamCounts`.
 
     Raises:
         InputError: `overlap` or `tta_axes` are out of range.
@@ -49,6 +54,9 @@ class SlidingWindow:
     window_batch: int = 1
     device: torch.device | str | None = None
     mirrored: tuple[int, ...] = ()
+    threads: WindowThreads | None = None
+    skip_air: bool = False
+    count_seams: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3
+from pipeline.parallel import map_ahead
 from pipeline.plan import Plan
 from pipeline.preprocessing.labels import class_values
 from pipeline.preprocessing.preprocess import PreparedImage
@@ -116,17 +119,22 @@ class NativeScores:
         resampling: From the prepared grid to the native voxels that cropping left.
         crop_start: Where these begin.
         num_classes: Of all scores.
+        num_threads: That resample classes side by side; the result is the same.
     """
 
     resampling: ScoreResampling
     crop_start: Shape3
     num_classes: int
+    num_threads: int = 1
 
     @classmethod
-    def of(cls, prepared: PreparedImage, plan: Plan, *, num_scores: int | None = None) -> NativeScores:
+    def of(
+        cls, prepared: PreparedImage, plan: Plan, *, num_scores: int | None = None, num_threads: int = 1
+    ) -> NativeScores:
         """Those of a prepared image; `num_scores` where there are others than those of the classes."""
         resampling = ScoreResampling(prepared.grid.shape, prepared.crop_shape, plan.anisotropic_axis)
-        return cls(resampling, prepared.crop_start, plan.num_classes if num_scores is None else num_scores)
+        num_classes = plan.num_classes if num_scores is None else num_scores
+        return cls(resampling, prepared.crop_start, num_classes, num_threads)
 
     def reduce(self, scores: ScoresByClasses, box: Box, reducers: Sequence[Reducer], *, chunk: int) -> None:
         """Give the scores of a box to reducers.
@@ -136,15 +144,32 @@ class NativeScores:
                 `resampling.source_box(box)`; asked once for each class.
             box: Of the native voxels that cropping left.
             reducers: What takes them.
-            chunk: Classes at a time.
+            chunk: Classes at a time, of all threads together.
         """
         i, j, k = (slice(side.start + a, side.stop + a) for side, a in zip(box, self.crop_start, strict=True))
-        for classes in _chunks(self.num_classes, chunk):
-            native = self.resampling.apply(scores(classes), box)
+        pieces = list(_chunks(self.num_classes, max(1, chunk // self.num_threads)))
+        natives = self._resampled(scores, box, pieces, at_once=min(chunk, self.num_threads))
+        for classes, native in zip(pieces, natives, strict=True):
             for reducer in reducers:
                 reducer.add((i, j, k), classes.start, native)
+            del native
         for reducer in reducers:
             reducer.close((i, j, k))
+
+    def _resampled(
+        self, scores: ScoresByClasses, box: Box, pieces: Sequence[slice], *, at_once: int
+    ) -> Iterator[NDArray[np.float32]]:
+        def resample(classes: slice) -> NDArray[np.float32]:
+            return self.resampling.apply(scores(classes), box)
+
+        if at_once == 1 or len(pieces) == 1:
+            return map(resample, pieces)
+        return map_ahead(resample, pieces, _threads(self.num_threads), ahead=at_once)
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="resample")
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.cli import main
 from pipeline.datasets.dataset import Case, read_dataset
 from pipeline.geometry import Grid
+from pipeline.inference.case_files import predict_files
 from pipeline.inference.dicom_inputs import find_dicom_inputs
 from pipeline.inference.predictor import Predictor
 from pipeline.io.dicom.reader import dicom_files, read_series
@@ -155,7 +156,7 @@ def test_the_right_voxels_are_segmented_whatever_way_the_slices_lie(
     study = write_study(tmp_path / "unused")
     series = known_series(tmp_path / "in", study.label, study.image.grid, slice_axis=slice_axis)
     predictor = Predictor(NearestIntensity(), make_plan(spacing=SPACING))
-    nifti, seg = predictor.predict_files(find(tmp_path / "in", tmp_path / "r"), tmp_path / "out", formats=FORMATS)
+    nifti, seg = predict_files(predictor, find(tmp_path / "in", tmp_path / "r"), tmp_path / "out", formats=FORMATS)
     expected = np.array([0, 4, 7])[study.label]
     np.testing.assert_array_equal(read_label(nifti).array[0], expected)
     np.testing.assert_array_equal(segments_of(seg, series), series.layout.slices(expected).transpose(2, 1, 0))
@@ -170,7 +171,7 @@ def test_a_tilted_series_is_segmented_upright_and_on_its_own_slices(
     assert "tilt of 16.7 degrees" in capsys.readouterr().err
     cases = find(tmp_path / "in", tmp_path / "r", allow_tilt=True)
     predictor = Predictor(NearestIntensity(), make_plan(spacing=SPACING))
-    nifti, seg = predictor.predict_files(cases, tmp_path / "out", formats=FORMATS)
+    nifti, seg = predict_files(predictor, cases, tmp_path / "out", formats=FORMATS)
     axes = nib.load(nifti).affine[:3, :3] / nib.affines.voxel_sizes(nib.load(nifti).affine)
     np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-5)
     expected = series.layout.slices(np.array([0, 4, 7])[study.label]).transpose(2, 1, 0)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import InputError
+from pipeline.inference.case_files import predict_files
 from pipeline.inference.exportable import load_exportable
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.monai_bundle import write_bundle
@@ -118,7 +119,7 @@ def test_the_bundle_segments_as_voxfit_does_on_the_grid_of_the_input(
         plan = replace(plan, patch_size=(32, 32, 32))
     cases = write_inputs(tmp_path / "in", plan.channels)
     run_dir = make_run(plan)
-    Predictor.from_run(run_dir, accelerator="cpu", num_threads=1).predict_files(cases, tmp_path / "ours")
+    predict_files(Predictor.from_run(run_dir, accelerator="cpu", num_threads=1), cases, tmp_path / "ours")
     bundle = write_bundle(load_exportable(run_dir, "best"), tmp_path / "bundle", overlap=0.5)
     segment(bundle, tmp_path)
     written = sorted((tmp_path / "theirs").iterdir())
@@ -140,8 +141,8 @@ def test_windows_that_lie_alike_are_weighted_alike(tmp_path: Path, make_plan: Ma
     (tmp_path / "in").mkdir()
     nib.save(nib.Nifti1Image(voxels, np.diag([*SPACING, 1.0])), tmp_path / "in" / "case.nii.gz")
     run_dir = make_run(plan)
-    Predictor.from_run(run_dir, accelerator="cpu", num_threads=1).predict_files(
-        find_inputs(tmp_path / "in"), tmp_path / "ours"
+    predict_files(
+        Predictor.from_run(run_dir, accelerator="cpu", num_threads=1), find_inputs(tmp_path / "in"), tmp_path / "ours"
     )
     segment(write_bundle(load_exportable(run_dir, "best"), tmp_path / "bundle", overlap=0.5), tmp_path)
     ours, theirs = (

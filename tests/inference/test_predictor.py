@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.datasets.dataset import Case
 from pipeline.errors import CasesFailedError, InputError
+from pipeline.inference.case_files import predict_files
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.predictor import Predictor
 from pipeline.io.volume import Volume
@@ -64,7 +65,7 @@ def test_files_come_back_on_their_own_grid_with_the_right_classes(
         f"case_{codes}": write_case(tmp_path / "in", f"case_{codes}", seed=seed, axis_codes=codes)
         for seed, codes in enumerate(("RAS", "LPS", "PSR"))
     }
-    written = predictor.predict_files(find_inputs(tmp_path / "in"), tmp_path / "out")
+    written = predict_files(predictor, find_inputs(tmp_path / "in"), tmp_path / "out")
     assert sorted(path.name for path in written) == sorted(f"{case_id}.nii.gz" for case_id in expected)
     for case_id, case in expected.items():
         image = nib.load(tmp_path / "in" / f"{case_id}.nii.gz")
@@ -143,9 +144,9 @@ def test_outputs_that_exist_are_kept_unless_overwritten(tmp_path: Path, make_pla
     predictor, cases = Predictor(NearestIntensity(), make_plan()), find_inputs(tmp_path / "in")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
-    assert predictor.predict_files(cases, tmp_path / "out") == [tmp_path / "out" / "a.nii.gz"]
+    assert predict_files(predictor, cases, tmp_path / "out") == [tmp_path / "out" / "a.nii.gz"]
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
-    predictor.predict_files(cases, tmp_path / "out", overwrite=True)
+    predict_files(predictor, cases, tmp_path / "out", overwrite=True)
     assert nib.load(tmp_path / "out" / "a.nii.gz").shape == SHAPE
 
 
@@ -155,7 +156,7 @@ def test_a_bad_case_is_listed_and_the_rest_is_done(tmp_path: Path, make_plan: Ca
     torn = tmp_path / "in" / "b.nii.gz"
     torn.write_bytes(torn.read_bytes()[:-400])
     with pytest.raises(CasesFailedError) as caught:
-        Predictor(NearestIntensity(), make_plan()).predict_files(find_inputs(tmp_path / "in"), tmp_path / "out")
+        predict_files(Predictor(NearestIntensity(), make_plan()), find_inputs(tmp_path / "in"), tmp_path / "out")
     assert list(caught.value.failures) == ["b"]
     assert caught.value.exit_code == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
@@ -167,7 +168,7 @@ def test_a_wrong_number_of_channels_is_one_clear_line(tmp_path: Path, make_plan:
     channels = tuple(ChannelPlan(name=name, scheme="none") for name in ("T1", "T2"))
     predictor = Predictor(NearestIntensity(), make_plan(channels=channels))
     with pytest.raises(InputError, match=r"has 1 channel\(s\), the network takes 2 \(T1, T2\)") as caught:
-        predictor.predict_files(find_inputs(tmp_path / "in"), tmp_path / "out")
+        predict_files(predictor, find_inputs(tmp_path / "in"), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -176,7 +177,7 @@ def test_an_output_that_cannot_be_written_stops_before_the_work(tmp_path: Path, 
     (tmp_path / "out").write_text("a file")
     missing = Case(case_id="never_read", images=(tmp_path / "none.nii.gz",), label=None)
     with pytest.raises(InputError, match="out: cannot be written to"):
-        Predictor(NearestIntensity(), make_plan()).predict_files([missing], tmp_path / "out")
+        predict_files(Predictor(NearestIntensity(), make_plan()), [missing], tmp_path / "out")
 
 
 def test_a_run_without_the_checkpoint_says_which_it_has(
@@ -239,7 +240,7 @@ def test_a_real_hippocampus_comes_back_on_its_grid(
     image = sorted((shared_data / "hippocampus" / "imagesTr").glob("hippocampus_*.nii.gz"))[0]
     plan = make_plan(channels=(ChannelPlan(name="MR", scheme="zscore"),), precision="auto")
     predictor = Predictor.from_run(make_run(plan), accelerator="cpu", num_threads=1)
-    (path,) = predictor.predict_files(find_inputs(image), tmp_path / "out")
+    (path,) = predict_files(predictor, find_inputs(image), tmp_path / "out")
     source, label = nib.load(image), nib.load(path)
     assert label.shape == source.shape
     np.testing.assert_array_equal(label.affine, source.affine)
