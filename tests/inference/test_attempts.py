@@ -117,6 +117,7 @@ def test_a_bound_divides_the_volume_at_the_same_label(
     whole, network = Predictor(Hungry(), make_plan()).predict(volume), Hungry()
     # What the process holds already is more than this volume needs, and differs from run to run.
     monkeypatch.setattr(attempts, "held_bytes", lambda: 0)
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         divided = Predictor(network, make_plan(), max_ram=900_000).predict(volume)
     np.testing.assert_array_equal(divided.array, whole.array)
