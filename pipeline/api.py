@@ -247,7 +247,6 @@ def predict(
     from pipeline.inference.export_formats import output_formats
     from pipeline.inference.loading import read_held_out_by_all
     from pipeline.inference.window_batch import set_window_batch
-    from pipeline.preprocessing.shards import share_of
 
     run_dirs = [Path(folder) for folder in config.run_dirs]
     if config.cases == "held_out":
@@ -256,10 +255,6 @@ def predict(
         config = replace(config, postprocess="none")
     with TemporaryDirectory() as references:
         cases = find_cases(config, Path(references), case_ids)
-        if config.share is not None:
-            mine, total = share_of([case.case_id for case in cases], config.share), len(cases)
-            cases = tuple(case for case in cases if case.case_id in mine)
-            get_logger("predict").info("share %s has %d of %d cases", config.shard, len(cases), total)
         predictor = load_predictor(run_dirs, config, network=network)
         set_window_batch(predictor, config.window_batch)
         predictor.skip_air, predictor.count_seams = config.skip_air, config.seams

@@ -29,6 +29,7 @@ from pipeline.config import (
 from pipeline.datasets.splits import Splits
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.evaluation.summary import Metrics
+from pipeline.inference.postprocess import Postprocessing, Step
 from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
 from pipeline.predict_config import PredictConfig
 from pipeline.saved_config import write_config
@@ -500,3 +501,23 @@ def test_a_run_segments_the_cases_that_it_held_out(dataset: Path, finished: Path
     (trained_on_all / "config.yaml").write_text(config.replace("fold: 0", "fold: all"))
     with pytest.raises(InputError, match=r"held out no fold \(fold: all\).*Use --cases all"):
         api.predict(PredictConfig(run_dir=str(trained_on_all), output=str(tmp_path / "out_2"), **options))
+
+
+def test_held_out_cases_are_not_changed_by_what_they_have_chosen_and_others_are(
+    dataset: Path, finished: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "fold_0"
+    shutil.copytree(finished / "fold_0", run_dir)
+    steps = tuple(
+        Step(class_name=name, value=value, kind="remove_small", min_volume_mm3=1e9)
+        for name, value in (("organ_1", 1), ("organ_2", 2))
+    )
+    write_artifact(run_dir / "postprocessing.json", Postprocessing(steps=steps, min_gain=0.0, case_ids=()))
+    options = {"run_dir": str(run_dir), "input": str(dataset), "num_threads": 1}
+    held_out = api.predict(PredictConfig(**options, output=str(tmp_path / "held_out"), cases="held_out"))  # type: ignore[arg-type]
+    for path in held_out:
+        expected = nibabel.load(finished / "fold_0" / "validation" / path.name)
+        np.testing.assert_array_equal(nibabel.load(path).dataobj, expected.dataobj)
+    assert any(np.any(nibabel.load(path).dataobj) for path in held_out)
+    for path in api.predict(PredictConfig(**options, output=str(tmp_path / "all"))):  # type: ignore[arg-type]
+        assert not np.any(nibabel.load(path).dataobj)

@@ -28,6 +28,7 @@ from pipeline.io.dicom.series import Series
 from pipeline.io.nifti import is_nifti_name
 from pipeline.log import get_logger
 from pipeline.predict_config import PredictConfig
+from pipeline.preprocessing.shards import share_of
 
 
 def may_be_dicom(path: Path) -> bool:
@@ -143,11 +144,21 @@ def find_cases(config: PredictConfig, references: Path, case_ids: Collection[str
     Args:
         config: Options of the prediction.
         references: Folder for the small files that stand for DICOM series.
-        case_ids: Only these.
+        case_ids: Only these; of them the share that the options name.
 
     Raises:
         InputError: There is nothing to segment, or options for DICOM are given for something else.
     """
+    found = _find_all(config, references, case_ids)
+    if config.share is None:
+        return found
+    mine = share_of([case.case_id for case in found], config.share)
+    cases = tuple(case for case in found if case.case_id in mine)
+    get_logger("predict").info("share %s has %d of %d cases", config.shard, len(cases), len(found))
+    return cases
+
+
+def _find_all(config: PredictConfig, references: Path, case_ids: Collection[str] | None) -> tuple[Case, ...]:
     path = Path(config.input)
     if may_be_dicom(path):
         return find_dicom_inputs(

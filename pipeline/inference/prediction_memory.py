@@ -161,7 +161,8 @@ def plan_sweeps(
         resampling=resampling,
         axis=axis,
         sweeps=tuple(sweeps),
-        window_bytes=max(window_bytes(each.sliding, num_channels, each.num_features) for each in sweeps),
+        window_bytes=max(window_bytes(each.sliding, num_channels, each.num_features) for each in sweeps)
+        + sum(waiting_bytes(each.sliding, each.num_features) for each in sweeps[1:]),
         num_buffered=num_buffered,
     )
     ways = [(sum(need.parts(way).values()), _num_windows(way), way) for way in product(*by_axis)]
@@ -322,7 +323,13 @@ def window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | 
     """Windows at once, and what a network has alive of them: an estimate, for networks of others a low one."""
     channels = num_features if num_features is not None else sliding.num_classes
     live = (LIVE_ACTIVATIONS if num_features is not None else 2) * channels
-    if sliding.threads is not None:
-        # Beside those in the network, some that are through it wait for their turn.
-        live += WINDOWS_AHEAD * channels
-    return FLOAT_BYTES * sliding.window_batch * prod(sliding.window) * (2 * num_channels + live)
+    in_network = FLOAT_BYTES * sliding.window_batch * prod(sliding.window) * (2 * num_channels + live)
+    return in_network + waiting_bytes(sliding, num_features)
+
+
+def waiting_bytes(sliding: SlidingWindow, num_features: int | None) -> int:
+    """Of windows that are through the network and wait for their turn, beside those that are in it."""
+    if sliding.threads is None:
+        return 0
+    channels = num_features if num_features is not None else sliding.num_classes
+    return FLOAT_BYTES * sliding.window_batch * prod(sliding.window) * WINDOWS_AHEAD * channels

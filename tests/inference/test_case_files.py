@@ -72,9 +72,9 @@ class Watched(Predictor):
         with self._doing("prepare"):
             return super().prepare(volume)
 
-    def segment(self, prepared: PreparedImage) -> Any:
+    def segment(self, prepared: PreparedImage, *written: Any) -> Any:
         with self._doing("segment"):
-            return super().segment(prepared)
+            return super().segment(prepared, *written)
 
 
 @pytest.fixture
@@ -192,10 +192,10 @@ def test_memory_that_is_not_enough_alone_either_is_a_failure_of_that_case(
     write_cases(tmp_path / "in", SHAPES[:3])
 
     class Short(Watched):
-        def segment(self, prepared: PreparedImage) -> Any:
+        def segment(self, prepared: PreparedImage, *written: Any) -> Any:
             if prepared.native_grid.shape == SHAPES[1]:
                 raise MemoryError("far too large")
-            return super().segment(prepared)
+            return super().segment(prepared, *written)
 
     predictor = make_predictor()
     predictor.__class__ = Short

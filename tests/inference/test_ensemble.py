@@ -228,6 +228,24 @@ def test_the_planes_of_all_networks_count_towards_the_bound(count: int, gib: int
     assert f"of {count} sweeps side by side" in bounded.describe()
 
 
+@pytest.mark.parametrize("length", [11, 30])
+def test_planes_come_in_order_and_the_kept_ones_again(length: int) -> None:
+    networks = [Member(Ramp(1), (6, 6, 6)), Member(Ramp(2), (10, 6, 6)), Member(Ramp(3), (4, 6, 6))]
+    ensemble = Ensemble(networks, SlidingWindow(window=(6, 6, 6), num_classes=3))
+    memory = plan_sweeps(ScoreResampling((length, 7, 7), (2 * length, 7, 7)), ensemble.sweeps())
+    assert memory.keep == 1
+    image, done = torch.from_numpy(image_of((length, 7, 7))), 0
+    whole = torch.zeros(3, length, 7, 7)
+    for merged in ensemble.stream(image, memory)(memory.blocks[0]):
+        assert merged.start == max(0, done - 1) < done + 1 <= merged.stop
+        found = merged.take(slice(0, 3))
+        if done:
+            torch.testing.assert_close(found[:, :1], whole[:, done - 1 : done])
+        whole[:, merged.start : merged.stop] = found
+        done = merged.stop
+    assert done == length
+
+
 def test_a_variance_gathers_every_mirrored_pass_by_itself() -> None:
     networks = [Member(nn.Identity(), (16, 16, 16), (0, 2)), Member(nn.Identity(), (16, 16, 16))]
     sliding = SlidingWindow(window=(16, 16, 16), num_classes=3)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.inference import prediction_memory
+from pipeline.inference.case_files import predict_files
 from pipeline.inference.ensemble import Member
 from pipeline.inference.export_formats import OutputFormat, output_files
 from pipeline.inference.inputs import find_inputs
@@ -97,7 +98,7 @@ def test_probabilities_of_all_classes_lie_on_the_native_grid_and_agree_with_the_
     make_predictor: Callable[..., Predictor], tmp_path: Path, num_networks: int, kind: OutputFormat
 ) -> None:
     predictor, image = make_predictor(num_networks), write_image(tmp_path / "in")
-    label_path, path = predictor.predict_files(find_inputs(image), tmp_path / "out", formats=("nifti", kind))
+    label_path, path = predict_files(predictor, find_inputs(image), tmp_path / "out", formats=("nifti", kind))
     assert path.parent.name == "probabilities"
     volume, label, found = read_volume(image), read_volume(label_path), read_probabilities(path)
     expected = native_probabilities(predictor, volume)
@@ -117,7 +118,7 @@ def test_a_nifti_of_probabilities_is_read_by_others_in_the_axes_of_the_image(
     make_predictor: Callable[..., Predictor], tmp_path: Path
 ) -> None:
     predictor, image = make_predictor(1), write_image(tmp_path / "in")
-    (path,) = predictor.predict_files(find_inputs(image), tmp_path / "out", formats=("probabilities_nifti",))
+    (path,) = predict_files(predictor, find_inputs(image), tmp_path / "out", formats=("probabilities_nifti",))
     source, found = nib.load(image), nib.load(path)
     assert found.shape == (*SHAPE, 3)
     assert found.get_data_dtype() == np.uint16
@@ -133,7 +134,7 @@ def test_the_entropy_is_that_of_the_probabilities_over_that_of_even_ones(
     make_predictor: Callable[..., Predictor], tmp_path: Path, num_networks: int
 ) -> None:
     predictor, image = make_predictor(num_networks), write_image(tmp_path / "in")
-    path = predictor.predict_files(find_inputs(image), tmp_path / "out", formats=ALL)[-1]
+    path = predict_files(predictor, find_inputs(image), tmp_path / "out", formats=ALL)[-1]
     assert (path.parent.name, path.name) == ("uncertainty", "a.nii.gz")
     found = read_volume(path)
     expected = scipy.stats.entropy(native_probabilities(predictor, read_volume(image)), axis=0) / np.log(3)
@@ -147,7 +148,7 @@ def test_the_variance_is_over_networks_and_mirrored_passes(
     make_predictor: Callable[..., Predictor], tmp_path: Path
 ) -> None:
     predictor, image = make_predictor(2, tta_axes=(0, 2)), write_image(tmp_path / "in")
-    written = predictor.predict_files(find_inputs(image), tmp_path / "out", formats=("nifti", "variance"))
+    written = predict_files(predictor, find_inputs(image), tmp_path / "out", formats=("nifti", "variance"))
     found = read_volume(written[1])
     prepared = prepare_image(read_volume(image), predictor.plan)
 
@@ -174,7 +175,7 @@ def test_the_variance_is_over_networks_and_mirrored_passes(
     ]
     np.testing.assert_allclose(found.array[0], expected, atol=1e-6)
     assert expected.max() > 0.01
-    plain = predictor.predict_files(find_inputs(image), tmp_path / "plain")
+    plain = predict_files(predictor, find_inputs(image), tmp_path / "plain")
     same = read_volume(written[0]).array == read_volume(plain[0]).array
     assert same.mean() > 0.9999
 
@@ -185,7 +186,7 @@ def test_whatever_is_written_beside_it_the_segmentation_is_the_same(
 ) -> None:
     predictor, image = make_predictor(num_networks), write_image(tmp_path / "in")
     plain, all_of_it = (
-        predictor.predict_files(find_inputs(image), tmp_path / name, formats=formats)[0]
+        predict_files(predictor, find_inputs(image), tmp_path / name, formats=formats)[0]
         for name, formats in (("plain", ("nifti",)), ("all", ALL))
     )
     assert plain.read_bytes() == all_of_it.read_bytes()
@@ -204,10 +205,10 @@ def test_a_prediction_that_begins_anew_keeps_nothing_of_the_first_try(
             return super().forward(x)
 
     image = write_image(tmp_path / "in")
-    expected = make_predictor(2).predict_files(find_inputs(image), tmp_path / "expected", formats=ALL)
+    expected = predict_files(make_predictor(2), find_inputs(image), tmp_path / "expected", formats=ALL)
     again = make_predictor(2)
     again.members = (again.members[0], Member(FailsOnce(1).eval(), again.members[1].window))
-    written = again.predict_files(find_inputs(image), tmp_path / "out", formats=ALL)
+    written = predict_files(again, find_inputs(image), tmp_path / "out", formats=ALL)
     for read, path, wanted in zip((read_probabilities, read_volume), written[1:], expected[1:], strict=True):
         np.testing.assert_allclose(read(path).array, read(wanted).array, atol=5e-4, rtol=0)
 
@@ -225,7 +226,7 @@ def test_nothing_is_left_of_a_case_that_fails_half_way(
     image, predictor = write_image(tmp_path / "in"), make_predictor(2)
     predictor.members = (predictor.members[0], Member(Broken(1).eval(), (12, 16, 8)))
     with pytest.raises(InputError, match="not finite"):
-        predictor.predict_files(find_inputs(image), tmp_path / "out", formats=ALL)
+        predict_files(predictor, find_inputs(image), tmp_path / "out", formats=ALL)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
@@ -234,7 +235,7 @@ def test_a_variance_of_one_network_is_refused_and_nothing_is_written(
 ) -> None:
     image = write_image(tmp_path / "in")
     with pytest.raises(InputError, match="a variance is over several networks"):
-        make_predictor(1).predict_files(find_inputs(image), tmp_path / "out", formats=("nifti", "variance"))
+        predict_files(make_predictor(1), find_inputs(image), tmp_path / "out", formats=("nifti", "variance"))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -242,9 +243,9 @@ def test_only_what_is_missing_is_written_when_more_is_asked_for_later(
     make_predictor: Callable[..., Predictor], tmp_path: Path
 ) -> None:
     predictor, image = make_predictor(1), write_image(tmp_path / "in")
-    predictor.predict_files(find_inputs(image), tmp_path / "out")
+    predict_files(predictor, find_inputs(image), tmp_path / "out")
     (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
-    predictor.predict_files(find_inputs(image), tmp_path / "out", formats=ALL)
+    predict_files(predictor, find_inputs(image), tmp_path / "out", formats=ALL)
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
     assert all(path.is_file() for path in output_files("a", tmp_path / "out", ALL).values())
 

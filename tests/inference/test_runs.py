@@ -16,7 +16,9 @@ from torch import nn
 
 from pipeline import api
 from pipeline.artifacts import write_artifact
+from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import InputError
+from pipeline.inference.loading import read_held_out_by_all
 from pipeline.inference.postprocess import FILE_NAME, Postprocessing, Step, apply_postprocessing
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.runs import load_runs
@@ -171,6 +173,19 @@ def test_chosen_axes_are_the_mean_over_their_mirrored_inputs(runs: list[Path]) -
     with torch.inference_mode():
         mean = (network(image[None]) + network(image.flip(2)[None]).flip(3))[0] / 2
     torch.testing.assert_close(predictor.predict_scores(image), mean, rtol=1e-5, atol=1e-5)
+
+
+def test_held_out_cases_of_several_runs_are_those_that_none_was_trained_on(runs: list[Path]) -> None:
+    folds = tuple(Fold(train=(), validation=validation) for validation in (("a", "b", "c"), ("d", "e")))
+    for run_dir, fold in zip(runs, (0, 0, 1), strict=True):
+        write_artifact(run_dir / "splits.json", Splits(folds=folds, seed=0))
+        (run_dir / "config.yaml").write_text(f"fold: {fold}\n")
+    other = (Fold(train=(), validation=("c", "x", "a")), folds[1])
+    write_artifact(runs[1] / "splits.json", Splits(folds=other, seed=0))
+    assert read_held_out_by_all(runs[:1]) == ("a", "b", "c")
+    assert read_held_out_by_all(runs[:2]) == ("a", "c")
+    with pytest.raises(InputError, match="no case was held out by all of the runs"):
+        read_held_out_by_all(runs)
 
 
 # ---- post-processing

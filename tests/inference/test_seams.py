@@ -109,7 +109,7 @@ def test_blocks_count_each_voxel_once(make_plan: Callable[..., Plan], monkeypatc
         predictor.count_seams = True
         prepared, context = predictor.prepare(volume), CaseContext(expect=lambda _: None)
         with case_context(context):
-            predictor.segment(prepared)
+            predictor.segment(prepared, volume.grid, volume.source)
         found.append((context.notes.compared, context.notes.disagreeing))
         resampling = NativeScores.of(prepared, plan).resampling
         blocks.append(predictor.plan_memory(resampling, 1, max_ram and max_ram - volume.array.size).blocks)
