@@ -19,7 +19,7 @@ from pipeline.plan import GIB
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Options that take a folder, and what stands for it in the command that is kept.
-PATH_OPTIONS = {"--peers": "PEERS", "--out": "RESULTS", "--store": "STORE"}
+PATH_OPTIONS = {"--peers": "PEERS", "--out": "RESULTS", "--store": "STORE", "--images": "IMAGES"}
 
 
 def run_facts() -> dict[str, Any]:
