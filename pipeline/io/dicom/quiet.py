@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.errors import InputError
@@ -13,26 +15,53 @@ from pipeline.errors import InputError
 _LOGGERS = ("pydicom", "highdicom")
 
 
+class _Silence:
+    """What is silent now, for how many blocks of all threads."""
+
+    lock = threading.Lock()
+    num_blocks = 0
+    undo = ExitStack()
+
+
+def _forget_lock() -> None:
+    """Another thread may hold it where a process forks."""
+    _Silence.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)
+
+
 @contextmanager
 def quiet_dicom() -> Iterator[None]:
     """Silence warnings and the loggers of pydicom and highdicom within the block: a patient's name must not leak.
 
     Not to be held across a `yield` of a generator, whose caller would be silenced with it. The state is the process's
-    and not a thread's, so that threads decode inside of one such block.
+    and not a thread's: it is silent from the first block of any thread to the end of the last.
     """
+    with _Silence.lock:
+        if _Silence.num_blocks == 0:
+            _begin_silence(_Silence.undo)
+        _Silence.num_blocks += 1
+    try:
+        yield
+    finally:
+        with _Silence.lock:
+            _Silence.num_blocks -= 1
+            if _Silence.num_blocks == 0:
+                _Silence.undo.close()
+
+
+def _begin_silence(undo: ExitStack) -> None:
     from pydicom.config import disable_value_validation
 
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), disable_value_validation():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    undo.enter_context(warnings.catch_warnings())
+    undo.enter_context(disable_value_validation())
+    warnings.simplefilter("ignore")
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        undo.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL + 1)
 
 
 @contextmanager
