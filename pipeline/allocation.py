@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.rank_place import entry_of_this_node, find_place, tasks_on_this_node
+from pipeline.rank_place import entry_of_this_node, find_place, tasks_on_this_node, variable_number
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC_CGROUP = Path("/proc/self/cgroup")
@@ -92,9 +92,9 @@ def _affinity_cpus() -> int:
 
 def _slurm_cpu_limits() -> Iterator[Limit]:
     """SLURM's count for a task; where none was asked for, this task's share of the job's CPUs on this node."""
-    if per_task := _number("SLURM_CPUS_PER_TASK"):
+    if per_task := variable_number("SLURM_CPUS_PER_TASK"):
         yield Limit(per_task, "SLURM_CPUS_PER_TASK")
-    elif on_node := _number("SLURM_CPUS_ON_NODE"):
+    elif on_node := variable_number("SLURM_CPUS_ON_NODE"):
         yield Limit(max(1, on_node // _tasks_here()), "SLURM_CPUS_ON_NODE")
     elif listed := entry_of_this_node("SLURM_JOB_CPUS_PER_NODE"):
         yield Limit(max(1, listed // _tasks_here()), "SLURM_JOB_CPUS_PER_NODE")
@@ -103,11 +103,11 @@ def _slurm_cpu_limits() -> Iterator[Limit]:
 def _slurm_memory_limits() -> Iterator[Limit]:
     """SLURM gives mebibytes for the node, each CPU or each GPU, whichever was asked for; 0 is all of the node's."""
     tasks = _tasks_here()
-    if per_node := _number("SLURM_MEM_PER_NODE"):
+    if per_node := variable_number("SLURM_MEM_PER_NODE"):
         yield Limit((per_node << 20) // tasks, "SLURM_MEM_PER_NODE")
-    if per_cpu := _number("SLURM_MEM_PER_CPU"):
+    if per_cpu := variable_number("SLURM_MEM_PER_CPU"):
         yield Limit((per_cpu << 20) * allotted_cpus(), "SLURM_MEM_PER_CPU")
-    per_gpu, gpus = _number("SLURM_MEM_PER_GPU"), _number("SLURM_GPUS_ON_NODE")
+    per_gpu, gpus = variable_number("SLURM_MEM_PER_GPU"), variable_number("SLURM_GPUS_ON_NODE")
     if per_gpu and gpus:
         yield Limit((per_gpu << 20) * gpus // tasks, "SLURM_MEM_PER_GPU")
 
@@ -115,11 +115,6 @@ def _slurm_memory_limits() -> Iterator[Limit]:
 def _tasks_here() -> int:
     """Processes that share this node's part of the job: several only where `srun` started this one as one of them."""
     return tasks_on_this_node() if "SLURM_STEP_ID" in os.environ else 1
-
-
-def _number(name: str) -> int:
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else 0
 
 
 # ---- cgroups

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from shutil import rmtree
+from tempfile import TemporaryFile
 from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -93,6 +94,24 @@ def _unwritable(path: Path, error: OSError) -> InputError:
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "Free some space or choose another folder" if is_full else "Check the folder and its permissions"
     return InputError(f"cannot write ({error.strerror or error})", where=path, fix=fix)
+
+
+def check_writable(folder: Path, *, fix: str) -> None:
+    """Make a folder where it is missing, and try to write there: before anything is computed that goes there.
+
+    Args:
+        folder: The folder.
+        fix: What the user can do where it cannot be written to.
+
+    Raises:
+        InputError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot be written to ({error.strerror})", where=folder, fix=fix) from error
 
 
 def write_text(path: Path, text: str) -> None:

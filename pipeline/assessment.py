@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from pipeline.allocation import resolve_num_workers
-from pipeline.artifacts import write_artifact
+from pipeline.artifacts import check_writable, write_artifact
 from pipeline.config import EvaluateConfig
 from pipeline.errors import InputError
 from pipeline.evaluation.pairs import find_references, list_volumes, pair_cases
@@ -55,7 +54,7 @@ def postprocess_runs(config: PostprocessConfig) -> Postprocessing:
     plan = _common_plan(run_dirs)
     for run_dir in run_dirs:
         # All or none: a choice that only some of the runs have is used by none of them.
-        _check_writable(run_dir)
+        check_writable(run_dir, fix="Check its permissions")
     found = list_volumes(Path(config.predictions)) if config.predictions else _own_predictions(run_dirs)
     references = find_references(Path(config.labels)).paths
     wanted = set(found) & set(references)
@@ -79,16 +78,6 @@ def _common_plan(run_dirs: Sequence[Path]) -> Plan:
         if (plan.labels, plan.ignore_value) != (first.labels, first.ignore_value):
             raise InputError(f"has other classes than {run_dirs[0]}", where=run_dir, fix="Take runs of one dataset")
     return first
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"cannot be written to ({error.strerror})", where=folder, fix="Check its permissions"
-        ) from error
 
 
 def _own_predictions(run_dirs: Sequence[Path]) -> dict[str, Path]:

@@ -54,7 +54,7 @@ def find_place(*, is_strict: bool = True) -> RankPlace:
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and (is_strict or not _wrong_torchrun_names()):
         return _torchrun_place()
-    num_tasks = _number("SLURM_STEP_NUM_TASKS")
+    num_tasks = variable_number("SLURM_STEP_NUM_TASKS")
     return _srun_place(num_tasks) if "SLURM_STEP_ID" in os.environ and num_tasks > 1 else RankPlace()
 
 
@@ -70,25 +70,25 @@ def _torchrun_place() -> RankPlace:
 
 def _wrong_torchrun_names() -> list[str]:
     values = {name: os.environ.get(name, "") for name in TORCHRUN_NAMES}
-    return [name for name, value in values.items() if not (value if name == "MASTER_ADDR" else value.isdigit())]
+    return [name for name, value in values.items() if not (value if name == "MASTER_ADDR" else value.isdecimal())]
 
 
 def _srun_place(num_tasks: int) -> RankPlace:
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     return RankPlace(
-        rank=_number("SLURM_PROCID"),
+        rank=variable_number("SLURM_PROCID"),
         num_ranks=num_tasks,
-        local_rank=_number("SLURM_LOCALID"),
+        local_rank=variable_number("SLURM_LOCALID"),
         num_local_ranks=tasks_on_this_node(),
         address=os.environ.get("MASTER_ADDR") or first_host(nodes) or "127.0.0.1",
-        port=_number("MASTER_PORT") or _port_of_step(),
+        port=variable_number("MASTER_PORT") or _port_of_step(),
         launcher="srun",
     )
 
 
 def _port_of_step() -> int:
     """The same for all tasks of a step and most likely no one else's: jobs that share a node differ in their number."""
-    return FIRST_PORT + (8 * _number("SLURM_JOB_ID") + _number("SLURM_STEP_ID")) % NUM_PORTS
+    return FIRST_PORT + (8 * variable_number("SLURM_JOB_ID") + variable_number("SLURM_STEP_ID")) % NUM_PORTS
 
 
 def first_host(nodes: str) -> str:
@@ -107,10 +107,11 @@ def entry_of_this_node(name: str) -> int:
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get(name, "")):
         counts += [int(count)] * int(times or 1)
-    node = _number("SLURM_NODEID")
+    node = variable_number("SLURM_NODEID")
     return counts[node] if node < len(counts) else 0
 
 
-def _number(name: str) -> int:
+def variable_number(name: str) -> int:
+    """A variable of the environment as a number; 0 where it is none, or missing."""
     text = os.environ.get(name, "")
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdecimal() else 0

@@ -8,8 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from math import inf, prod
 from pathlib import Path
-from tempfile import TemporaryFile
 
+from pipeline.artifacts import check_writable
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
 from pipeline.inference.attempts import held_bytes, most_bytes
@@ -65,7 +65,7 @@ def predict_files(
         CasesFailedError: Some of several cases failed; it lists them, and its result are the other files.
     """
     check_inputs(cases, formats)
-    _make_folder(output)
+    check_writable(output, fix=OTHER_FOLDER)
     files = {case.case_id: output_files(case.case_id, output, formats) for case in cases}
     _check_not_an_input(cases, files)
     todo = {case_id: _open_files(paths, overwrite=overwrite) for case_id, paths in files.items()}
@@ -214,16 +214,6 @@ def _failure(future: Future[None]) -> Exception | None:
 
 
 # ---- files
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder and try to write there, before anything is computed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot be written to ({error.strerror})", where=folder, fix=OTHER_FOLDER) from error
 
 
 def _open_files(paths: Files, *, overwrite: bool) -> dict[OutputFormat, Path]:
