@@ -241,5 +241,6 @@ def handled(handler: Any, numbers: tuple[signal.Signals, ...]) -> Iterator[None]
         yield
     finally:
         for number in taken:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # What was set to be ignored meanwhile stays so, unless this block itself did it.
+            if handler is signal.SIG_IGN or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, before[number] or signal.SIG_DFL)

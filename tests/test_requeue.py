@@ -50,6 +50,14 @@ def test_a_job_that_its_scheduler_stopped_is_queued_again(slurm, number, caplog)
     assert "job 7: queued again" in caplog.text
 
 
+def test_signals_are_listened_to_again_once_slurm_was_asked(slurm):
+    slurm(JOB_ID="7")
+    before = signal.getsignal(signal.SIGTERM)
+    assert before is not signal.SIG_IGN
+    assert requeue_after(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_task_of_an_array_is_named_as_such(slurm):
     asked = slurm(JOB_ID="9", ARRAY_JOB_ID="7", ARRAY_TASK_ID="2")
     assert requeue_after(signal.SIGTERM)
