@@ -113,6 +113,18 @@ class Ranks:
         """Forget who left: all are there again."""
         self._told = []
 
+    def close(self) -> None:
+        """Free what they talked through; not where they are cut off, since it would wait for what was under way.
+
+        Gloo's threads would live on with it, and one that frees a tensor while the interpreter ends aborts the process
+        (pytorch/pytorch 179291).
+        """
+        if self._meetings is None or self.is_cut_off:
+            return
+        groups, self._meetings, self._tensors = [self._meetings, self._tensors], None, None
+        while groups:
+            dist.destroy_process_group(groups.pop())
+
     def _gather(self, entry: tuple[Departure | None, Any]) -> list[tuple[Departure | None, Any]]:
         if self._meetings is None:
             return [entry]
@@ -170,6 +182,8 @@ def open_ranks() -> Iterator[Ranks]:
     except BaseException as error:
         _say_once(error, ranks, ranks.leave(departure_of(error)))
         raise
+    finally:
+        ranks.close()
 
 
 def _say_once(error: BaseException, ranks: Ranks, departures: list[Departure] | tuple[Departure, ...]) -> None:

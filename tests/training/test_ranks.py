@@ -420,6 +420,25 @@ def test_a_command_for_two_devices_trains_like_two_processes(
     assert_same_run(tmp_path / "run", undisturbed_pair)
 
 
+AT_THE_END = """
+import atexit, glob, pathlib
+atexit.register(lambda: print(*(pathlib.Path(each).read_text().strip() for each in glob.glob("/proc/self/task/*/comm"))))
+from pipeline.training.ranks import open_ranks
+with open_ranks() as ranks:
+    ranks.meet()
+    ranks.kept_by = ranks
+"""
+
+
+def test_no_thread_of_the_connection_outlives_a_process(tmp_path):
+    """One that frees a tensor while the interpreter ends would abort the process, after all it did."""
+    program = tmp_path / "program.py"
+    program.write_text(AT_THE_END)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.count("python") >= 2 and "gloo" not in done.stdout
+
+
 def test_a_command_for_two_devices_hands_signals_on_and_tells_of_a_killed_process(trainings, tmp_path):
     run_dir = tmp_path / "run"
     words = [sys.executable, "-m", "pipeline", *command(trainings, run_dir), "--max_epochs", "5000"]
