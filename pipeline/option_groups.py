@@ -14,6 +14,8 @@ class OptimConfig(Checked):
 
     name: Literal["sgd", "adamw"] = "sgd"
     """sgd: Nesterov momentum 0.99 with a polynomial schedule; adamw: with a cosine schedule."""
+    schedule: Literal["auto", "poly", "cosine", "constant"] = "auto"
+    """How the learning rate falls after the warm-up; auto is poly for sgd and cosine for adamw."""
     lr: float | Auto = "auto"
     """Peak learning rate; auto is 0.01 for sgd and 0.001 for adamw."""
     weight_decay: float = 3e-5

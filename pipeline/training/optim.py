@@ -19,6 +19,7 @@ from pipeline.option_groups import OptimConfig
 
 DEFAULT_LR = {"sgd": 0.01, "adamw": 0.001}
 POLY_EXPONENT = 0.9
+Decay = Literal["poly", "cosine", "constant"]
 
 
 def accumulation_for(*, batch_size: int, effective_batch: int) -> int:
@@ -86,15 +87,16 @@ def _adamw_groups(network: nn.Module, weight_decay: float) -> Iterator[dict[str,
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, *, total_steps: int) -> LambdaLR:
-    """The schedule that goes with the optimiser: polynomial for sgd, cosine for adamw, both after a linear warm-up.
+    """The schedule after a linear warm-up; by itself polynomial for sgd and cosine for adamw.
 
     Args:
         optimizer: Its groups' rates are the peak.
-        config: Kind of optimiser and length of the warm-up.
+        config: Kind of optimiser and schedule, and length of the warm-up.
         total_steps: Optimiser steps of the whole training.
     """
     warmup_steps = round(config.warmup_fraction * total_steps)
-    decay: Literal["poly", "cosine"] = "poly" if config.name == "sgd" else "cosine"
+    own: Decay = "poly" if config.name == "sgd" else "cosine"
+    decay = own if config.schedule == "auto" else config.schedule
 
     # A plain function, because LambdaLR would put the attributes of an object into the checkpoint and restore them.
     def factor(step: int) -> float:
@@ -103,14 +105,16 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, *, tot
     return LambdaLR(optimizer, factor)
 
 
-def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, decay: Literal["poly", "cosine"]) -> float:
+def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, decay: Decay) -> float:
     """Share of the peak learning rate that optimiser step `step` (from 0) uses; never zero before `total_steps`.
 
     Warm-up rises linearly, its last step being the peak. Then (1 - progress) ** 0.9 (DeepLab's "poly", Chen et al.
-    2017) or half a cosine (Loshchilov and Hutter 2017).
+    2017), half a cosine (Loshchilov and Hutter 2017), or the peak throughout.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    if decay == "constant":
+        return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     if decay == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))

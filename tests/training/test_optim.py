@@ -18,8 +18,8 @@ from pipeline.training.optim import (
 )
 
 
-def rates(name: str, *, total_steps: int, warmup_fraction: float) -> list[float]:
-    config = OptimConfig(name=name, lr=1.0, warmup_fraction=warmup_fraction)
+def rates(name: str, *, total_steps: int, warmup_fraction: float, schedule: str = "auto") -> list[float]:
+    config = OptimConfig(name=name, schedule=schedule, lr=1.0, warmup_fraction=warmup_fraction)
     optimizer = make_optimizer(nn.Conv3d(1, 2, 3), config)
     scheduler = make_scheduler(optimizer, config, total_steps=total_steps)
     found = []
@@ -54,6 +54,14 @@ def test_warm_up_rises_in_equal_steps_to_the_peak_and_no_step_is_lost_at_rate_ze
     assert found[4] == max(found) == 1.0
     assert all(a > b for a, b in pairwise(found[4:]))
     assert min(found) > 0
+
+
+def test_a_schedule_may_be_chosen_that_the_optimiser_would_not_take_by_itself():
+    for name, other in (("sgd", "adamw"), ("adamw", "sgd")):
+        own = {"sgd": "poly", "adamw": "cosine"}[other]
+        expected = rates(other, total_steps=20, warmup_fraction=0.1)
+        assert rates(name, total_steps=20, warmup_fraction=0.1, schedule=own) == expected
+    assert rates("sgd", total_steps=6, warmup_fraction=0.5, schedule="constant")[2:] == [1.0] * 4
 
 
 def test_a_training_of_one_step_uses_the_peak():
