@@ -146,8 +146,8 @@ class TrainOptions(Checked):
     """Folds of the seeded split."""
     patient_pattern: str = ""
     """Regular expression on the case id whose first group is the patient; cases of a patient stay together."""
-    iterations_per_epoch: int = 250
-    """Training iterations (forward and backward passes) that make an epoch."""
+    iterations_per_epoch: int = 240
+    """Training iterations (forward and backward passes) that make an epoch; processes share them evenly."""
     batch_size: int | Auto = "auto"
     """Patches per device and iteration; auto is the plan's."""
     effective_batch: int | Auto = "auto"

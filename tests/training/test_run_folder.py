@@ -11,9 +11,11 @@ import pytest
 
 from pipeline.allocation import allotted_cpus
 from pipeline.artifacts import read_artifact
+from pipeline.config import TrainOptions
 from pipeline.datasets.splits import Splits, make_splits
 from pipeline.errors import InputError
 from pipeline.option_groups import OptimConfig
+from pipeline.rank_place import RankPlace
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.processes import share_cpus
 from pipeline.training.run_folder import RunFolder
@@ -100,6 +102,13 @@ def test_auto_takes_the_plans_batch_and_reaches_its_effective_batch(plan, make_c
     assert "6 optimiser steps in all (the last of an epoch over 1 only)" in settings.describe()
     assert resolve_settings(planned, make_config(batch_size=4)).accumulate_grad_batches == 2
     assert resolve_settings(planned, make_config(effective_batch=2)).accumulate_grad_batches == 1
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 5, 6, 8, 10, 12, 16])
+def test_an_epoch_of_the_usual_length_can_be_shared_by_the_gpus_that_nodes_have(plan, make_config, num_ranks):
+    usual = make_config(iterations_per_epoch=TrainOptions.iterations_per_epoch)
+    place = RankPlace(rank=1, num_ranks=num_ranks, num_local_ranks=num_ranks)
+    assert resolve_settings(plan, usual, place).pace.passes_per_epoch * num_ranks == usual.iterations_per_epoch
 
 
 def test_several_devices_are_refused(plan, make_config):
