@@ -55,11 +55,11 @@ class MonaiSide:
         folder.mkdir(parents=True)
         fold = self.cases.fold
         request = {
-            **self._network(),
+            **self.network(),
             **{"seed": seed, "optimizer": self.recipe.optimizer, "lr": self.recipe.lr},
             "batch_size": self.recipe.batch_size,
-            "train": [self._files(case_id) for case_id in fold.train],
-            "validation": [self._files(case_id) for case_id in fold.validation],
+            "train": [self.files(case_id) for case_id in fold.train],
+            "validation": [self.files(case_id) for case_id in fold.validation],
             "epochs": schedule.epochs,
             "iterations_per_epoch": schedule.iterations_per_epoch,
             "validate_every": schedule.validate_every,
@@ -76,7 +76,7 @@ class MonaiSide:
             batch_size=min(self.recipe.batch_size, len(fold.train)),
             patch_size=tuple(request["patch_size"]),
             usage=usage,
-            settings={name: taken[name] for name in told} | vars(self.recipe) | self._network(),
+            settings={name: taken[name] for name in told} | vars(self.recipe) | self.network(),
         )
 
     def predict(self, folder: Path, images: Path, out: Path, mirroring: str) -> Usage:
@@ -87,7 +87,7 @@ class MonaiSide:
             {"case_id": name, "image": [str(path.resolve()) for path in sorted(images.glob(f"{name}_????{ENDING}"))]}
             for name in names
         ]
-        request = {**self._network(), "seed": 0, "cases": cases, "predictions": str(out)}
+        request = {**self.network(), "seed": 0, "cases": cases, "predictions": str(out)}
         request |= {"weights": str(folder / "weights.pt"), "out": str(folder / "predicted.json")}
         return self._work("predict", request, folder)
 
@@ -100,11 +100,12 @@ class MonaiSide:
             **options,
         )
 
-    def _files(self, case_id: str) -> dict[str, Any]:
+    def files(self, case_id: str) -> dict[str, Any]:
+        """Image and label files of a case, as MONAI's transforms take them."""
         images, label = self.cases.files_of(case_id)
         return {"image": images, "label": label}
 
-    def _network(self) -> dict[str, Any]:
+    def network(self) -> dict[str, Any]:
         """Constants of the training script."""
         plan = self.voxfit.plan()
         network = plan["network"]

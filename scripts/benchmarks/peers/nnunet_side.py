@@ -39,14 +39,14 @@ class NnunetSide:
         processes = str(self.runner.num_cpus)
         command = [self._program("nnUNetv2_plan_and_preprocess"), "-d", "1", "-c", CONFIGURATION]
         command += ["--verify_dataset_integrity", "-npfp", processes, "-np", processes]
-        used = self.runner.run("nnunet-plan-preprocess", command, variables=self._variables())
+        used = self.runner.run("nnunet-plan-preprocess", command, variables=self.variables())
         fold = {"train": list(self.cases.fold.train), "val": list(self.cases.fold.validation)}
-        write_text(self._preprocessed / DATASET_NAME / "splits_final.json", json.dumps([fold]))
+        write_text(self.preprocessed_dataset / "splits_final.json", json.dumps([fold]))
         return {"plan and preprocess": used.rounded()}
 
     def plan(self) -> dict[str, Any]:
         """Its plans, as they are written."""
-        return json.loads((self._preprocessed / DATASET_NAME / "nnUNetPlans.json").read_text())
+        return json.loads((self.preprocessed_dataset / "nnUNetPlans.json").read_text())
 
     def train(self, schedule: Schedule, *, seed: int, folder: Path) -> Training:
         """Its trainer, which takes no seed."""
@@ -60,7 +60,7 @@ class NnunetSide:
         usage = self.runner.run(
             f"nnunet-train-{folder.name}",
             [self.environment / "bin" / "python", WORKER],
-            variables=self._variables(folder),
+            variables=self.variables(folder),
             stdin=write_request(folder / "request.json", request),
             sample_seconds=TRAINING_SAMPLE_SECONDS,
         )
@@ -81,20 +81,22 @@ class NnunetSide:
         command += ["-i", images, "-o", out, "-chk", "checkpoint_final.pth", "-device", "cpu"]
         command += [] if mirroring == "mirror" else ["--disable_tta"]
         name = f"nnunet-predict-{folder.name}-{mirroring}"
-        return self.runner.run(name, command, variables=self._variables(folder))
+        return self.runner.run(name, command, variables=self.variables(folder))
 
     @property
-    def _preprocessed(self) -> Path:
-        return self.folder / "preprocessed"
+    def preprocessed_dataset(self) -> Path:
+        """Where its plans, its split file and its cases lie."""
+        return self.folder / "preprocessed" / DATASET_NAME
 
     def _program(self, name: str) -> Path:
         return self.environment / "bin" / name
 
-    def _variables(self, folder: Path | None = None) -> dict[str, str]:
+    def variables(self, folder: Path | None = None) -> dict[str, str]:
         """Where nnU-Net finds things, and as many augmentation processes as it would start itself on such a machine."""
-        places = {"raw": self.cases.raw.parent, "preprocessed": self._preprocessed, "results": self._results(folder)}
+        places = {
+            "raw": self.cases.raw.parent,
+            "preprocessed": self.folder / "preprocessed",
+            "results": (folder or self.folder) / "results",
+        }
         names = {f"nnUNet_{name}": str(path) for name, path in places.items()}
         return {**names, "nnUNet_n_proc_DA": str(self.runner.num_cpus)}
-
-    def _results(self, folder: Path | None) -> Path:
-        return (folder or self.folder) / "results"
