@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 
-from peers import accuracy, patches, preprocess
+from peers import accuracy, patches, preprocess, table, training_step
 
 
 def main() -> None:
     """Run the command that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (accuracy, preprocess, patches):
+    for module in (accuracy, preprocess, patches, training_step, table):
         module.add_parser(commands)
     options = parser.parse_args()
     options.run(options)

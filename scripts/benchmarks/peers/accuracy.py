@@ -18,6 +18,7 @@ from peers.arguments import add_common, make_runner
 from peers.monai_side import MonaiRecipe, MonaiSide
 from peers.nnunet_side import NnunetSide
 from peers.processes import Runner
+from peers.ratios import peer_versions
 from peers.raw_dataset import FOLD, Cases, make_cases
 from peers.schedule import Pace, Schedule, fit_schedule
 from peers.sides import Side, Training
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
     cases = make_cases(options.dataset, work, **split)
     sides = make_sides(options, cases, make_runner(options))
     results: dict[str, Any] = {"options": _options(options), "data": _data(cases)}
+    results["peer_versions"] = peer_versions(options.peers)
     results["preparation"] = {name: prepare_once(side, work) for name, side in sides.items()}
     results["plans"] = {name: sides[name].plan() for name in ("voxfit", "nnunet") if name in options.sides}
     results["cells"] = []

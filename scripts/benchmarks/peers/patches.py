@@ -17,6 +17,7 @@ from peers.arguments import add_common, make_runner
 from peers.json_worker import JsonWorker
 from peers.monai_side import MonaiSide
 from peers.nnunet_side import NnunetSide
+from peers.ratios import peer_versions
 from peers.raw_dataset import Cases, make_cases
 from peers.sides import Side, write_request
 from pipeline.artifacts import write_text
@@ -55,7 +56,13 @@ def run(options: argparse.Namespace) -> None:
             rows.append({"num_cases": num, **measure(workers, options)})
         print(describe(rows[-1]), flush=True)
     settings = {"patch_size": sides["voxfit"].plan()["patch_size"], "rounds": options.rounds, "block": options.block}
-    print(write_results(options.out, "data-path", {"clock": options.clock, "settings": settings, "rows": rows}))
+    results = {
+        "peer_versions": peer_versions(options.peers),
+        "clock": options.clock,
+        "settings": settings,
+        "rows": rows,
+    }
+    print(write_results(options.out, "data-path", results))
 
 
 def write_folds(nnunet: NnunetSide, cases: Cases, groups: list[list[str]]) -> None:

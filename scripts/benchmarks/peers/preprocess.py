@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ from run_facts import write_results
 
 from peers.accuracy import make_sides
 from peers.arguments import add_common, make_runner
+from peers.ratios import MEASURES, describe_ratios, peer_versions, ratios_of
 from peers.raw_dataset import make_cases
-
-MEASURES = ("wall_seconds", "cpu_seconds", "peak_bytes")
 
 
 def add_parser(commands: Any) -> None:
@@ -41,10 +39,10 @@ def run(options: argparse.Namespace) -> None:
             taken[name] = add_up(list(parts.values())) | {"parts": parts}
             print(name, {key: taken[name][key] for key in MEASURES}, flush=True)
         rounds.append(taken)
-    results = {"num_cases": len(cases.source.cases), "num_cpus": options.num_cpus, "ratios": ratios_of(rounds)}
-    for measure, ratio in results["ratios"].items():
-        print(f"{measure}: {ratio:.2f} of nnU-Net's")
-    print(write_results(options.out, "preprocess", {**results, "rounds": rounds}))
+    results: dict[str, Any] = {"peer_versions": peer_versions(options.peers), "num_cases": len(cases.source.cases)}
+    results |= {"num_cpus": options.num_cpus, "ratios": ratios_of(rounds), "rounds": rounds}
+    print(describe_ratios(results["ratios"]))
+    print(write_results(options.out, "preprocess", results))
 
 
 def add_up(parts: list[dict[str, float]]) -> dict[str, float]:
@@ -53,14 +51,4 @@ def add_up(parts: list[dict[str, float]]) -> dict[str, float]:
         "wall_seconds": round(sum(part["wall_seconds"] for part in parts), 2),
         "cpu_seconds": round(sum(part["cpu_seconds"] for part in parts), 2),
         "peak_bytes": max(part["peak_bytes"] for part in parts),
-    }
-
-
-def ratios_of(
-    rounds: list[dict[str, dict[str, float]]], ours: str = "voxfit", other: str = "nnunet"
-) -> dict[str, float]:
-    """Median over rounds of ours over the other's, taken within a round."""
-    return {
-        measure: round(statistics.median(each[ours][measure] / each[other][measure] for each in rounds), 3)
-        for measure in MEASURES
     }
