@@ -100,8 +100,15 @@ def _watch(process: subprocess.Popen[bytes], sample_seconds: float) -> int:
             peak = max(peak, _tree_bytes(root))
     finally:
         if process.poll() is None:
-            process.terminate()
+            _end(root)
             process.wait()
+
+
+def _end(root: psutil.Process) -> None:
+    """End the whole tree: workers may outlive the process that started them."""
+    for process in [*root.children(recursive=True), root]:
+        with suppress(psutil.Error):
+            process.terminate()
 
 
 def _tree_bytes(root: psutil.Process) -> int:

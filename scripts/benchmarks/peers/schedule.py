@@ -67,7 +67,7 @@ def fit_schedule(seconds: float, pace: Pace, *, validations: int = 4, min_iterat
         ValueError: Not even one epoch fits.
     """
     if validations and pace.validation > 0:
-        validations = max(1, min(validations, int(0.1 * seconds / pace.validation)))
+        validations = max(1, int(min(validations, 0.1 * seconds / pace.validation)))
     left = seconds - validations * pace.validation
     per_epoch = max(min_iterations, round((left / EPOCHS - pace.epoch) / pace.iteration))
     epochs = int(left / (per_epoch * pace.iteration + pace.epoch))

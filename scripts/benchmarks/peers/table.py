@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ def newest(folder: Path, name: str) -> dict[str, Any] | None:
 def make_table(folder: Path) -> list[str]:
     """Lines of Markdown: a row per figure, a column per side, what was not measured said so."""
     rows: list[Row] = []
-    for name, make in MAKERS.items():
+    for name, (title, make) in MAKERS.items():
         found = newest(folder, name)
         if found is None:
-            rows.append((name, *[NOT_MEASURED] * 3, "", ""))
+            rows.append((title, *[NOT_MEASURED] * 3, "", ""))
             continue
         source = f"[{found['date']}]({_link(found['file'])})"
         rows += [(*row, source) for row in make(found)]
@@ -70,25 +71,38 @@ def accuracy_rows(found: dict[str, Any]) -> Iterator[Row]:
     cells = found["cells"]
     for minutes in sorted({cell["minutes"] for cell in cells}):
         for mirroring in ("none", "mirror"):
-            means = {side: mean_dice(cells, side, minutes, mirroring) for side in NAMES}
-            if not any(means.values()):
+            chosen = {side: _chosen(cells, side, minutes, mirroring) for side in NAMES}
+            if not any(chosen.values()):
                 continue
-            gain = ""
-            if means["voxfit"] and means["nnunet"]:
-                gain = f"{means['voxfit'] - means['nnunet']:+.3f}"
             told = "mirrored" if mirroring == "mirror" else "not mirrored"
-            shown = (NOT_MEASURED if mean is None else f"{mean:.3f}" for mean in means.values())
+            shown = (describe_dice(found, mirroring) for found in chosen.values())
+            gain = ""
+            if chosen["voxfit"] and chosen["nnunet"]:
+                gain = f"{mean_dice(chosen['voxfit'], mirroring) - mean_dice(chosen['nnunet'], mirroring):+.3f}"
             yield (f"Dice after {minutes:g} min of training, {told}", *shown, gain)
 
 
-def mean_dice(cells: list[dict[str, Any]], side: str, minutes: float, mirroring: str) -> float | None:
-    """Over the seeds of one budget; None where there is none."""
-    found = [
-        cell["predictions"][mirroring]["dice"]
+def _chosen(cells: list[dict[str, Any]], side: str, minutes: float, mirroring: str) -> list[dict[str, Any]]:
+    return [
+        cell
         for cell in cells
         if cell["side"] == side and cell["minutes"] == minutes and mirroring in cell["predictions"]
     ]
-    return sum(found) / len(found) if found else None
+
+
+def mean_dice(cells: list[dict[str, Any]], mirroring: str) -> float:
+    """Over the seeds of one budget."""
+    return statistics.mean(cell["predictions"][mirroring]["dice"] for cell in cells)
+
+
+def describe_dice(cells: list[dict[str, Any]], mirroring: str) -> str:
+    """Mean over seeds, their least and largest where there are several, and the minutes that training really took."""
+    if not cells:
+        return NOT_MEASURED
+    minutes = statistics.mean(cell["training_seconds"] for cell in cells) / 60
+    scores = [cell["predictions"][mirroring]["dice"] for cell in cells]
+    spread = f" ({min(scores):.3f} to {max(scores):.3f})" if len(scores) > 1 else ""
+    return f"{mean_dice(cells, mirroring):.3f}{spread}, took {minutes:.1f} min"
 
 
 def preprocess_rows(found: dict[str, Any]) -> Iterator[Row]:
@@ -107,7 +121,9 @@ def _process_rows(what: str, part: dict[str, Any]) -> Iterator[Row]:
     """Medians of the rounds, and the ratio within them."""
     units = {"wall_seconds": ("wall", "s", 1), "cpu_seconds": ("CPU", "s", 1), "peak_bytes": ("memory", "GiB", 2**30)}
     for measure, (told, unit, size) in units.items():
-        shown = [_median([each[side][measure] for each in part["rounds"]]) / size for side in ("voxfit", "nnunet")]
+        shown = [
+            statistics.median([each[side][measure] for each in part["rounds"]]) / size for side in ("voxfit", "nnunet")
+        ]
         digits = 2 if unit == "GiB" else 1
         ratio = f"{part['ratios'][measure]['median']:.2f}"
         yield (f"{what}, {told}", *(f"{value:.{digits}f} {unit}" for value in shown), NOT_MEASURED, ratio)
@@ -135,17 +151,11 @@ def step_rows(found: dict[str, Any]) -> Iterator[Row]:
     yield (f"Training step, thousand voxels/s, batch {batch} (voxfit bf16, others float32)", *speeds, f"{times:.2f}")
 
 
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
-MAKERS = {
-    "accuracy": accuracy_rows,
-    "preprocess": preprocess_rows,
-    "data-path": patch_rows,
-    "peers-step-batch2": step_rows,
-    "peers-step-batch7": step_rows,
-    "predict": predict_rows,
+MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
+    "accuracy": ("Dice at equal training time", accuracy_rows),
+    "preprocess": ("Plan and preprocess", preprocess_rows),
+    "data-path": ("Augmented patches", patch_rows),
+    "peers-step-batch2": ("Training step, batch 2", step_rows),
+    "peers-step-batch7": ("Training step, batch 7", step_rows),
+    "predict": ("Predict", predict_rows),
 }
