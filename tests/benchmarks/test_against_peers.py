@@ -144,7 +144,7 @@ def test_the_time_of_a_training_is_that_of_its_log(load):
 class CountedSide:
     """A side that trains nothing and remembers what it was asked to."""
 
-    name, rehearsal, min_iterations, validations, mirrorings = "voxfit", "rehearsal", 1, 0, ()
+    name, key, rehearsal, min_iterations, validations, mirrorings = "voxfit", "voxfit-1", "rehearsal", 1, 0, ()
 
     def __init__(self, accuracy) -> None:
         self.accuracy, self.asked = accuracy, []
@@ -161,7 +161,7 @@ def test_a_finished_cell_is_read_and_an_unfinished_one_begun_anew(load, tmp_path
     accuracy = load("peers.accuracy")
     side, options = CountedSide(accuracy), argparse.Namespace(work_dir=tmp_path, mirrorings=())
     cell = accuracy.Cell("voxfit", 1, 0)
-    left = tmp_path / "cells" / cell.name / "run" / cell.name
+    left = tmp_path / "cells" / cell.name_of(side) / "run" / cell.name_of(side)
     left.mkdir(parents=True)
     first = accuracy.do_cell(cell, side, None, options)
     assert side.asked[0] == "rehearsal"
@@ -169,6 +169,24 @@ def test_a_finished_cell_is_read_and_an_unfinished_one_begun_anew(load, tmp_path
     assert first["patches"] == 60
     assert accuracy.do_cell(cell, side, None, options) == first
     assert len(side.asked) == 2
+    side.key = "voxfit-2"
+    accuracy.do_cell(cell, side, None, options)
+    assert len(side.asked) == 4
+
+
+def test_a_side_that_does_something_else_has_another_key(load, project_root, tmp_path):
+    raw_dataset, sides = load("peers.raw_dataset"), load("peers.sides")
+    dataset = project_root / "data_samples" / "msd_blobs"
+    cases = raw_dataset.make_cases(dataset, tmp_path, num_folds=4)
+    others = raw_dataset.make_cases(dataset, tmp_path, num_folds=4, seed=1)
+    keys = [
+        sides.make_key("voxfit", cases, 2, {"lr": 0.1}),
+        sides.make_key("voxfit", cases, 2, {"lr": 0.2}),
+        sides.make_key("voxfit", cases, 1, {"lr": 0.1}),
+        sides.make_key("voxfit", others, 2, {"lr": 0.1}),
+    ]
+    assert len(set(keys)) == 4
+    assert sides.make_key("voxfit", cases, 2, {"lr": 0.1}) == keys[0]
 
 
 def test_the_sides_take_turns_in_another_order_for_every_budget(load):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from run_facts import dated, write_results
+from run_facts import dated, run_facts, write_results
 
 from peers.arguments import add_common, make_runner
 from peers.monai_side import MonaiRecipe, MonaiSide
@@ -35,10 +35,9 @@ class Cell(NamedTuple):
     minutes: float
     seed: int
 
-    @property
-    def name(self) -> str:
+    def name_of(self, side: Side) -> str:
         """Of its folder."""
-        return f"{self.side}-{self.minutes:g}min-seed{self.seed}"
+        return f"{side.key}-{self.minutes:g}min-seed{self.seed}"
 
 
 def add_parser(commands: Any) -> None:
@@ -91,18 +90,18 @@ def make_sides(options: argparse.Namespace, cases: Cases, runner: Runner) -> dic
     """Every side by name; MONAI's takes voxfit's plan, so voxfit is always among them."""
     common = {"cases": cases, "runner": runner}
     work, peers = options.work_dir, options.peers
-    voxfit = VoxfitSide(**common, folder=work / "voxfit", config=options.config, dataset=options.dataset)
+    voxfit = VoxfitSide(**common, work=work, config=options.config, dataset=options.dataset)
     recipe = MonaiRecipe(options.monai_optimizer, options.monai_lr, options.monai_batch_size)
     others: dict[str, Side] = {
-        "nnunet": NnunetSide(**common, folder=work / "nnunet", environment=peers),
-        "monai": MonaiSide(**common, folder=work / "monai", environment=peers, voxfit=voxfit, recipe=recipe),
+        "nnunet": NnunetSide(**common, work=work, environment=peers),
+        "monai": MonaiSide(**common, environment=peers, voxfit=voxfit, recipe=recipe),
     }
     return {"voxfit": voxfit} | {name: others[name] for name in options.sides if name in others}
 
 
 def prepare_once(side: Side, work: Path) -> dict[str, Any]:
     """Plan and preprocess, unless that was done in an earlier call."""
-    done = work / f"{side.name}-prepared.json"
+    done = work / f"{side.key}-prepared.json"
     if not done.exists():
         write_text(done, json.dumps(side.prepare(), indent=1))
     return json.loads(done.read_text())
@@ -110,17 +109,18 @@ def prepare_once(side: Side, work: Path) -> dict[str, Any]:
 
 def do_cell(cell: Cell, side: Side, cases: Cases, options: argparse.Namespace) -> dict[str, Any]:
     """Train, predict, score; what a finished cell of an earlier call came to is read, an unfinished one begun anew."""
-    folder = options.work_dir / "cells" / cell.name
+    name = cell.name_of(side)
+    folder = options.work_dir / "cells" / name
     result = folder / "result.json"
     if not result.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         schedule = fit_to(cell, side, options.work_dir)
-        print(f"{cell.name}: {schedule.epochs} epochs of {schedule.iterations_per_epoch}", flush=True)
-        training = side.train(schedule, seed=cell.seed, folder=folder / "run" / cell.name)
+        print(f"{name}: {schedule.epochs} epochs of {schedule.iterations_per_epoch}", flush=True)
+        training = side.train(schedule, seed=cell.seed, folder=folder / "run" / name)
         keep_pace(side, training.pace, options.work_dir)
         predictions = {
-            mirroring: predict_and_score(side, folder, cell.name, cases, mirroring)
+            mirroring: predict_and_score(side, folder, name, cases, mirroring)
             for mirroring in side.mirrorings
             if mirroring in options.mirrorings
         }
@@ -130,21 +130,21 @@ def do_cell(cell: Cell, side: Side, cases: Cases, options: argparse.Namespace) -
 
 def fit_to(cell: Cell, side: Side, work: Path) -> Schedule:
     """The schedule for a cell's budget, by the newest training of the side, or by a rehearsal."""
-    known = work / f"{side.name}-pace.json"
+    known = work / f"{side.key}-pace.json"
     if not known.exists():
-        rehearsal = work / "rehearsals" / side.name
+        rehearsal = work / "rehearsals" / side.key
         shutil.rmtree(rehearsal, ignore_errors=True)
         keep_pace(side, side.train(side.rehearsal, seed=0, folder=rehearsal).pace, work)
     pace = Pace(**json.loads(known.read_text()))
     try:
         return fit_schedule(60 * cell.minutes, pace, validations=side.validations, min_iterations=side.min_iterations)
     except ValueError as error:
-        raise SystemExit(f"error: {cell.name}: {error}") from error
+        raise SystemExit(f"error: {cell.side}, {cell.minutes:g} minutes: {error}") from error
 
 
 def keep_pace(side: Side, pace: Pace, work: Path) -> None:
     """For the schedules of later cells."""
-    write_text(work / f"{side.name}-pace.json", json.dumps(asdict(pace), indent=1))
+    write_text(work / f"{side.key}-pace.json", json.dumps(asdict(pace), indent=1))
 
 
 def predict_and_score(side: Side, folder: Path, name: str, cases: Cases, mirroring: str) -> dict[str, Any]:
@@ -172,6 +172,7 @@ def _tell(cell: Cell, schedule: Schedule, training: Training, predictions: dict[
     voxels = patches * training.patch_size[0] * training.patch_size[1] * training.patch_size[2]
     return {
         **cell._asdict(),
+        "when": {name: value for name, value in run_facts().items() if name in ("date", "commit")},
         "schedule": asdict(schedule),
         "training_seconds": round(training.seconds, 1),
         "pace": asdict(training.pace),

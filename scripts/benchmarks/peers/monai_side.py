@@ -10,7 +10,7 @@ from typing import Any
 from peers.processes import TRAINING_SAMPLE_SECONDS, Runner, Usage
 from peers.raw_dataset import ENDING, Cases
 from peers.schedule import Pace, Schedule
-from peers.sides import Training, write_request
+from peers.sides import Training, make_key, write_request
 from peers.voxfit_side import VoxfitSide
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -34,7 +34,6 @@ class MonaiSide:
     """
 
     cases: Cases
-    folder: Path
     runner: Runner
     environment: Path
     voxfit: VoxfitSide
@@ -45,6 +44,11 @@ class MonaiSide:
     min_iterations = 1
     validations = 4
     mirrorings = ("none",)
+
+    @property
+    def key(self) -> str:
+        """By its recipe and its network."""
+        return make_key(self.name, self.cases, self.runner.num_cpus, vars(self.recipe), self.network())
 
     def prepare(self) -> dict[str, dict[str, float]]:
         """Nothing: cases are prepared when a training begins."""

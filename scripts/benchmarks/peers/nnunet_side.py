@@ -10,7 +10,7 @@ from typing import Any
 from peers.processes import TRAINING_SAMPLE_SECONDS, Runner, Usage
 from peers.raw_dataset import DATASET_NAME, FOLD, Cases
 from peers.schedule import Pace, Schedule
-from peers.sides import Training, write_request
+from peers.sides import Training, make_key, write_request
 from pipeline.artifacts import write_text
 
 WORKER = Path(__file__).with_name("nnunet_train.py")
@@ -23,7 +23,7 @@ class NnunetSide:
     """nnU-Net of an environment that nnunet_environment.sh made."""
 
     cases: Cases
-    folder: Path
+    work: Path
     runner: Runner
     environment: Path
 
@@ -33,6 +33,16 @@ class NnunetSide:
     min_iterations = 5
     validations = 0
     mirrorings = ("none", "mirror")
+
+    @property
+    def key(self) -> str:
+        """There is nothing to choose."""
+        return make_key(self.name, self.cases, self.runner.num_cpus)
+
+    @property
+    def folder(self) -> Path:
+        """Where its plans and preprocessed cases lie."""
+        return self.work / self.key
 
     def prepare(self) -> dict[str, dict[str, float]]:
         """`nnUNetv2_plan_and_preprocess`, with its check of the dataset, as ours has one; then the split file."""

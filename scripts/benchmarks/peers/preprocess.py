@@ -27,6 +27,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print and write."""
+    options.work_dir /= "preprocess"
     cases = make_cases(options.dataset, options.work_dir)
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(options.rounds):
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
         taken = {}
         for name in sorted(sides, reverse=bool(number % 2)):
             # Nothing is left of an earlier round that could be read instead of made.
-            shutil.rmtree(options.work_dir / name, ignore_errors=True)
+            shutil.rmtree(sides[name].folder, ignore_errors=True)
             parts = sides[name].prepare()
             taken[name] = add_up(list(parts.values())) | {"parts": parts}
             print(name, {key: taken[name][key] for key in MEASURES}, flush=True)

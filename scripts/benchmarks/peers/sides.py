@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from peers.processes import Usage
+from peers.processes import Runner, Usage
+from peers.raw_dataset import Cases
 from peers.schedule import Pace, Schedule
 
 
@@ -38,7 +40,9 @@ class Side(Protocol):
     """One of those that are compared; all of its files lie in a folder of its own.
 
     Attributes:
-        name: In results and file names.
+        name: In results.
+        key: In names of files; another one where the side does something else.
+        runner: Starts its processes.
         rehearsal: A training just long enough to be timed.
         min_iterations: Least iterations of an epoch.
         validations: Validations of a training at most; 0 where every epoch has one of its own.
@@ -46,6 +50,8 @@ class Side(Protocol):
     """
 
     name: str
+    key: str
+    runner: Runner
     rehearsal: Schedule
     min_iterations: int
     validations: int
@@ -59,6 +65,12 @@ class Side(Protocol):
 
     def predict(self, folder: Path, images: Path, out: Path, mirroring: str) -> Usage:
         """Predict a folder of images with the last weights of a training, in a process of its own."""
+
+
+def make_key(name: str, cases: Cases, num_cpus: int, *choices: object) -> str:
+    """A name that is another one where anything differs that results depend on, so that none is taken for another."""
+    told = json.dumps([cases.source.name, list(cases.fold.train), list(cases.fold.validation), num_cpus, *choices])
+    return f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
 def write_request(path: Path, request: dict[str, Any]) -> Path:

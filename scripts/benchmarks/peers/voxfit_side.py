@@ -15,7 +15,7 @@ import yaml
 from peers.processes import TRAINING_SAMPLE_SECONDS, Runner, Usage
 from peers.raw_dataset import FOLD, Cases
 from peers.schedule import Pace, Schedule
-from peers.sides import Training
+from peers.sides import Training, make_key
 from pipeline.artifacts import write_artifact
 
 COMMAND = (sys.executable, "-m", "pipeline")
@@ -26,7 +26,7 @@ class VoxfitSide:
     """voxfit with the options of a configuration of `voxfit run`."""
 
     cases: Cases
-    folder: Path
+    work: Path
     runner: Runner
     config: Path
     dataset: Path
@@ -36,6 +36,16 @@ class VoxfitSide:
     min_iterations = 1
     validations = 4
     mirrorings = ("none", "mirror")
+
+    @property
+    def key(self) -> str:
+        """By its configuration."""
+        return make_key(self.name, self.cases, self.runner.num_cpus, self._options())
+
+    @property
+    def folder(self) -> Path:
+        """Where its plan and store lie."""
+        return self.work / self.key
 
     def prepare(self) -> dict[str, dict[str, float]]:
         """`voxfit plan` and `voxfit preprocess`."""
