@@ -11,6 +11,8 @@ Whole processes take turns; nothing of one side runs while another does. Each co
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 
 from peers import accuracy, patches, preprocess, table, training_step
 
@@ -22,6 +24,8 @@ def main() -> None:
     for module in (accuracy, preprocess, patches, training_step, table):
         module.add_parser(commands)
     options = parser.parse_args()
+    # So that the process that runs at the moment is ended with this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.run(options)
 
 
