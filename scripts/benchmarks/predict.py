@@ -4,9 +4,10 @@
     python scripts/benchmarks/predict.py --peers PEERS --images Task04_Hippocampus/imagesTr --count 40
     python scripts/benchmarks/predict.py --peers PEERS --shape 160 160 160 --window 64 64 64 --count 2
 
-The same number of stages, features, convolutions, classes, the same window, half a window of overlap, no mirroring,
-untrained weights, 1 mm on both sides, so that nothing is resampled. Each side runs in the precision and with the
-numbers of threads and processes that it chooses by itself, on the CPU. Ratios are taken within a round.
+The same number of stages, features, convolutions, classes, the same window, half a window of overlap, without and with
+mirroring about all axes, untrained weights, 1 mm on both sides, so that nothing is resampled. Each side runs in the
+precision and with the numbers of threads and processes that it chooses by itself, on the CPU. Ratios are taken within
+a round.
 """
 
 from __future__ import annotations
@@ -14,19 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
+from peers.processes import Runner
+from peers.ratios import describe_ratios, peer_versions, ratios_of
 from run_facts import write_results
 
 from pipeline.artifacts import write_artifact
@@ -34,7 +34,6 @@ from pipeline.io.nifti import is_nifti_name
 from pipeline.networks.unet import UNet
 from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
 
-PROJECT = Path(__file__).resolve().parents[2]
 MODEL = Path(__file__).parent / "peers" / "nnunet_model.py"
 NUM_CLASSES = 3
 ENDING = ".nii.gz"
@@ -96,21 +95,30 @@ def make_their_model(options: argparse.Namespace, folder: Path) -> int:
     return int(made.stdout.split()[-1])
 
 
-def run_timed(command: list[str | Path], out: Path, count: int) -> dict[str, float]:
-    """Wall and CPU seconds of a whole process and its children."""
-    shutil.rmtree(out, ignore_errors=True)
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=os.environ | {"PYTHONPATH": str(PROJECT), "nnUNet_raw": "/nonexistent", "nnUNet_results": "/nonexistent"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode or len(list(out.glob(f"*{ENDING}"))) != count:
-        raise SystemExit(f"failed: {' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return {"wall": wall, "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+def run_round(commands: dict[str, list[str | Path]], runner: Runner, work: Path, number: int) -> dict[str, Any]:
+    """Every side once, in turns; what each took."""
+    taken = {}
+    for name in sorted(commands, reverse=bool(number % 2)):
+        out = work / name
+        shutil.rmtree(out, ignore_errors=True)
+        places = {f"nnUNet_{place}": "/nonexistent" for place in ("raw", "preprocessed", "results")}
+        taken[name] = runner.run(name, [*commands[name], out], variables=places).rounded()
+        if len(list(out.glob(f"*{ENDING}"))) != len(list((work / "in").iterdir())):
+            raise SystemExit(f"error: {name} has not predicted every case")
+    return taken
+
+
+def make_commands(options: argparse.Namespace, work: Path, mirroring: str) -> dict[str, list[str | Path]]:
+    """What each side is started with; the folder for its predictions is still to come."""
+    ours = [sys.executable, "-m", "pipeline", "predict", "--run_dir", work / "run", "--accelerator", "cpu"]
+    ours += ["--tta", mirroring, *(["--tta_axes", "0", "1", "2"] if mirroring == "mirror" else [])]
+    ours += [f"--{word}" for word in options.ours]
+    theirs = [options.peers / "bin" / "nnUNetv2_predict_from_modelfolder", "-m", work / "model", "-f", "0"]
+    theirs += ["-step_size", "0.5", "-device", "cpu", *([] if mirroring == "mirror" else ["--disable_tta"])]
+    return {
+        "voxfit": [*ours, "--input", work / "in", "--output"],
+        "nnunet": [*theirs, "-i", work / "in", "-o"],
+    }
 
 
 def parse_options() -> argparse.Namespace:
@@ -123,6 +131,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--window", type=int, nargs=3, default=[40, 56, 40])
     parser.add_argument("--features", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mirrorings", choices=("none", "mirror"), nargs="+", default=["none", "mirror"])
+    parser.add_argument("--num_cpus", type=int, default=len(os.sched_getaffinity(0)), help="that a process may use")
     parser.add_argument("--ours", nargs="*", default=[], help="more options of voxfit predict, without their dashes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
@@ -135,26 +145,19 @@ def main() -> None:
         work = Path(temporary)
         make_images(options, work / "in")
         weights = {"voxfit": make_our_run(options, work / "run"), "nnunet": make_their_model(options, work / "model")}
+        runner = Runner(num_cpus=options.num_cpus, logs=work / "logs")
+        found: dict[str, Any] = {}
+        for mirroring in options.mirrorings:
+            commands = make_commands(options, work, mirroring)
+            rounds = []
+            for number in range(options.rounds):
+                rounds.append(run_round(commands, runner, work, number))
+                print(mirroring, rounds[-1], flush=True)
+            found[mirroring] = {"ratios": ratios_of(rounds), "rounds": rounds}
+            print(f"mirroring {mirroring}, {describe_ratios(found[mirroring]['ratios'])}")
         count = len(list((work / "in").iterdir()))
-        ours = [sys.executable, "-m", "pipeline", "predict", "--run_dir", work / "run", "--accelerator", "cpu"]
-        ours += [f"--{word}" for word in options.ours]
-        theirs = [options.peers / "bin" / "nnUNetv2_predict_from_modelfolder", "-m", work / "model", "-f", "0"]
-        theirs += ["-step_size", "0.5", "--disable_tta", "-device", "cpu"]
-        commands = {
-            "voxfit": [*ours, "--input", work / "in", "--output", work / "voxfit"],
-            "nnunet": [*theirs, "-i", work / "in", "-o", work / "nnunet"],
-        }
-        rounds: list[dict[str, dict[str, float]]] = []
-        for number in range(options.rounds):
-            names = sorted(commands, reverse=bool(number % 2))
-            rounds.append({name: run_timed(commands[name], work / name, count) for name in names})
-            print({name: {key: round(value, 1) for key, value in each.items()} for name, each in rounds[-1].items()})
-    results: dict[str, Any] = {"cases": count, "weights": weights, "rounds": rounds}
-    for clock in ("wall", "cpu"):
-        ratios = [each["voxfit"][clock] / each["nnunet"][clock] for each in rounds]
-        results[f"{clock}_ratio"] = statistics.median(ratios)
-        print(f"{clock}: {results[f'{clock}_ratio']:.2f} of nnU-Net's (rounds {[round(each, 2) for each in ratios]})")
-    print(write_results(options.out, "predict", results))
+    results = {"peer_versions": peer_versions(options.peers), "cases": count, "num_cpus": options.num_cpus}
+    print(write_results(options.out, "predict", {**results, "weights": weights, "mirrorings": found}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pipeline.plan import GIB
 PROJECT = Path(__file__).resolve().parents[2]
 # Options that take a folder, and what stands for it in the command that is kept.
 PATH_OPTIONS = {"--peers": "PEERS", "--out": "RESULTS", "--store": "STORE", "--images": "IMAGES"}
+PATH_OPTIONS |= {"--dataset": "DATASET", "--work_dir": "WORK"}
 
 
 def run_facts() -> dict[str, Any]:
@@ -35,11 +36,15 @@ def run_facts() -> dict[str, Any]:
 
 def write_results(out: Path, name: str, results: dict[str, Any]) -> Path:
     """Write facts and results as NAME-DATE.json into the folder `out`, or into `out` itself if it ends in .json."""
-    facts = run_facts()
-    path = out if out.suffix == ".json" else out / f"{name}-{facts['date']}.json"
+    path = dated(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, **results}, indent=1) + "\n")
+    path.write_text(json.dumps({**run_facts(), **results}, indent=1) + "\n")
     return path
+
+
+def dated(out: Path, name: str) -> Path:
+    """Where results go that are written today."""
+    return out if out.suffix == ".json" else out / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
 
 
 def _command() -> str:

@@ -95,7 +95,7 @@ def main() -> None:
         "network_weights": network.state_dict(),
         "trainer_name": "nnUNetTrainer",
         "init_args": {"configuration": CONFIGURATION},
-        "inference_allowed_mirroring_axes": None,
+        "inference_allowed_mirroring_axes": (0, 1, 2),
     }
     torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
     print(sum(each.numel() for each in network.parameters()))

@@ -12,7 +12,6 @@ features, two convolutions a stage, instance norm, leaky ReLU, five heads of whi
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 
+from peers.json_worker import answers_stream
 from pipeline.planning.meter import meter_step
 
 FEATURES = (32, 64, 128, 256, 320, 320)
@@ -146,9 +146,7 @@ def make_step(request: dict[str, Any]) -> Callable[[], float]:
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    # Whatever a library prints must not get between the answers.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers = answers_stream()
     steps: dict[str, Callable[[], float]] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,0 +1,23 @@
+"""Options that the commands against the peers have in common."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from peers.processes import Runner
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Where the peers are, where to work, where results go."""
+    parser.add_argument("--peers", type=Path, required=True, help="environment made by nnunet_environment.sh")
+    parser.add_argument("--work_dir", type=Path, required=True, help="what is finished there is not done again")
+    parser.add_argument("--num_cpus", type=int, default=2, help="CPUs that every process may use")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for NAME-DATE.json, or a .json file")
+
+
+def make_runner(options: argparse.Namespace) -> Runner:
+    """Starts the processes of all sides alike."""
+    return Runner(num_cpus=options.num_cpus, logs=options.work_dir / "logs")

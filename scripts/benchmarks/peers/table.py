@@ -1,0 +1,161 @@
+"""The comparison as one Markdown table, and Dice over training time as a figure, from the newest results on disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from peers.arguments import RESULTS
+from peers.figure import draw_accuracy
+from peers.training_step import NNUNET, OURS
+
+NAMES = {"voxfit": "voxfit", "nnunet": "nnU-Net", "monai": "MONAI"}
+DATE = "????-??-??"
+NOT_MEASURED = "not measured"
+Row = tuple[str, ...]
+
+
+def add_parser(commands: Any) -> None:
+    """Options of the command."""
+    parser = commands.add_parser("table", help=__doc__, description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of NAME-DATE.json files")
+    parser.add_argument("--figure", type=Path, help="SVG or PNG of Dice over training time")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table, draw the figure."""
+    print("\n".join(make_table(options.results)))
+    found = newest(options.results, "accuracy")
+    if options.figure is not None:
+        if found is None:
+            raise SystemExit(f"error: no accuracy-DATE.json in {options.results}")
+        draw_accuracy(found["cells"], options.figure)
+
+
+def newest(folder: Path, name: str) -> dict[str, Any] | None:
+    """The results of that name with the latest date, and the file they are from; None without one."""
+    paths = sorted(folder.glob(f"{name}-{DATE}.json"))
+    return {**json.loads(paths[-1].read_text()), "file": paths[-1].name} if paths else None
+
+
+def make_table(folder: Path) -> list[str]:
+    """Lines of Markdown: a row per figure, a column per side, what was not measured said so."""
+    rows: list[Row] = []
+    for name, (title, make) in MAKERS.items():
+        found = newest(folder, name)
+        if found is None:
+            rows.append((title, *[NOT_MEASURED] * 3, "", ""))
+            continue
+        source = f"[{found['date']}]({_link(found['file'])})"
+        rows += [(*row, source) for row in make(found)]
+    head = ("", *NAMES.values(), "voxfit to nnU-Net", "measured")
+    return [_line(head), "|" + "---|" * len(head), *(_line(row) for row in rows)]
+
+
+def _line(cells: Row) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _link(file: str) -> str:
+    """From a page in docs/."""
+    return f"../scripts/benchmarks/results/{file}"
+
+
+def accuracy_rows(found: dict[str, Any]) -> Iterator[Row]:
+    """Mean Dice of every budget and way to predict, over seeds."""
+    cells = found["cells"]
+    for minutes in sorted({cell["minutes"] for cell in cells}):
+        for mirroring in ("none", "mirror"):
+            chosen = {side: _chosen(cells, side, minutes, mirroring) for side in NAMES}
+            if not any(chosen.values()):
+                continue
+            told = "mirrored" if mirroring == "mirror" else "not mirrored"
+            shown = (describe_dice(found, mirroring) for found in chosen.values())
+            gain = ""
+            if chosen["voxfit"] and chosen["nnunet"]:
+                gain = f"{mean_dice(chosen['voxfit'], mirroring) - mean_dice(chosen['nnunet'], mirroring):+.3f}"
+            yield (f"Dice after {minutes:g} min of training, {told}", *shown, gain)
+
+
+def _chosen(cells: list[dict[str, Any]], side: str, minutes: float, mirroring: str) -> list[dict[str, Any]]:
+    return [
+        cell
+        for cell in cells
+        if cell["side"] == side and cell["minutes"] == minutes and mirroring in cell["predictions"]
+    ]
+
+
+def mean_dice(cells: list[dict[str, Any]], mirroring: str) -> float:
+    """Over the seeds of one budget."""
+    return statistics.mean(cell["predictions"][mirroring]["dice"] for cell in cells)
+
+
+def describe_dice(cells: list[dict[str, Any]], mirroring: str) -> str:
+    """Mean over seeds, their least and largest where there are several, and the minutes that training really took."""
+    if not cells:
+        return NOT_MEASURED
+    minutes = statistics.mean(cell["training_seconds"] for cell in cells) / 60
+    scores = [cell["predictions"][mirroring]["dice"] for cell in cells]
+    spread = f" ({min(scores):.3f} to {max(scores):.3f})" if len(scores) > 1 else ""
+    return f"{mean_dice(cells, mirroring):.3f}{spread}, took {minutes:.1f} min"
+
+
+def preprocess_rows(found: dict[str, Any]) -> Iterator[Row]:
+    """Seconds and memory of planning and preprocessing."""
+    yield from _process_rows(f"Plan and preprocess {found['num_cases']} cases", found)
+
+
+def predict_rows(found: dict[str, Any]) -> Iterator[Row]:
+    """The same of predictions."""
+    for mirroring, part in found["mirrorings"].items():
+        told = "mirrored" if mirroring == "mirror" else "not mirrored"
+        yield from _process_rows(f"Predict {found['cases']} cases, {told}", part)
+
+
+def _process_rows(what: str, part: dict[str, Any]) -> Iterator[Row]:
+    """Medians of the rounds, and the ratio within them."""
+    units = {"wall_seconds": ("wall", "s", 1), "cpu_seconds": ("CPU", "s", 1), "peak_bytes": ("memory", "GiB", 2**30)}
+    for measure, (told, unit, size) in units.items():
+        shown = [
+            statistics.median([each[side][measure] for each in part["rounds"]]) / size for side in ("voxfit", "nnunet")
+        ]
+        digits = 2 if unit == "GiB" else 1
+        ratio = f"{part['ratios'][measure]['median']:.2f}"
+        yield (f"{what}, {told}", *(f"{value:.{digits}f} {unit}" for value in shown), NOT_MEASURED, ratio)
+
+
+def patch_rows(found: dict[str, Any]) -> Iterator[Row]:
+    """Patches per second and memory, for every number of cases."""
+    for row in found["rows"]:
+        cases, rates = f"{row['num_cases']} cases", row["patches_per_second"]
+        ratio = f"{row['times']['nnunet']['median']:.2f}"
+        told = "CPU second" if found["clock"] == "cpu" else "second"
+        yield (f"Augmented patches per {told}, one thread, {cases}", *(f"{rates[side]:.0f}" for side in NAMES), ratio)
+        memory = {side: row["memory"][side]["now_bytes"] for side in NAMES}
+        shown = (f"{memory[side] / 2**30:.2f} GiB" for side in NAMES)
+        yield (f"Memory of that process, {cases}", *shown, f"{memory['voxfit'] / memory['nnunet']:.2f}")
+
+
+def step_rows(found: dict[str, Any]) -> Iterator[Row]:
+    """Voxels per second of a training step."""
+    steps = {step["variant"]: step for step in found["steps"]}
+    batch = found["settings"]["batch_size"]
+    names = {"voxfit": OURS, "nnunet": NNUNET, "monai": "MONAI DynUNet float32"}
+    speeds = (f"{steps[name]['voxels_per_second'] / 1000:.0f}" for name in names.values())
+    times = 1 / steps[OURS]["ratio"]
+    yield (f"Training step, thousand voxels/s, batch {batch} (voxfit bf16, others float32)", *speeds, f"{times:.2f}")
+
+
+MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
+    "accuracy": ("Dice at equal training time", accuracy_rows),
+    "preprocess": ("Plan and preprocess", preprocess_rows),
+    "data-path": ("Augmented patches", patch_rows),
+    "peers-step-batch2": ("Training step, batch 2", step_rows),
+    "peers-step-batch7": ("Training step, batch 7", step_rows),
+    "predict": ("Predict", predict_rows),
+}
