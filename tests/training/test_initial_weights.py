@@ -246,14 +246,14 @@ def _only_last(source: Path, folder: Path) -> Path:
     return folder
 
 
-def failing_at(number: int):
-    """A forward pass of the U-Net that fails at a given training pass."""
+def failing_at(*numbers: int, error: type[Exception] = PowerCutError):
+    """A forward pass of the U-Net that fails at given training passes."""
     plain, passes = UNet.forward, []
 
     def forward(network: UNet, x: Tensor):
         passes.extend([x.shape] * network.training)
-        if len(passes) == number:
-            raise PowerCutError
+        if network.training and len(passes) in numbers:
+            raise error
         return plain(network, x)
 
     return forward
@@ -294,8 +294,25 @@ def test_a_frozen_encoder_stays_bit_by_bit_while_the_rest_learns(plan, store, sp
     for found in (trained, checkpoint["ema_state_dict"]):
         for key, value in expected.items():
             assert torch.equal(found[key], value) == key.startswith("encoder."), key
-    states = checkpoint["optimizer_states"][0]["state"]
-    assert len(states) == sum(not key.startswith("encoder.") for key in expected)
+    (optimizer_state,) = checkpoint["optimizer_states"]
+    held = [index for group in optimizer_state["param_groups"] for index in group["params"]]
+    assert len(held) == len(optimizer_state["state"]) == sum(not key.startswith("encoder.") for key in expected)
+
+
+def test_a_step_down_goes_on_with_the_weights_and_the_frozen_encoder(
+    plan, store, splits, make_config, source, monkeypatch
+):
+    leaner = replace(plan.rung, recompute_stages=2)
+    ladder = replace(plan, fallbacks=(leaner,))
+    options = {"init_from": str(source), "freeze": "encoder", "iterations_per_epoch": 3, "max_epochs": 2}
+    whole = fit_fold(ladder, store, splits, make_config("whole", **options))
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet, "forward", failing_at(5, error=torch.OutOfMemoryError))
+        result = fit_fold(ladder, store, splits, make_config("down", **options))
+    assert len(RunFolder(result.run_dir).read_record().step_downs) == 1
+    assert initial_of(result.run_dir) == initial_of(whole.run_dir)
+    expected, found = read_weights(whole.last_checkpoint), read_weights(result.last_checkpoint)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_a_frozen_batch_norm_keeps_its_running_statistics(plan, store, splits, make_config):

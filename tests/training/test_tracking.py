@@ -5,17 +5,22 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import os
+import signal
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 
 import pytest
+import torch
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StoppedError
 from pipeline.networks.unet import UNet
 from pipeline.option_groups import TrackingConfig
 from pipeline.training import trackers
@@ -116,14 +121,14 @@ def wandb_rows(run_dir: Path) -> list[dict[str, float]]:
 ROWS = {"mlflow": mlflow_rows, "wandb": wandb_rows}
 
 
-def failing_at(number: int):
+def failing_at(number: int, error: type[Exception] = PowerCutError):
     """A forward pass of the U-Net that fails at a given training pass."""
     plain, passes = UNet.forward, []
 
     def forward(network: UNet, x: Tensor):
         passes.extend([x.shape] * network.training)
-        if len(passes) == number:
-            raise PowerCutError
+        if network.training and len(passes) == number:
+            raise error
         return plain(network, x)
 
     return forward
@@ -283,6 +288,46 @@ def test_another_tracker_begins_another_run(tmp_path):
         assert (run.data.metrics["train_loss"], run.info.status) == (1.0, "KILLED")
 
 
+def test_a_run_that_goes_on_is_running_again_until_it_ends(tmp_path):
+    table = MetricsTable(tmp_path / "metrics.csv", class_names=())
+    found = []
+    for outcome in ("stopped", "interrupted", "finished"):
+        tracking = Tracking(MLFLOW, tmp_path, table)
+        tracking.begin({}, {})
+        found.append(mlflow_runs(tmp_path)[0].info.status)
+        tracking.end(outcome)
+        found.append(mlflow_runs(tmp_path)[0].info.status)
+    assert found == ["RUNNING", "KILLED", "RUNNING", "RUNNING", "RUNNING", "FINISHED"]
+
+
+@pytest.mark.parametrize("tracking", [MLFLOW, WANDB], ids=lambda each: each.name)
+def test_a_step_down_goes_on_in_the_same_run(plan, store, splits, make_config, tracking, monkeypatch):
+    ladder = replace(plan, fallbacks=(replace(plan.rung, recompute_stages=2),))
+    monkeypatch.setattr(UNet, "forward", failing_at(5, error=torch.OutOfMemoryError))
+    result = fit_fold(ladder, store, splits, make_config(tracking=tracking, **EPOCHS))
+    assert len(RunFolder(result.run_dir).read_record().step_downs) == 1
+    assert ROWS[tracking.name](result.run_dir) == rows_of(result.run_dir)
+
+
+@pytest.mark.parametrize("tracking", [MLFLOW, WANDB], ids=lambda each: each.name)
+def test_a_signal_to_all_processes_of_a_job_stops_a_tracked_training_like_any_other(trainings, tmp_path, tracking):
+    """As a scheduler sends it: W&B's own process gets it as well."""
+    options = ["--tracking.name", tracking.name, "--tracking.experiment", "ellipsoids", "--max_epochs", "400"]
+    tracked = type(trainings)([*trainings.arguments, *options])
+    run_dir = tmp_path / "run"
+    process = tracked.start(run_dir)
+    while not (run_dir / "metrics.csv").exists() or len(rows_of(run_dir)) < 3:
+        assert process.exitcode is None
+        sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == StoppedError.exit_code
+    log = (run_dir / "log.txt").read_text()
+    if "wandb failed" not in log:
+        assert ROWS[tracking.name](run_dir) == rows_of(run_dir)
+    assert log.count("failed") <= 1
+
+
 def test_a_package_that_is_missing_is_said_before_anything_is_written(plan, store, splits, make_config, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     config = make_config(tracking=WANDB, **EPOCHS)
@@ -290,6 +335,11 @@ def test_a_package_that_is_missing_is_said_before_anything_is_written(plan, stor
         fit_fold(plan, store, splits, config)
     assert "pip install 'voxfit[wandb]'" in str(missing.value.fix)
     assert not RunFolder(Path(config.run_dir)).config.exists()
+
+
+def test_no_tracker_is_imported_before_it_is_asked_for():
+    code = "import sys, pipeline.training.trainer; print({'mlflow', 'wandb'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 def test_without_a_tracker_nothing_is_left(plan, store, splits, make_config):
