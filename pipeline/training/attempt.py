@@ -27,7 +27,7 @@ from pipeline.training.assembly import (
 )
 from pipeline.training.checkpoints import find_checkpoint
 from pipeline.training.departures import Departure, PeersLeftError, departure_of, own_or_theirs, verdict
-from pipeline.training.initial_weights import Beginning
+from pipeline.training.initial_weights import Beginning, say_what_was_taken
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.module import SegmentationModule
 from pipeline.training.processes import torch_threads
@@ -172,6 +172,8 @@ class _Attempt:
             if len(set(hashes)) > 1:
                 fix = "Give a run that is finished, in a folder that all nodes share"
                 raise InputError("the processes of this training have read other weights", where="init_from", fix=fix)
+            if self.initial_weights is not None and ranks.is_first:
+                say_what_was_taken(self.initial_weights)
         beginning.freeze(network)
 
     def _begin_tracking(self, record: RunRecord, table: MetricsTable, callbacks: Callbacks) -> None:

@@ -78,7 +78,7 @@ class Beginning:
             self._match(read_source(self.config.init_from), network)
 
     def load(self, network: nn.Module) -> InitialWeights | None:
-        """Put the weights into the network, and say what was taken and what is otherwise; None without any.
+        """Put the weights into the network; what was taken and what is otherwise, or None without any.
 
         Raises:
             InputError: They do not fit.
@@ -88,7 +88,7 @@ class Beginning:
         source = read_source(self.config.init_from)
         match = self._match(source, network)
         network.load_state_dict(match.taken, strict=False)
-        found = InitialWeights(
+        return InitialWeights(
             checkpoint=str(source.checkpoint),
             weights_hash=source.weights_hash,
             epoch=source.epoch,
@@ -98,8 +98,6 @@ class Beginning:
             left_out=match.left_out,
             differences=tuple(describe_differences(source, self.plan, self.validation)),
         )
-        _say(found, num_own=len(network.state_dict()))
-        return found
 
     def freeze(self, network: nn.Module) -> None:
         """Take what is to stay as it is out of the training."""
@@ -217,10 +215,11 @@ def _shortened(items: Sequence[str]) -> str:
     return ", ".join(items[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _say(found: InitialWeights, *, num_own: int) -> None:
+def say_what_was_taken(found: InitialWeights) -> None:
+    """Tell it in a line, and what is otherwise in another."""
     kind = "averaged weights" if found.averaged else "weights"
-    which = f"{kind} of {found.checkpoint}, epoch {found.epoch}"
-    logger.info("beginning with the %s: %d of %d tensors are taken", which, found.num_tensors, num_own)
+    which, total = f"{kind} of {found.checkpoint}, epoch {found.epoch}", found.num_tensors + len(found.new)
+    logger.info("beginning with the %s: %d of %d tensors are taken", which, found.num_tensors, total)
     parts = [f"new: {_shortened(found.new)}"] if found.new else []
     parts += [f"left out: {_shortened(found.left_out)}"] if found.left_out else []
     if parts or found.differences:

@@ -378,10 +378,13 @@ def test_freeze_without_a_source_is_refused(make_config):
         make_config(freeze="encoder")
 
 
-def test_ranks_begin_alike(ranked_trainings, trainings, source, tmp_path):
+def test_ranks_begin_alike_and_one_of_them_says_so(ranked_trainings, trainings, source, tmp_path, capfd):
     """The sum over two processes is that of one."""
     words = ("--init_from", str(source), "--freeze", "encoder", "--max_epochs", "2", "--iterations_per_epoch", "4")
+    # Of this fold the source has seen the validation cases, which is worth a warning.
+    words += ("--fold", "1")
     ranked_trainings.finish(tmp_path / "two", 2, *words)
+    assert capfd.readouterr().err.count("would flatter their scores") == 1
     assert main(["train", *trainings.arguments, *words, "--run_dir", str(tmp_path / "one")]) == 0
     one, two = (read_weights(RunFolder(tmp_path / name).last_checkpoint) for name in ("one", "two"))
     for key, value in one.items():
