@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -29,7 +29,8 @@ Result = TypeVar("Result")
 # What may change between two calls of `run` in one folder: another fold is a run of its own, and the rest decides how
 # the work is done, not what comes of it.
 HOW_ONLY = ("num_workers", "skip_bad_cases", "plan.probe", "train.validate_every_n_epochs", "train.hardware.")
-FREE_TO_CHANGE = ("work_dir", "fold", "train.stage_to", "train.max_time", "train.save_every_minutes", *HOW_ONLY)
+HOW_TO_TRAIN = ("train.stage_to", "train.max_time", "train.save_every_minutes", "train.tracking.")
+FREE_TO_CHANGE = ("work_dir", "fold", *HOW_TO_TRAIN, *HOW_ONLY)
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ def run(config: RunConfig, *, network: nn.Module | None = None) -> RunResult:
         fix = "Start it once, with --train.hardware.devices, or use the separate commands"
         raise InputError("run starts the processes of its training itself", fix=fix)
     work_dir = Path(config.work_dir)
+    folds = range(config.train.num_folds) if config.fold == "all" else [config.fold]
+    _check_training(config, folds, network)
     _keep_config(work_dir / "config.yaml", config)
     with log_to_file(work_dir / "log.txt"):
-        failures = _prepare(config, work_dir)
-        folds = range(config.train.num_folds) if config.fold == "all" else [config.fold]
+        failures = _prepare(config, work_dir, lambda: _check_training(config, folds, network))
         results: dict[int, RunResult] = {}
         for fold in folds:
             if len(folds) > 1:
@@ -86,6 +88,27 @@ def describe_run(result: RunResult) -> Group:
     return Group(describe_metrics(result.metrics), Text(f"report: {result.report}"))
 
 
+def _check_training(config: RunConfig, folds: Iterable[int], network: nn.Module | None) -> None:
+    """Find out what would end the trainings at their start, long before: what they begin with, and the tracker.
+
+    As far as it can be told: how the weights fit is known once there is a plan.
+    """
+    from pipeline.training.run_folder import RunFolder
+    from pipeline.training.trackers import check_tracker
+
+    check_tracker(config.train.tracking)
+    folders = [RunFolder(Path(config.work_dir) / f"fold_{fold}") for fold in folds]
+    new = [folder for folder in folders if not folder.has_checkpoint]
+    if config.train.init_from and new:
+        from pipeline.training.initial_source import find_source
+        from pipeline.training.initial_weights import check_beginning
+
+        find_source(config.train.init_from)
+        plan = Path(config.work_dir) / "plan.json"
+        if plan.is_file():
+            check_beginning(new[0], read_artifact(plan, Plan), config.train, network)
+
+
 def _keep_config(path: Path, config: RunConfig) -> None:
     """Save the options, or refuse to continue a folder in which a plan was made with others."""
     changes = []
@@ -97,8 +120,8 @@ def _keep_config(path: Path, config: RunConfig) -> None:
     write_config(path, config)
 
 
-def _prepare(config: RunConfig, work_dir: Path) -> dict[str, str]:
-    """The plan, unless it is there already (and perhaps edited), and the store; reasons of cases left out."""
+def _prepare(config: RunConfig, work_dir: Path, check: Callable[[], None]) -> dict[str, str]:
+    """The plan, unless it is there already (and perhaps edited), checked, and the store; reasons of cases left out."""
     plan_path = work_dir / "plan.json"
     common: dict[str, Any] = {name: getattr(config, name) for name in ("dataset", "num_workers", "skip_bad_cases")}
     left_out: dict[str, str] = {}
@@ -107,6 +130,7 @@ def _prepare(config: RunConfig, work_dir: Path) -> dict[str, str]:
         plan = {**_values(config.plan), **({"probe": "off"} if config.train.hardware.accelerator == "cpu" else {})}
         options = PlanConfig(**plan, **common, **optim, out=str(plan_path), vram=config.vram)
         _, left_out = _collect(api.plan, options)
+    check()
     preprocessing = PreprocessConfig(**common, plan=str(plan_path), store=str(work_dir / "store"))
     _, failures = _collect(api.preprocess, preprocessing)
     return {**left_out, **failures}

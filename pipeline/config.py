@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pipeline.durations import epoch_problems, time_problems
 from pipeline.option_checks import Auto, Checked, at_least, parse_share, share_problems, within_unit
-from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
+from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig, TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +166,16 @@ class TrainOptions(Checked):
     stage_to: str = ""
     """Folder on the node's own disk, such as $TMPDIR: the cases of the fold are copied there first and read from there;
     what is there already, whole and unchanged, is kept. For stores on a shared file system."""
+    init_from: str = ""
+    """Run folder whose best weights the training begins with, or a checkpoint; a new head where classes are others."""
+    freeze: Literal["none", "encoder"] = "none"
+    """What of the weights of init_from is kept as it is."""
     seed: int = 0
     """Seed of the split, the weights, the patches and the augmentation."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> list[str]:
         found = at_least(self, 1, "iterations_per_epoch", "batch_size", "effective_batch", "validate_every_n_epochs")
@@ -178,6 +183,8 @@ class TrainOptions(Checked):
         found += time_problems(self.max_time)
         if "$" in self.stage_to:
             found.append(f"stage_to: variables are filled in by the shell only, got {self.stage_to}")
+        if self.freeze != "none" and not self.init_from:
+            found.append(f"freeze: {self.freeze} goes with init_from: random weights would stay as they are")
         return found + at_least(self, 2, "num_folds") + within_unit(self, "foreground_fraction")
 
 

@@ -1,4 +1,4 @@
-"""Groups of options that a training has: optimiser, augmentation, hardware."""
+"""Groups of options that a training has: optimiser, augmentation, hardware, tracking."""
 
 from __future__ import annotations
 
@@ -102,3 +102,22 @@ class HardwareConfig(Checked):
         found = at_least(self, 1, "devices", "num_threads", prefix="hardware.")
         counts = ("num_workers", "recompute_stages", "slab_stages", "offload_stages")
         return found + at_least(self, 0, *counts, prefix="hardware.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Checked):
+    """A tracker that the figures of metrics.csv go to as well; none leaves this machine without a uri."""
+
+    name: Literal["none", "mlflow", "wandb"] = "none"
+    """Whose: MLflow's (pip install 'voxfit[mlflow]') or Weights & Biases' (pip install 'voxfit[wandb]')."""
+    uri: str = ""
+    """Server, or another store of MLflow's; by default the folder mlruns beside the run folder, or wandb in it."""
+    experiment: str = "voxfit"
+    """Experiment of MLflow's, or project of Weights & Biases'."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, each as `group.key: problem`."""
+        found = [] if self.experiment.strip() else ["tracking.experiment: must not be empty"]
+        if self.name == "wandb" and self.uri and not self.uri.startswith(("http://", "https://")):
+            found.append(f"tracking.uri: must be the http(s) address of a W&B server, got {self.uri}")
+        return found

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -85,6 +86,19 @@ def test_the_example_of_a_network_of_one_s_own_runs_as_written(tmp_path: Path) -
     ((language, text),) = marked_blocks(ROOT / "docs" / "memory.md")
     assert language == "python"
     run([sys.executable, "-c", text], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_fine_tuning_run_as_written(tmp_path: Path) -> None:
+    for name in ("data_samples", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    ((language, text),) = marked_blocks(ROOT / "docs" / "finetune_and_track.md")
+    assert language == "bash"
+    for line in text.strip().splitlines():
+        run(["bash", "-c", line], tmp_path)
+    record = json.loads((tmp_path / "work" / "second" / "fold_0" / "run.json").read_text())
+    assert record["initial_weights"]["new"] == []
 
 
 def test_the_layout_has_a_line_for_every_file() -> None:

@@ -53,6 +53,7 @@ class UNet(nn.Module):
         self.offload_stages = offload_stages
         self.fused_head = fused_head
         self.total_stride = network.total_stride
+        self._is_encoder_frozen = False
         channels = (in_channels, *network.features_per_stage)
         self.encoder = nn.ModuleList(
             make_encoder_stage(channels[index], network, index) for index in range(network.num_stages)
@@ -61,6 +62,21 @@ class UNet(nn.Module):
         self.heads = nn.ModuleList(
             Head(network.features_per_stage[index], num_classes) for index in range(num_heads(network))
         )
+
+    def freeze_encoder(self) -> None:
+        """Keep the encoder as it is from here on: it gets no gradients, and batch norms keep their statistics."""
+        self._is_encoder_frozen = True
+        self.encoder.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> UNet:
+        """Train mode, but for batch norms that are frozen, or evaluation mode."""
+        super().train(mode)
+        if self._is_encoder_frozen:
+            for module in self.encoder.modules():
+                if isinstance(module, nn.BatchNorm3d):
+                    module.eval()
+        return self
 
     def forward(self, x: Tensor) -> Outputs:
         """Logits (B, K, I, J, K) of x (B, C, I, J, K).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         InputError: The file is missing, torn, no checkpoint, or holds no network of ours.
     """
-    content = _load(checkpoint)
+    return weights_of(load_checkpoint(checkpoint), checkpoint)
+
+
+def weights_of(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Tensor]:
+    """The same of a checkpoint that was read.
+
+    Raises:
+        InputError: It holds no network of ours.
+    """
     averaged = content.get(EMA_KEY)
     if averaged:
         return dict(averaged)
@@ -43,7 +52,12 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _load(checkpoint: Path) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """All of a checkpoint, on the CPU; only tensors and plain values are unpickled.
+
+    Raises:
+        InputError: The file is missing, torn, or no checkpoint.
+    """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

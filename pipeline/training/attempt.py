@@ -11,6 +11,7 @@ from torch import nn
 from pipeline.artifacts import write_artifact
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold, Splits
+from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.out_of_memory import first_line, is_out_of_memory, let_go
@@ -26,17 +27,20 @@ from pipeline.training.assembly import (
 )
 from pipeline.training.checkpoints import find_checkpoint
 from pipeline.training.departures import Departure, PeersLeftError, departure_of, own_or_theirs, verdict
+from pipeline.training.initial_weights import Beginning, say_what_was_taken
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.module import SegmentationModule
 from pipeline.training.processes import torch_threads
 from pipeline.training.quiet import quiet_lightning
 from pipeline.training.ranks import Ranks
 from pipeline.training.recovery import OutOfMemoryReport, describe_memory
-from pipeline.training.run_folder import Counts, RunFolder, RunRecord
+from pipeline.training.run_folder import Counts, InitialWeights, RunFolder, RunRecord
 from pipeline.training.run_record import finished_record, predicted_bytes, started_record
 from pipeline.training.settings import Settings
 from pipeline.training.step_down import Standing
 from pipeline.training.stops import stops_as_errors
+from pipeline.training.trackers import Outcome
+from pipeline.training.tracking import Tracking, describe_training, tags_of
 
 logger = get_logger("train")
 
@@ -63,6 +67,16 @@ class Job:
     request: StopRequest
     ranks: Ranks
 
+    @property
+    def beginning(self) -> Beginning:
+        """What the training begins with."""
+        return Beginning(
+            plan=self.plan,
+            config=self.config,
+            validation=self.fold.validation,
+            has_own_network=self.network is not None,
+        )
+
 
 def train_once(job: Job, standing: Standing, start: Counts) -> RunRecord | OutOfMemoryReport:
     """Train to the end, from the newest checkpoint on, or until memory runs out, wherever that is.
@@ -88,6 +102,7 @@ def train_once(job: Job, standing: Standing, start: Counts) -> RunRecord | OutOf
                 attempt.say_last("stopped")
                 raise own_or_theirs(error, cause) from error.__cause__
         attempt.keep_last_step()
+        attempt.say_last("interrupted")
         return attempt.report(cause)
 
 
@@ -99,6 +114,8 @@ class _Attempt:
         self.settings = job.settings.at_rung(standing.rung)
         self.trainer: pl.Trainer | None = None
         self.callbacks: Callbacks | None = None
+        self.tracking: Tracking | None = None
+        self.initial_weights: InitialWeights | None = None
 
     def run(self) -> RunRecord:
         """Train and write `run.json`, when it begins and when it is done."""
@@ -112,6 +129,7 @@ class _Attempt:
         module = SegmentationModule(network, make_loss(), optim=job.config.optim, total_steps=settings.total_steps)
         found = job.ranks.from_first(find_checkpoint(job.folder, module.state_dict()) if job.ranks.is_first else None)
         self.start = start = found.counts if found is not None else Counts()
+        self._begin_with_weights(network, is_new=found is None)
         data = make_data(job.plan, job.store_folder, job.fold, job.config, settings, start=start)
         data.request = job.request
         rows = {"keep_epochs": start.epoch, "is_written": job.ranks.is_first}
@@ -121,6 +139,7 @@ class _Attempt:
         validator = make_validator(job.plan, job.store_folder, job.fold.validation, settings, **watched)
         callbacks = make_callbacks(network, data, job.folder, table, validator, job.config, settings, start)
         record = self._begin(network)
+        self._begin_tracking(record, table, callbacks)
         if found is not None:
             logger.info("going on from %s, after optimiser step %d", found.path.name, start.optimizer_step)
         trainer = make_trainer(job.folder, callbacks.in_order, job.config, settings, job.ranks, start=start)
@@ -138,11 +157,33 @@ class _Attempt:
             )
         if job.ranks.is_first:
             write_artifact(job.folder.record, record)
-            callbacks.heartbeat.beat("finished")
+            self.say_last("finished")
             job.folder.previous_checkpoint.unlink(missing_ok=True)
             for path in job.folder.path.glob(f"{job.folder.validation_progress.stem}*.json"):
                 path.unlink(missing_ok=True)
         return record
+
+    def _begin_with_weights(self, network: nn.Module, *, is_new: bool) -> None:
+        """Weights of another run, the same on all ranks, unless the training goes on; what is frozen is so always."""
+        beginning, ranks = self.job.beginning, self.job.ranks
+        if is_new:
+            self.initial_weights = beginning.load(network)
+            hashes = ranks.meet(self.initial_weights.weights_hash if self.initial_weights is not None else "")
+            if len(set(hashes)) > 1:
+                fix = "Give a run that is finished, in a folder that all nodes share"
+                raise InputError("the processes of this training have read other weights", where="init_from", fix=fix)
+            if self.initial_weights is not None and ranks.is_first:
+                say_what_was_taken(self.initial_weights)
+        beginning.freeze(network)
+
+    def _begin_tracking(self, record: RunRecord, table: MetricsTable, callbacks: Callbacks) -> None:
+        job = self.job
+        if job.config.tracking.name == "none" or not job.ranks.is_first:
+            return
+        self.tracking = Tracking(job.config.tracking, job.folder.path, table)
+        callbacks.in_order.insert(callbacks.in_order.index(callbacks.heartbeat) + 1, self.tracking)
+        cases = {"num_training": len(job.fold.train), "num_validation": len(job.fold.validation)}
+        self.tracking.begin(describe_training(job.config, job.plan, record), tags_of(record, **cases))
 
     def _begin(self, network: nn.Module) -> RunRecord:
         """Write down and say what is trained."""
@@ -162,12 +203,18 @@ class _Attempt:
             network,
             splits=job.splits,
             step_downs=before.step_downs if before is not None else (),
-            predicted_bytes=predicted_bytes(job.plan, self.settings.rung) if job.network is None else None,
+            predicted_bytes=predicted_bytes(job.plan, self.settings.rung) if self._is_planned else None,
             max_epochs=job.config.max_epochs,
+            initial_weights=self.initial_weights or (before.initial_weights if before is not None else None),
         )
         if job.ranks.is_first:
             write_artifact(job.folder.record, record)
         return record
+
+    @property
+    def _is_planned(self) -> bool:
+        """Whether the step is one that the plan knows: of its own network, all of which is trained."""
+        return self.job.network is None and self.job.config.freeze == "none"
 
     @property
     def _validation_progress(self) -> Path:
@@ -218,10 +265,12 @@ class _Attempt:
             # What is on disk is older, and whole.
             let_go(error)
 
-    def say_last(self, word: str) -> None:
-        """Leave a last word in the heartbeat, once there is one."""
-        if self.callbacks is not None:
+    def say_last(self, word: Outcome) -> None:
+        """Leave a last word in the heartbeat and with the tracker, once there are any."""
+        if self.callbacks is not None and word != "interrupted":
             self.callbacks.heartbeat.beat(word)
+        if self.tracking is not None:
+            self.tracking.end(word)
 
     def report(self, cause: Departure) -> OutOfMemoryReport:
         """What an out-of-memory came to, once everything that is to be kept is on disk.

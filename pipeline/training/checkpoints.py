@@ -246,7 +246,7 @@ def _usable(paths: list[Path], state: dict[str, Tensor], problems: list[_Unusabl
 
 def _read_counts(path: Path, state: dict[str, Tensor]) -> Counts:
     try:
-        _check_sums(path)
+        check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         counts, saved = Counts(**checkpoint[COUNTS_KEY]), checkpoint["state_dict"]
     except Exception as error:
@@ -269,8 +269,12 @@ def _read_counts(path: Path, state: dict[str, Tensor]) -> Counts:
     return counts
 
 
-def _check_sums(path: Path) -> None:
-    """Read a file that torch wrote, a zip, against the sums in it, which torch itself does not look at."""
+def check_sums(path: Path) -> None:
+    """Read a file that torch wrote, a zip, against the sums in it, which torch itself does not look at.
+
+    Raises:
+        BadZipFile: It is damaged, or no zip.
+    """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:

@@ -183,7 +183,7 @@ def _shown(value: Any) -> str:
 def _settings(options: Mapping[str, Any], plan: Plan, record: RunRecord) -> Iterator[tuple[str, str]]:
     planned = json.loads(to_json(plan))
     told = json.loads(to_json(record))
-    yield from _flat({key: value for key, value in options.items() if key not in WHERE_ONLY}, "option.")
+    yield from _flat({key: value for key, value in options.items() if key not in (*WHERE_ONLY, "tracking")}, "option.")
     yield from _flat({key: value for key, value in planned.items() if key not in PLAN_LEFT_OUT}, "plan.")
     yield "plan.memory.budget_bytes", str(plan.memory.budget_bytes)
     yield from _flat({key: told[key] for key in RESOLVED}, "run.")

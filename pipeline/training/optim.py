@@ -47,7 +47,7 @@ def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
     With `adamw`, parameters of one axis (norm weights and all biases) are left out of the weight decay; with `sgd` it
     acts on all, as in nnU-Net (Isensee et al. 2021). Torch's fused kernels are used where they exist: they allocate
-    nothing, so an out-of-memory cannot leave a step half done.
+    nothing, so an out-of-memory cannot leave a step half done. Parameters that need no gradient are left out.
     """
     optimizer = _make_optimizer(network, config, fused=has_fused_kernels(network))
     # Fused optimisers could undo the scale of fp16 gradients themselves, and Lightning refuses to clip for those. Told
@@ -67,7 +67,7 @@ def _make_optimizer(network: nn.Module, config: OptimConfig, *, fused: bool) -> 
     lr = DEFAULT_LR[config.name] if config.lr == "auto" else float(config.lr)
     if config.name == "sgd":
         return torch.optim.SGD(
-            network.parameters(),
+            [parameter for parameter in network.parameters() if parameter.requires_grad],
             lr=lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,

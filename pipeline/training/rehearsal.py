@@ -16,6 +16,7 @@ from pipeline.datasets.splits import Fold
 from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.log import get_logger
+from pipeline.option_groups import TrackingConfig
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
 from pipeline.training.ranks import Ranks
 from pipeline.training.run_folder import RunFolder, RunRecord
@@ -149,6 +150,7 @@ def _run_short(folder: Path, train: Train, config: TrainConfig, fold: Fold, iter
             max_time="",
             save_every_minutes=0.0,
             max_validation_cases=0,
+            tracking=TrackingConfig(),
         ),
         replace(fold, validation=fold.validation[:1]),
     )

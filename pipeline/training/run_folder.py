@@ -22,7 +22,7 @@ SAID_ONLY = ("candidates", "memory", "notes", "probe", "segment_codes")
 # What may change between two starts of one run. Paths may: what they lead to is compared instead (the plan) or was
 # checked against it (the store). `max_epochs` may not: the learning-rate schedule is stretched over it.
 WHERE_ONLY = ("plan", "store", "stage_to", "run_dir")
-HARMLESS = (*WHERE_ONLY, "validate_every_n_epochs", "save_every_minutes", "max_time", "hardware.")
+HARMLESS = (*WHERE_ONLY, "validate_every_n_epochs", "save_every_minutes", "max_time", "hardware.", "tracking.")
 # What a training is doing.
 Phase = Literal["start", "data", "forward", "backward", "optimiser", "validation", "report"]
 
@@ -67,6 +67,31 @@ class StepDown(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitialWeights(Record):
+    """What a training with `init_from` began with.
+
+    Attributes:
+        checkpoint: The file that was read.
+        weights_hash: Of what was in it.
+        epoch: Epochs that it was trained for.
+        averaged: Whether its averaged weights were taken.
+        num_tensors: How many tensors were taken.
+        new: Tensors that began anew, each with the shapes there and here.
+        left_out: Tensors there that have no place here.
+        differences: What is otherwise than in the plan of the source, a sentence each.
+    """
+
+    checkpoint: str
+    weights_hash: str
+    epoch: int
+    averaged: bool
+    num_tensors: int
+    new: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
     """`run.json`: what ran, on what, and what came of it.
 
@@ -84,6 +109,7 @@ class RunRecord(Record):
         num_ranks: Processes that train together; batch x accumulation x processes is the effective batch.
         step_downs: Every out-of-memory that the training went on from.
         num_parameters: Of the network.
+        initial_weights: What it began with; None for random weights.
         counts: Where the training ended.
         best_epoch, best_dice: The best validation during training (mean over classes and cases); none without one.
         validation: Dice of the best weights on every validation case: class by case, None where there is none.
@@ -113,6 +139,7 @@ class RunRecord(Record):
     num_ranks: int = 1
     step_downs: tuple[StepDown, ...] = ()
     num_parameters: int
+    initial_weights: InitialWeights | None = None
     counts: Counts = field(default_factory=Counts)
     best_epoch: int | None = None
     best_dice: float | None = None
@@ -182,6 +209,12 @@ class RunFolder:
     def best_checkpoint(self) -> Path:
         """The same after the epoch with the best validation."""
         return self.path / "checkpoints" / "best.ckpt"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to go on from, or that looks like it."""
+        checkpoints = (self.last_checkpoint, self.previous_checkpoint, self.best_checkpoint)
+        return any(path.is_file() for path in checkpoints)
 
     def read_record(self) -> RunRecord | None:
         """`run.json`, or None before the first start."""

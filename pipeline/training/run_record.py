@@ -19,7 +19,7 @@ from pipeline.plan import Plan, Rung
 from pipeline.training.checkpoints import CheckpointWriter
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
 from pipeline.training.probe_memory import context_bytes
-from pipeline.training.run_folder import Counts, RunRecord, StepDown, hash_of
+from pipeline.training.run_folder import Counts, InitialWeights, RunRecord, StepDown, hash_of
 from pipeline.training.settings import Settings
 from pipeline.training.validation import ValidationResult, Validator
 
@@ -35,6 +35,7 @@ def started_record(
     step_downs: tuple[StepDown, ...] = (),
     predicted_bytes: int | None = None,
     max_epochs: int | None = None,
+    initial_weights: InitialWeights | None = None,
 ) -> RunRecord:
     """The record of a run that begins, also before it has a network, or goes on."""
     return RunRecord(
@@ -53,6 +54,7 @@ def started_record(
         num_ranks=settings.pace.num_ranks,
         step_downs=step_downs,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()) if network is not None else 0,
+        initial_weights=initial_weights,
         # Plans are for GPUs; a process on a CPU takes other things.
         predicted_bytes=predicted_bytes if settings.device_type == "cuda" else None,
     )

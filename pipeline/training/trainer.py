@@ -22,6 +22,7 @@ from pipeline.saved_config import write_config
 from pipeline.stop_signals import StopRequest, stop_signals_noted
 from pipeline.store import CaseStore
 from pipeline.training.attempt import Job, train_once
+from pipeline.training.initial_weights import check_beginning
 from pipeline.training.local_store import local_store
 from pipeline.training.metrics_table import finished_epochs
 from pipeline.training.processes import keep_freed_memory
@@ -32,6 +33,7 @@ from pipeline.training.run_folder import Counts, RunFolder, RunRecord
 from pipeline.training.run_lock import run_lock
 from pipeline.training.settings import Settings, resolve_settings
 from pipeline.training.step_down import Standing
+from pipeline.training.trackers import check_tracker
 
 logger = get_logger("train")
 
@@ -136,6 +138,9 @@ def _fit_together(
         take_own_gpu(ranks)
     with _own_folder(folder, ranks), stop_signals_noted() as request:
         if ranks.is_first:
+            # Before anything is written: what cannot be begun with would be what the folder goes on with.
+            check_tracker(config.tracking)
+            check_beginning(folder, plan, config, network)
             folder.begin(plan, splits, config)
         record = ranks.from_first(folder.read_record() if ranks.is_first else None)
         if record is not None and record.status == "finished":
