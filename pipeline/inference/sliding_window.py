@@ -118,11 +118,12 @@ def stream_planes(
     channels = num_features(network) if of_features else sliding.num_classes
     first = tuple(slice(0, held_planes(sliding, axis, shape, keep)) if n == axis else region[n] for n in range(3))
     mean = RunningMean(channels, first, device=image.device)
-    flips = len(all_flips(sliding.tta_axes))
-    seams = SeamCounter(first, sliding.num_classes, flips, device=image.device) if sliding.count_seams else None
-    add = _WindowAdder(network, image, sliding, mean, seams, of_features=of_features)
     handed_on = 0
     steps = _without_air(list(sliding.sweep(shape, axis, region)), image, sliding)
+    seams = None
+    if sliding.count_seams and sum(len(places) for places, _ in steps) > 1:
+        seams = SeamCounter(first, sliding.num_classes, len(all_flips(sliding.tta_axes)), device=image.device)
+    add = _WindowAdder(network, image, sliding, mean, seams, of_features=of_features)
     outputs = add.outputs([places for places, _ in steps])
     for places, finished in steps:
         head = add(len(places), outputs)
@@ -151,7 +152,6 @@ def _without_air(
     is_air, context = AirFinder(image), current_case()
     left = [([place for place in places if not is_air(place)], finished) for places, finished in steps]
     before, after = (sum(len(places) for places, _ in each) for each in (steps, left))
-    context.notes.windows += before
     context.notes.skipped += before - after
     context.on_windows(before - after)
     return left

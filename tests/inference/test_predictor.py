@@ -159,7 +159,7 @@ def test_a_bad_case_is_listed_and_the_rest_is_done(tmp_path: Path, make_plan: Ca
         predict_files(Predictor(NearestIntensity(), make_plan()), find_inputs(tmp_path / "in"), tmp_path / "out")
     assert list(caught.value.failures) == ["b"]
     assert caught.value.exit_code == 3
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.*")) == ["a.nii.gz", "c.nii.gz"]
     assert caught.value.result == [tmp_path / "out" / "a.nii.gz", tmp_path / "out" / "c.nii.gz"]
 
 
@@ -170,7 +170,7 @@ def test_a_wrong_number_of_channels_is_one_clear_line(tmp_path: Path, make_plan:
     with pytest.raises(InputError, match=r"has 1 channel\(s\), the network takes 2 \(T1, T2\)") as caught:
         predict_files(predictor, find_inputs(tmp_path / "in"), tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out").glob("*.*")) == []
 
 
 def test_an_output_that_cannot_be_written_stops_before_the_work(tmp_path: Path, make_plan: Callable[..., Plan]) -> None:

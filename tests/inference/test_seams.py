@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.inference.case_context import CaseContext, case_context
-from pipeline.inference.case_files import MANY_SEAMS, predict_files
+from pipeline.inference.case_files import predict_files
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.window_threads import WindowThreads
@@ -24,6 +24,7 @@ from pipeline.inference.windows import Box, window_starts
 from pipeline.io.volume import Volume
 from pipeline.networks.unet import UNet
 from pipeline.plan import Plan
+from pipeline.prediction_record import MANY_SEAMS
 from pipeline.preprocessing.restore import NativeScores
 
 SHAPE, WINDOW, NUM_CLASSES = (20, 33, 17), (12, 16, 8), 3
