@@ -6,7 +6,8 @@ nnU-Net (Isensee et al. 2021), so mirrored and overlapping windows meet as a wei
 
 Windows come start by start along one axis, and once those of a start are added, all planes below the next start are
 finished. There is one rule by which windows are added up and one order in which they are, so it does not matter to the
-last bit of a score how much of a volume is held at a time.
+last bit of a score how much of a volume is held at a time. Only where mirrored windows go through a network in batches
+does it depend on the batches: all windows of a batch are added once for each mirrored pass.
 """
 
 from __future__ import annotations

@@ -79,11 +79,14 @@ def test_the_count_is_that_of_every_window_kept(
     assert 0.1 < expected[1] / expected[0] < 0.9
 
 
+@pytest.mark.parametrize("tta_axes", [(), (0, 2)])
 @torch.inference_mode()
-def test_features_and_threads_give_the_count_of_scores(make_plan: Callable[..., Plan]) -> None:
+def test_features_and_threads_give_the_count_of_scores(
+    make_plan: Callable[..., Plan], tta_axes: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
     network, image = UNet(1, NUM_CLASSES, make_plan().network).eval(), torch.randn(1, *SHAPE)
-    expected = brute_force(network, image, ())
+    expected = brute_force(network, image, tta_axes)
     # With more classes than features the latter are gathered; the classes that are added never win.
     many = UNet(1, 9, make_plan().network).eval()
     with torch.no_grad():
@@ -92,7 +95,8 @@ def test_features_and_threads_give_the_count_of_scores(make_plan: Callable[..., 
             own, wide = getattr(network.heads[0], name), getattr(many.heads[0], name)
             wide.fill_(0 if name == "weight" else -1000)
             wide[:NUM_CLASSES] = own
-    predictor = Predictor(many, replace(make_plan(), labels={str(n): n for n in range(9)}), window_batch=2)
+    plan = replace(make_plan(), labels={str(n): n for n in range(9)})
+    predictor = Predictor(many, plan, tta_axes=tta_axes, window_batch=2)
     predictor.threads = WindowThreads(2)
     found = count(predictor, image)
     # Scores of features are summed in another order, which may tip a voxel of two equal scores.
