@@ -18,6 +18,7 @@ from pipeline.inference.case_context import CaseContext, case_context
 from pipeline.inference.case_room import Room
 from pipeline.inference.export import check_formats, check_inputs, write_outputs
 from pipeline.inference.export_formats import OutputFormat, output_files
+from pipeline.inference.leftovers import remove_leftovers
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.progress import PredictionProgress
 from pipeline.io.image_file import source_files
@@ -72,6 +73,7 @@ def predict_files(
     check_writable(output, fix=OTHER_FOLDER)
     files = {case.case_id: output_files(case.case_id, output, formats) for case in cases}
     _check_not_an_input(cases, files)
+    remove_leftovers([*_all_paths(files), *(record_path(output, case_id) for case_id in files)])
     todo = {case_id: _open_files(paths, overwrite=overwrite) for case_id, paths in files.items()}
     open_cases = [case for case in cases if todo[case.case_id]]
     if len(open_cases) < len(cases):

@@ -109,7 +109,7 @@ def test_blocks_count_each_voxel_once(make_plan: Callable[..., Plan], monkeypatc
     volume = Volume.from_array(np.random.default_rng(0).normal(size=SHAPE).astype(np.float32), np.eye(4))
     monkeypatch.setattr("pipeline.inference.attempts.held_bytes", lambda: 0)
     found, blocks = [], []
-    for max_ram in (None, 250_000):
+    for max_ram in (None, 220_000):
         predictor = Predictor(OfPlace(), plan, max_ram=max_ram)
         predictor.count_seams = True
         prepared, context = predictor.prepare(volume), CaseContext(expect=lambda _: None)
