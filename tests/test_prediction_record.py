@@ -101,12 +101,11 @@ def test_a_segmentation_that_is_kept_keeps_its_record(images: Path, tmp_path: Pa
 def test_a_case_that_fails_has_no_record(images: Path, tmp_path: Path) -> None:
     class Short(OfMean):
         def forward(self, x: Tensor) -> Tensor:
-            if len(calls := [*seen, 1]) > 1:
+            # The smaller case is padded to a window.
+            if not (x == 0).any():
                 raise MemoryError
-            seen.extend(calls)
             return super().forward(x)
 
-    seen: list[int] = []
     with pytest.raises(CasesFailedError):
         predict(images, tmp_path / "out", network=Short())
     assert [path.name for path in (tmp_path / "out").rglob("*.json")] == ["one.json"]
