@@ -352,11 +352,12 @@ def window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | 
 def network_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
     """What a network has alive of the windows at once: an estimate, for networks of others a low one."""
     voxels = FLOAT_BYTES * sliding.window_batch * prod(sliding.window)
+    channels = num_features if num_features is not None else sliding.num_classes
+    kept = 2 * channels if voxels * channels < SMALLEST_RETURNED_BYTES else 0
     if num_features is None:
-        return voxels * (2 * num_channels + 2 * sliding.num_classes)
+        return voxels * (2 * num_channels + 2 * channels + kept)
     blocked = -(-num_features // CHANNELS_PER_BLOCK) * CHANNELS_PER_BLOCK
     live = LIVE_ACTIVATIONS * num_features + BLOCKED_ACTIVATIONS * blocked
-    kept = 2 * num_features if voxels * num_features < SMALLEST_RETURNED_BYTES else 0
     return int(voxels * (2 * num_channels + live + kept))
 
 
