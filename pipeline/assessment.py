@@ -21,6 +21,7 @@ from pipeline.inference.postprocess_choice import choose_postprocessing
 from pipeline.log import get_logger
 from pipeline.plan import Plan
 from pipeline.postprocess_config import PostprocessConfig
+from pipeline.prediction_record import read_records
 
 
 def write_evaluation_report(config: EvaluateConfig, metrics: Metrics, facts: Mapping[str, str] | None = None) -> None:
@@ -29,7 +30,10 @@ def write_evaluation_report(config: EvaluateConfig, metrics: Metrics, facts: Map
     facts = {"predictions": Path(config.predictions).name, **(facts or {})}
     cases = _shown_cases(config, metrics) if config.images else []
     title = facts.get("dataset", "Evaluation")
-    write_report(Path(config.report), metrics, title=title, facts=facts, curves_csv=curves, cases=cases)
+    records = read_records(Path(config.predictions), [case.case_id for case in metrics.cases])
+    write_report(
+        Path(config.report), metrics, title=title, facts=facts, curves_csv=curves, cases=cases, records=records
+    )
     get_logger("evaluate").info("report: %s", config.report)
 
 

@@ -148,6 +148,7 @@ def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tup
         input=config.dataset,
         output=str(predictions),
         tta=config.tta,
+        seams=True,
         # Post-processing is chosen by these predictions.
         postprocess="none",
         accelerator=hardware.accelerator,

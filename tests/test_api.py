@@ -32,6 +32,7 @@ from pipeline.evaluation.summary import Metrics
 from pipeline.inference.postprocess import Postprocessing, Step
 from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
 from pipeline.predict_config import PredictConfig
+from pipeline.prediction_record import read_records
 from pipeline.saved_config import write_config
 from pipeline.store import CaseStore
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset
@@ -89,6 +90,12 @@ def test_one_call_does_everything_and_leaves_every_file_of_the_design(finished: 
     metrics = json.loads((run_dir / "validation" / "metrics.json").read_text())
     assert set(metrics["by_class"]) == {"organ_1", "organ_2"}
     assert len(metrics["cases"]) == 2
+    records = read_records(run_dir / "validation", [case["case_id"] for case in metrics["cases"]])
+    shares = [record.seam_share for record in records.values()]
+    assert len(shares) == 2
+    assert all(
+        f'<td data-value="{share}">{share:.1%}</td>' in (run_dir / "report.html").read_text() for share in shares
+    )
 
 
 def test_the_same_call_again_recomputes_nothing(dataset: Path, finished: Path) -> None:
@@ -320,6 +327,9 @@ def test_all_folds_are_run_one_after_the_other_and_pooled(dataset: Path, finishe
     assert result.report == folder / "report.html"
     page = result.report.read_text()
     assert page.count("<td>fold ") == 2
+    records = read_records(folder / "predictions", [case.case_id for case in result.metrics.cases])
+    assert len(records) == 4
+    assert all(f'<td data-value="{record.seam_share}">' in page for record in records.values())
     assert "95 % intervals of the mean" in page
     assert read_artifact(folder / "metrics.json", Metrics) == result.metrics
     # Scoring the predictions together gives what the folds gave one by one.
@@ -447,7 +457,7 @@ def test_a_truncated_image_is_named_and_the_other_outputs_are_written(
     with pytest.raises(CasesFailedError) as error:
         api.predict(settings)
     assert set(error.value.failures) == {"case_3"}
-    assert {path.name for path in output.iterdir()} == {"case_0.nii.gz", "case_1.nii.gz", "case_2.nii.gz"}
+    assert {path.name for path in output.glob("*.*")} == {"case_0.nii.gz", "case_1.nii.gz", "case_2.nii.gz"}
 
 
 def test_metrics_of_an_evaluation_do_not_touch_the_metrics_of_the_training(

@@ -33,7 +33,7 @@ LAYERS = [
         "rank_place",
     },
     {"artifacts", "saved_config", "parallel", "io", "stop_signals", "requeue"},
-    {"launching", "status", "store", "synthetic", "synthetic_dicom", "datasets"},
+    {"launching", "status", "prediction_record", "store", "synthetic", "synthetic_dicom", "datasets"},
     {"preprocessing"},
     {"slabs"},
     {"networks", "losses", "sampling"},

@@ -14,6 +14,7 @@ from pipeline.evaluation.page import Cell, number_cell, render_page
 from pipeline.evaluation.shown_cases import choose_shown_cases, mean_over_classes
 from pipeline.evaluation.slices import ReportCase, draw_slices
 from pipeline.evaluation.summary import Metrics
+from pipeline.prediction_record import MANY_SEAMS, PredictionRecord
 
 TEMPLATE = "report.html.j2"
 # Name in the metrics, heading, digits after the point.
@@ -36,6 +37,7 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     curves_csv: Path | None = None,
     cases: Sequence[ReportCase] = (),
+    records: Mapping[str, PredictionRecord] | None = None,
 ) -> None:
     """Write the report as one self-contained HTML file, atomically.
 
@@ -46,11 +48,13 @@ def write_report(
         facts: What to say of dataset, plan and run, in order.
         curves_csv: A run's `metrics.csv`.
         cases: Volumes of `choose_shown_cases(metrics)`; those that are not given are not shown.
+        records: How cases were segmented, by case id; shares of seams are shown where they were counted.
 
     Raises:
         InputError: `curves_csv` cannot be read, or the report cannot be written.
     """
     colors = class_colors(list(metrics.labels))
+    seams = _seam_shares(metrics, records or {})
     html = render_page(
         TEMPLATE,
         title=title,
@@ -70,8 +74,11 @@ def write_report(
         fold_headings=_case_headings(metrics),
         columns=[heading for _, heading, _ in COLUMNS],
         class_rows=_class_rows(metrics),
-        case_headings=_case_headings(metrics),
-        case_rows=_case_rows(metrics),
+        case_headings=[*_case_headings(metrics), *(["seams"] if seams else [])],
+        many_seams={case_id: f"{share:.0%}" for case_id, share in seams.items() if share > MANY_SEAMS},
+        most_seams=f"{MANY_SEAMS:.0%}",
+        has_seams=bool(seams),
+        case_rows=_case_rows(metrics, seams),
         curves=draw_curves(read_curves(curves_csv), colors) if curves_csv is not None else "",
         distributions=draw_distributions(metrics, colors) if metrics.cases else "",
         slices=_slices(metrics, cases, colors),
@@ -123,12 +130,20 @@ def _case_headings(metrics: Metrics) -> list[str]:
     return [*dice, *(heading for _, heading, _ in COLUMNS[2:5])]
 
 
-def _case_rows(metrics: Metrics) -> list[tuple[str, list[Cell]]]:
+def _seam_shares(metrics: Metrics, records: Mapping[str, PredictionRecord]) -> dict[str, float]:
+    """Share of voxels on which overlapping windows disagree, of the scored cases in which any overlap."""
+    shares = {case.case_id: records[case.case_id].seam_share for case in metrics.cases if case.case_id in records}
+    return {case_id: share for case_id, share in shares.items() if share is not None}
+
+
+def _case_rows(metrics: Metrics, seams: Mapping[str, float]) -> list[tuple[str, list[Cell]]]:
     rows = []
     for case in metrics.cases:
         dice = [mean_over_classes(case, "dice"), *(case.classes[name].dice for name in _class_columns(metrics))]
         others = [number_cell(mean_over_classes(case, metric), digits) for metric, _, digits in COLUMNS[2:5]]
-        rows.append((case.case_id, [*(number_cell(value, 3) for value in dice), *others]))
+        share = [Cell(f"{seams[case.case_id]:.1%}", seams[case.case_id])] if case.case_id in seams else []
+        missing = [number_cell(float("nan"), 1)] if seams and not share else []
+        rows.append((case.case_id, [*(number_cell(value, 3) for value in dice), *others, *share, *missing]))
     return rows
 
 

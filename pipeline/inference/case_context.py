@@ -20,7 +20,7 @@ class CaseNotes:
     """What a computation finds out beside its result.
 
     Attributes:
-        windows: That the volume has; those that two blocks need count twice.
+        windows: That the volume has, for all networks; those that two blocks need count twice.
         skipped: Those of them that hold nothing but air.
         compared, disagreeing: Voxels, see `SeamCounts`.
     """
@@ -51,7 +51,8 @@ class CaseContext:
     def begin(self, windows: int) -> None:
         """A computation of so many windows begins."""
         self.expect(windows)
-        self.notes.windows = self.notes.skipped = self.notes.compared = self.notes.disagreeing = 0
+        self.notes.windows = windows
+        self.notes.skipped = self.notes.compared = self.notes.disagreeing = 0
 
     def note_seams(self, compared: int, disagreeing: int) -> None:
         """So many voxels more were compared."""

@@ -8,20 +8,23 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from math import inf, prod
 from pathlib import Path
+from time import monotonic
 
-from pipeline.artifacts import check_writable
+from pipeline.artifacts import check_writable, write_artifact
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
 from pipeline.inference.attempts import held_bytes, most_bytes
-from pipeline.inference.case_context import CaseContext, CaseNotes, case_context
+from pipeline.inference.case_context import CaseContext, case_context
 from pipeline.inference.case_room import Room
 from pipeline.inference.export import check_formats, check_inputs, write_outputs
 from pipeline.inference.export_formats import OutputFormat, output_files
+from pipeline.inference.leftovers import remove_leftovers
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.progress import PredictionProgress
 from pipeline.io.image_file import source_files
 from pipeline.log import get_logger
 from pipeline.networks.out_of_memory import is_out_of_memory, let_go
+from pipeline.prediction_record import PredictionRecord, record_path
 from pipeline.preprocessing.restore import NativeScores
 from pipeline.preprocessing.workers import PROCESS_BYTES, estimate_case_bytes
 
@@ -29,9 +32,9 @@ OTHER_FOLDER = "Choose another folder"
 # A label in the widest type that its file may have, beside the label itself.
 WRITTEN_VOXEL_BYTES = 8
 SECONDS_ASLEEP = 0.2
-# Share of voxels on which overlapping windows disagree that is warned of. Measured on the hippocampus: 5 % with windows
-# of the size that the network was trained on; 44 % and 0.05 less Dice with windows of 0.58 of its voxels.
-MANY_SEAMS = 0.25
+
+# Of the formats, those that a record tells of.
+SEGMENTATIONS = {"nifti", "dicom_seg"}
 
 Files = Mapping[OutputFormat, Path]
 
@@ -45,6 +48,8 @@ def predict_files(
     overwrite: bool = False,
 ) -> list[Path]:
     """Segment cases into `output/<case_id>.nii.gz` or `.dcm`, each on the grid of its own first image, atomically.
+
+    How each was segmented is said in `output/records/<case_id>.json`.
 
     A case that fails does not end the others. Outputs that exist are kept unless `overwrite`. What is stopped ends
     with whole files only, and goes on where it was. The results do not depend on what ran beside what.
@@ -68,11 +73,12 @@ def predict_files(
     check_writable(output, fix=OTHER_FOLDER)
     files = {case.case_id: output_files(case.case_id, output, formats) for case in cases}
     _check_not_an_input(cases, files)
+    remove_leftovers([*_all_paths(files), *(record_path(output, case_id) for case_id in files)])
     todo = {case_id: _open_files(paths, overwrite=overwrite) for case_id, paths in files.items()}
     open_cases = [case for case in cases if todo[case.case_id]]
     if len(open_cases) < len(cases):
         get_logger("predict").info("%d output(s) are there already and are kept", len(cases) - len(open_cases))
-    failures = _CaseThreads(predictor, [(case, todo[case.case_id]) for case in open_cases]).run()
+    failures = _CaseThreads(predictor, [(case, todo[case.case_id]) for case in open_cases], output).run()
     if len(cases) == 1:
         # Of a single case the error itself says most.
         for error in failures.values():
@@ -91,8 +97,8 @@ def predict_files(
 class _CaseThreads:
     """Cases in threads of their own, each from its files to its files; a room says whose turn it is."""
 
-    def __init__(self, predictor: Predictor, cases: Sequence[tuple[Case, Files]]) -> None:
-        self._predictor, self._cases = predictor, cases
+    def __init__(self, predictor: Predictor, cases: Sequence[tuple[Case, Files]], output: Path) -> None:
+        self._predictor, self._cases, self._output = predictor, cases, output
         lanes = predictor.threads.count if predictor.threads is not None else 1
         self._room = Room(num_lanes=lanes, most_bytes=most_bytes(predictor.max_ram), held_bytes=held_bytes)
         self._progress = PredictionProgress(len(cases))
@@ -146,13 +152,17 @@ class _CaseThreads:
         held = prepared.array.nbytes + WRITTEN_VOXEL_BYTES * prod(grid.shape)
         is_beside = enter("compute", holds=held, needs=held + memory.num_bytes, lanes=memory.num_windows)
         context = self._context(number, memory.num_bytes if is_beside else None)
+        started = monotonic()
         with case_context(context):
             prediction = predictor.segment(prepared, grid, source, files)
+        record = _make_record(case.case_id, monotonic() - started, context, counts_seams=predictor.count_seams)
         label = prediction.label
         del prepared
-        say_notes(case.case_id, context.notes, predictor)
+        _say_record(record, predictor)
         enter("write", holds=label.array.nbytes, needs=label.array.nbytes + WRITTEN_VOXEL_BYTES * label.array.size)
         write_outputs(prediction, files, predictor.plan)
+        if SEGMENTATIONS & files.keys():
+            write_artifact(record_path(self._output, case.case_id), record)
 
     def _reading_bytes(self, case: Case) -> int:
         """What reading and preparing takes at most; of a single case nobody asks."""
@@ -181,16 +191,28 @@ def _stay(stage: str, **_: float) -> bool:
     return False
 
 
-def say_notes(case_id: str, notes: CaseNotes, predictor: Predictor) -> None:
+def _make_record(case_id: str, seconds: float, context: CaseContext, *, counts_seams: bool) -> PredictionRecord:
+    notes = context.notes
+    return PredictionRecord(
+        case_id=case_id,
+        seconds=round(seconds, 3),
+        windows=notes.windows,
+        air_windows=notes.skipped,
+        compared_voxels=notes.compared if counts_seams else None,
+        disagreeing_voxels=notes.disagreeing if counts_seams else None,
+    )
+
+
+def _say_record(record: PredictionRecord, predictor: Predictor) -> None:
     """Log what was asked for beside the segmentation."""
-    logger = get_logger("predict")
+    logger, case_id = get_logger("predict"), record.case_id
     if predictor.skip_air:
-        share = notes.skipped / max(1, notes.windows)
-        logger.info("%s: %d of %d windows (%.0f %%) are air", case_id, notes.skipped, notes.windows, 100 * share)
-    if predictor.count_seams:
-        share = notes.disagreeing / max(1, notes.compared)
-        text = f"{case_id}: overlapping windows disagree on {share:.1%} of {notes.compared} voxels".replace("%", " %")
-        if share > MANY_SEAMS:
+        share = record.air_windows / max(1, record.windows)
+        logger.info("%s: %d of %d windows (%.0f %%) are air", case_id, record.air_windows, record.windows, 100 * share)
+    if record.compared_voxels is not None:
+        share, compared = record.seam_share or 0, record.compared_voxels
+        text = f"{case_id}: overlapping windows disagree on {share:.1%} of {compared} voxels".replace("%", " %")
+        if record.has_many_seams:
             logger.warning("%s; give a larger --overlap, or train with a larger patch", text)
         else:
             logger.info("%s", text)

@@ -136,7 +136,10 @@ def _datalist(num_channels: int) -> str:
 
 def _preprocessing(plan: Plan) -> list[Step]:
     return [
-        _on_image("LoadImaged", ensure_channel_first=True, dtype="$np.float32"),
+        _on_image("LoadImaged", dtype="$np.float32"),
+        # MONAI Deploy leaves out the transform that loads, and gives its own image to the next.
+        _on_image("EnsureChannelFirstd"),
+        _on_image("EnsureTyped", dtype="$torch.float32"),
         _on_image("Orientationd", axcodes="RAS", labels=RAS_LABELS),
         _on_image("CropForegroundd", source_key="image", select_fn=FOREGROUND, allow_smaller=True),
         *_normalization(plan.channels),
@@ -230,6 +233,8 @@ def _postprocessing(plan: Plan) -> list[Step]:
     indices = list(range(plan.num_classes))
     renamed = {"_target_": "MapLabelValued", "keys": "pred", "orig_labels": indices, "target_labels": values}
     return [
+        # MONAI Deploy hands a dictionary only to what begins with a transform of dictionaries.
+        {"_target_": "EnsureTyped", "keys": "pred"},
         LINEAR_BACK,
         {
             "_target_": "Invertd",

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.inference.heap import hand_back_freed
 from pipeline.inference.planes import Planes, Scores
 from pipeline.inference.prediction_memory import Block, PredictionMemory
 from pipeline.inference.sliding_window import stream_planes
@@ -78,6 +79,9 @@ def _native_slabs(planes: Iterable[Scores], native: NativeScores, num_rows: int)
     done = 0
     for scores in planes:
         ready = native.resampling.num_ready(scores.axis, scores.stop)
+        # What windows took would still be there, in pieces, beside what the slabs take, and the other way round.
+        hand_back_freed()
         for start, stop in slab_ranges(ready - done, num_rows):
             yield slice(done + start, done + stop), scores
+        hand_back_freed()
         done = ready

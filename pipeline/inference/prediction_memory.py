@@ -22,14 +22,18 @@ from pipeline.plan import GIB
 from pipeline.preprocessing.score_resampling import ScoreResampling
 
 FLOAT_BYTES = 4
+# Of a voxel in which windows are compared: the first one's class in 16 bits, and three flags.
+SEAM_BYTES = 5
 # What is taken of finished planes at a time, and of that, scores of some classes; larger pieces are not faster. Of
 # small volumes it is this share of what is gathered.
 SLAB_BYTES = 64 << 20
 CHUNK_BYTES = 16 << 20
 SLAB_SHARE = 1 / 4
-# Activations at full resolution that a U-Net has at a time in evaluation: skip, up-sampled, both convolved, normed,
-# and what convolutions copy; 7.5 were measured.
-LIVE_ACTIVATIONS = 8
+# Activations at full resolution that a U-Net has at a time in evaluation, in channels as they are and in channels as
+# oneDNN's convolutions copy them, filled up to a multiple of 16. Fitted to peaks of single windows, 8 to 32 features.
+LIVE_ACTIVATIONS, BLOCKED_ACTIVATIONS, CHANNELS_PER_BLOCK = 4.25, 2, 16
+# Of smaller blocks glibc keeps the last ones that were freed, by default up to twice the largest.
+SMALLEST_RETURNED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class PredictionMemory:
         chunk: Classes at a time.
         num_windows, fewest_windows: Windows that are computed, and those of a single block, by all networks.
         parts: Bytes by what takes them: "means" gathered, "slab" on its way to the native grid, "window" in the
-            network, which is an estimate.
+            network, which is an estimate, "waiting" for their turn meanwhile, and "seams" that are counted.
         num_sweeps: Sweeps side by side.
     """
 
@@ -100,12 +104,12 @@ class PredictionMemory:
 
     @property
     def num_bytes(self) -> int:
-        """All parts: what a slab took stays with the process, in pieces, while windows are in the network again."""
-        return sum(self.parts.values())
+        """At most: a slab and windows of the next step are not there at the same time, see `hand_back_freed`."""
+        return sum_of_parts(self.parts)
 
     def describe(self) -> str:
         """A line for the log."""
-        parts = ", ".join(f"{value / GIB:.2f} {name}" for name, value in self.parts.items())
+        parts = ", ".join(f"{value / GIB:.2f} {name}" for name, value in self.parts.items() if value)
         what = "features" if self.of_features else "scores"
         again = f", {self.num_windows / self.fewest_windows:.2f} times the windows" if len(self.blocks) > 1 else ""
         several = f" of {self.num_sweeps} sweeps side by side" if self.num_sweeps > 1 else ""
@@ -161,11 +165,11 @@ def plan_sweeps(
         resampling=resampling,
         axis=axis,
         sweeps=tuple(sweeps),
-        window_bytes=max(window_bytes(each.sliding, num_channels, each.num_features) for each in sweeps)
-        + sum(waiting_bytes(each.sliding, each.num_features) for each in sweeps[1:]),
+        window_bytes=max(network_bytes(each.sliding, num_channels, each.num_features) for each in sweeps),
+        waiting_bytes=sum(waiting_bytes(each.sliding, each.num_features) for each in sweeps),
         num_buffered=num_buffered,
     )
-    ways = [(sum(need.parts(way).values()), _num_windows(way), way) for way in product(*by_axis)]
+    ways = [(sum_of_parts(need.parts(way)), _num_windows(way), way) for way in product(*by_axis)]
     fitting = [(windows, taken, way) for taken, windows, way in ways if max_bytes is None or taken <= max_bytes]
     way = min(fitting or ways, key=lambda each: each[:2])[2]
     rows, chunk = need.pieces(way)
@@ -261,6 +265,7 @@ class _Need:
         axis: Of the sweeps.
         sweeps: The networks.
         window_bytes: What a window takes in the network.
+        waiting_bytes: What windows take that are through it.
         num_buffered: Values that reducers keep of every voxel of a slab of the result.
     """
 
@@ -268,6 +273,7 @@ class _Need:
     axis: int
     sweeps: tuple[Sweep, ...]
     window_bytes: int
+    waiting_bytes: int
     num_buffered: int
 
     @property
@@ -280,8 +286,12 @@ class _Need:
         source, native = self._planes(way)
         rows, chunk = self.pieces(way)
         taken = min(int(rows * self._zoom) + 2, self.resampling.source_shape[self.axis]) * source
-        # Planes of the source, scores of a chunk of classes there and three times beside, and the running maximum.
-        slab = (self.gathered + chunk) * taken + (3 * chunk + 3 + self.num_buffered) * rows * native
+        # Features of the source in one piece, scores of a chunk of classes there and three times beside, and the
+        # running maximum.
+        copied = sum(sweep.gathered for sweep in self.sweeps if sweep.of_features)
+        slab = (copied + chunk) * taken + (3 * chunk + 3 + self.num_buffered) * rows * native
+        # Chunks that were freed and are kept by glibc.
+        slab += 2 * chunk * taken
         if len(self.sweeps) > 1:
             # Probabilities of a chunk, their mean and their spread, and what normalises them.
             slab += (3 * chunk + 2 * len(self.sweeps)) * taken
@@ -289,6 +299,8 @@ class _Need:
             "means": self._gathered_bytes(source),
             "slab": FLOAT_BYTES * slab,
             "window": self.window_bytes,
+            "waiting": self.waiting_bytes,
+            "seams": sum(self._seam_bytes(sweep, source) for sweep in self.sweeps if sweep.sliding.count_seams),
         }
 
     def pieces(self, way: Sequence[_Division]) -> tuple[int, int]:
@@ -308,6 +320,13 @@ class _Need:
         held = sum((sweep.gathered + 1) * held_planes(sweep.sliding, axis, shape, keep) for sweep in self.sweeps)
         return FLOAT_BYTES * held * source
 
+    def _seam_bytes(self, sweep: Sweep, source: int) -> int:
+        """Classes and flags of the planes that are held, and what mirrored passes of windows add up to."""
+        keep = _planes_kept(self.resampling, self.axis)
+        held = held_planes(sweep.sliding, self.axis, self.resampling.source_shape, keep) * source
+        summed = sweep.sliding.window_batch * prod(sweep.sliding.window) * sweep.gathered
+        return SEAM_BYTES * held + (FLOAT_BYTES * summed if sweep.sliding.tta_axes else 0)
+
     def _planes(self, way: Sequence[_Division]) -> tuple[int, int]:
         """Voxels of a plane of the largest block on both grids."""
         across = [division for axis, division in enumerate(way) if axis != self.axis]
@@ -319,12 +338,27 @@ class _Need:
         return self.resampling.source_shape[self.axis] / self.resampling.shape[self.axis]
 
 
+def sum_of_parts(parts: Mapping[str, int]) -> int:
+    """Bytes of what is there at the same time: of a slab and of windows in the network the larger."""
+    together = {name: value for name, value in parts.items() if name not in ("slab", "window")}
+    return sum(together.values()) + max(parts["slab"], parts["window"])
+
+
 def window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
-    """Windows at once, and what a network has alive of them: an estimate, for networks of others a low one."""
+    """Windows at once, in the network and through it, see `network_bytes` and `waiting_bytes`."""
+    return network_bytes(sliding, num_channels, num_features) + waiting_bytes(sliding, num_features)
+
+
+def network_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
+    """What a network has alive of the windows at once: an estimate, for networks of others a low one."""
+    voxels = FLOAT_BYTES * sliding.window_batch * prod(sliding.window)
     channels = num_features if num_features is not None else sliding.num_classes
-    live = (LIVE_ACTIVATIONS if num_features is not None else 2) * channels
-    in_network = FLOAT_BYTES * sliding.window_batch * prod(sliding.window) * (2 * num_channels + live)
-    return in_network + waiting_bytes(sliding, num_features)
+    kept = 2 * channels if voxels * channels < SMALLEST_RETURNED_BYTES else 0
+    if num_features is None:
+        return voxels * (2 * num_channels + 2 * channels + kept)
+    blocked = -(-num_features // CHANNELS_PER_BLOCK) * CHANNELS_PER_BLOCK
+    live = LIVE_ACTIVATIONS * num_features + BLOCKED_ACTIVATIONS * blocked
+    return int(voxels * (2 * num_channels + live + kept))
 
 
 def waiting_bytes(sliding: SlidingWindow, num_features: int | None) -> int:

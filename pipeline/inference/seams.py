@@ -52,7 +52,7 @@ class SeamCounter:
         self._several, self._differ, self._foreground = (
             torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(3)
         )
-        # Of windows by where they begin, and how many rows of all passes they hold.
+        # Of windows by where they begin what is added up of their passes, and how many rows of all passes that holds.
         self._sums: dict[tuple[int, int, int], tuple[Tensor, int]] = {}
 
     def add(self, place: Box, rows: slice, values: Tensor, head: ScoreHead | None) -> None:
@@ -71,13 +71,13 @@ class SeamCounter:
         shape = [side.stop - side.start for side in place]
         key = (place[0].start, place[1].start, place[2].start)
         if key not in self._sums:
-            self._sums[key] = torch.zeros((self._num_classes, *shape), device=self._first.device), 0
+            self._sums[key] = torch.zeros((len(values), *shape), device=self._first.device), 0
         sums, num_added = self._sums[key]
-        scores = head.scores(values.float(), slice(0, self._num_classes)) if head else values
-        sums[:, rows] += scores.to(sums)
+        sums[:, rows] += values.to(sums)
         self._sums[key] = sums, num_added + rows.stop - rows.start
         if self._sums[key][1] == self._num_passes * shape[0]:
-            self._compare(place, highest_class(sums, None, self._num_classes).to(self._first))
+            # The head is affine: scores of a mean are the mean of scores, and features are fewer.
+            self._compare(place, highest_class(sums.div_(self._num_passes), head, self._num_classes).to(self._first))
             del self._sums[key]
 
     def _compare(self, place: Box, classes: Tensor) -> None:

@@ -6,7 +6,8 @@ nnU-Net (Isensee et al. 2021), so mirrored and overlapping windows meet as a wei
 
 Windows come start by start along one axis, and once those of a start are added, all planes below the next start are
 finished. There is one rule by which windows are added up and one order in which they are, so it does not matter to the
-last bit of a score how much of a volume is held at a time.
+last bit of a score how much of a volume is held at a time. Only where mirrored windows go through a network in batches
+does it depend on the batches: all windows of a batch are added once for each mirrored pass.
 """
 
 from __future__ import annotations
@@ -118,11 +119,12 @@ def stream_planes(
     channels = num_features(network) if of_features else sliding.num_classes
     first = tuple(slice(0, held_planes(sliding, axis, shape, keep)) if n == axis else region[n] for n in range(3))
     mean = RunningMean(channels, first, device=image.device)
-    flips = len(all_flips(sliding.tta_axes))
-    seams = SeamCounter(first, sliding.num_classes, flips, device=image.device) if sliding.count_seams else None
-    add = _WindowAdder(network, image, sliding, mean, seams, of_features=of_features)
     handed_on = 0
     steps = _without_air(list(sliding.sweep(shape, axis, region)), image, sliding)
+    seams = None
+    if sliding.count_seams and sum(len(places) for places, _ in steps) > 1:
+        seams = SeamCounter(first, sliding.num_classes, len(all_flips(sliding.tta_axes)), device=image.device)
+    add = _WindowAdder(network, image, sliding, mean, seams, of_features=of_features)
     outputs = add.outputs([places for places, _ in steps])
     for places, finished in steps:
         head = add(len(places), outputs)
@@ -151,7 +153,6 @@ def _without_air(
     is_air, context = AirFinder(image), current_case()
     left = [([place for place in places if not is_air(place)], finished) for places, finished in steps]
     before, after = (sum(len(places) for places, _ in each) for each in (steps, left))
-    context.notes.windows += before
     context.notes.skipped += before - after
     context.on_windows(before - after)
     return left

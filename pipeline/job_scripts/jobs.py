@@ -57,10 +57,14 @@ class Chain:
         plan: The plan.
         sizes: Of the dataset's largest cases.
         num_folds: Folds of the cross-validation.
+        patient_pattern: How the training tells patients, which the evaluation has to do as well.
     """
 
-    def __init__(self, config: SlurmConfig, plan: Plan, sizes: CaseSizes, *, num_folds: int) -> None:
-        self.config, self.plan, self.sizes, self.num_folds = config, plan, sizes, num_folds
+    def __init__(
+        self, config: SlurmConfig, plan: Plan, sizes: CaseSizes, *, num_folds: int, patient_pattern: str = ""
+    ) -> None:
+        self.config, self.plan, self.sizes = config, plan, sizes
+        self.num_folds, self.patient_pattern = num_folds, patient_pattern
         self.num_shards = _num_shards(config, sizes)
         self.on_gpu = config.gpus > 0
 
@@ -173,6 +177,7 @@ class Chain:
                 f"--images {_quoted(self.config.dataset)}",
                 f"--out {self._work('metrics.json')}",
                 f"--report {self._work('report.html')}",
+                *([f"--patient_pattern {shlex.quote(self.patient_pattern)}"] if self.patient_pattern else []),
                 f"--num_workers {cpus}",
             ),
         )

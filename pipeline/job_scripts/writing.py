@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -18,6 +19,8 @@ from pipeline.job_scripts.jobs import DEFAULT_FOLDS, Chain, Job
 from pipeline.job_scripts.memory import CaseSizes
 from pipeline.plan import Plan
 from pipeline.slurm_config import SlurmConfig
+
+Option = TypeVar("Option", int, str)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,13 @@ def slurm(config: SlurmConfig) -> JobScripts:
     if config.predict_input and not Path(config.predict_input).exists():
         # Or it would be found out when everything is trained.
         raise InputError("does not exist", where=config.predict_input, fix="Give what `voxfit predict --input` takes")
-    texts = render_scripts(config, plan, CaseSizes.of(dataset, plan), num_folds=read_num_folds(config))
+    texts = render_scripts(
+        config,
+        plan,
+        CaseSizes.of(dataset, plan),
+        num_folds=read_num_folds(config),
+        patient_pattern=read_patient_pattern(config),
+    )
     folder = Path(config.out)
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -55,9 +64,11 @@ def describe_job_scripts(scripts: JobScripts) -> str:
     return f"{scripts.folder}: {names}\nRead them, then: bash {shlex.quote(str(scripts.folder / 'submit.sh'))}"
 
 
-def render_scripts(config: SlurmConfig, plan: Plan, sizes: CaseSizes, *, num_folds: int) -> dict[str, str]:
+def render_scripts(
+    config: SlurmConfig, plan: Plan, sizes: CaseSizes, *, num_folds: int, patient_pattern: str = ""
+) -> dict[str, str]:
     """The scripts' texts by file name."""
-    jobs = Chain(config, plan, sizes, num_folds=num_folds).jobs()
+    jobs = Chain(config, plan, sizes, num_folds=num_folds, patient_pattern=patient_pattern).jobs()
     texts = {f"{job.name}.sbatch": _render("job.sbatch.j2", {"job": job, "setup": config.setup}) for job in jobs}
     return {**texts, "submit.sh": _render("submit.sh.j2", _places(config))}
 
@@ -68,13 +79,26 @@ def read_num_folds(config: SlurmConfig) -> int:
     Raises:
         InputError: The YAML cannot be read.
     """
-    if config.num_folds != "auto":
-        return config.num_folds
+    return config.num_folds if config.num_folds != "auto" else _read_option(config, "num_folds", DEFAULT_FOLDS)
+
+
+def read_patient_pattern(config: SlurmConfig) -> str:
+    """How the training tells patients by case ids, by its YAML; "" where the dataset does.
+
+    Raises:
+        InputError: The YAML cannot be read.
+    """
+    return _read_option(config, "patient_pattern", "")
+
+
+def _read_option(config: SlurmConfig, name: str, default: Option) -> Option:
+    """An option of the training's YAML, of its default's type."""
     if not config.train_config:
-        return DEFAULT_FOLDS
+        return default
     try:
         options = yaml.safe_load(Path(config.train_config).read_text(encoding="utf-8")) or {}
-        return int(options.get("num_folds", DEFAULT_FOLDS))
+        found = options.get(name)
+        return default if found is None else type(default)(found)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, ValueError, TypeError) as error:
         what = f"holds no options of a training ({' '.join(str(error).split())})"
         raise InputError(what, where=config.train_config, fix="Give a YAML file for `voxfit train --config`") from error

@@ -7,6 +7,7 @@ and image loaded, less the label that comes out. Copies of the image that prepar
     unet     the project's U-Net, narrow (8 features), so that a CPU gets through
     wide     one convolution to 32 features and a head that leaves its logits to the caller: what is gathered of a
              full-size U-Net, at a fraction of its work
+    thin     the same with 8 features: what is gathered of the narrow U-Net
     logits   one convolution to the classes, a network of one's own: whole logits of a window
 With --num_networks several of them are one prediction; --outputs names what is written beside the label, as in
 "probabilities_blosc2 entropy", whose maps count as results as the label does.
@@ -47,7 +48,7 @@ NARROW = NetworkPlan(
     num_blocks_per_stage=(1, 1, 1, 1),
     num_decoder_blocks=1,
 )
-NETWORKS = ("unet", "wide", "logits")
+NETWORKS = ("unet", "wide", "thin", "logits")
 
 
 class WideNetwork(nn.Module):
@@ -88,7 +89,9 @@ def make_network(kind: str, num_classes: int, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     if kind == "unet":
         return UNet(1, num_classes, NARROW)
-    return WideNetwork(num_classes) if kind == "wide" else nn.Conv3d(1, num_classes, 3, padding=1)
+    if kind in ("wide", "thin"):
+        return WideNetwork(num_classes, 32 if kind == "wide" else NARROW.features_per_stage[0])
+    return nn.Conv3d(1, num_classes, 3, padding=1)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

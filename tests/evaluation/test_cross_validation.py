@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.artifacts import read_artifact
+from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.errors import InputError
 from pipeline.evaluation.bootstrap import Interval
 from pipeline.evaluation.evaluate import evaluate_folder
@@ -19,6 +19,7 @@ from pipeline.evaluation.metrics import METRIC_NAMES, ClassScores
 from pipeline.evaluation.pooling import gather_predictions
 from pipeline.evaluation.report import write_report
 from pipeline.evaluation.summary import CaseScores, Metrics, make_metrics, pool_metrics, write_metrics
+from pipeline.prediction_record import PredictionRecord, read_records, record_path
 
 LABELS = {"organ": 1, "lesion": 2}
 RNG = np.random.default_rng(2)
@@ -157,9 +158,15 @@ def test_predictions_of_all_folds_are_gathered_and_what_was_there_before_goes(tm
     files = [write_label_file(folder / f"case_{n}.nii.gz", two_boxes) for n, folder in enumerate(folders)]
     target = tmp_path / "all"
     write_label_file(target / "of_old.nii.gz", two_boxes)
+    # One fold was segmented by a version that kept no records.
+    write_artifact(record_path(folders[1], "case_1"), PredictionRecord(case_id="case_1", seconds=2, windows=3))
+    for case_id in ("of_old", "case_0"):
+        write_artifact(record_path(target, case_id), PredictionRecord(case_id=case_id, seconds=1, windows=9))
     for _ in range(2):
         gather_predictions(folders, target)
-        assert sorted(path.name for path in target.iterdir()) == ["case_0.nii.gz", "case_1.nii.gz"]
+        assert sorted(path.name for path in target.glob("*.*")) == ["case_0.nii.gz", "case_1.nii.gz"]
+        assert [path.name for path in (target / "records").iterdir()] == ["case_1.json"]
+        assert read_records(target, ["case_1"])["case_1"].windows == 3
     assert files[0].samefile(target / "case_0.nii.gz")
     # A prediction that is made anew takes the old one's place here at the next call.
     files[0].unlink()

@@ -19,6 +19,7 @@ from pipeline.evaluation.report import write_report
 from pipeline.evaluation.shown_cases import choose_shown_cases, mean_over_classes, read_shown_cases
 from pipeline.evaluation.slices import DPI, ReportCase, draw_slices, largest_slices, oriented_slice
 from pipeline.evaluation.summary import CaseScores, Metrics, make_metrics
+from pipeline.prediction_record import MANY_SEAMS, PredictionRecord
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset
 
 SPACING = (1.0, 1.5, 2.0)
@@ -138,6 +139,43 @@ def test_a_report_needs_neither_curves_nor_pictures_nor_cases(tmp_path: Path) ->
     text = (tmp_path / "bare.html").read_text()
     assert "<img" not in text
     assert "nan" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL)
+
+
+def seams_page(tmp_path: Path, *shares: float | None) -> str:
+    """The report of cases in which such shares of 1000 compared voxels are seams; None of one without a record."""
+    records = {
+        f"case_{number}": PredictionRecord(
+            case_id=f"case_{number}", seconds=1, windows=8, compared_voxels=1000, disagreeing_voxels=round(1000 * share)
+        )
+        for number, share in enumerate(shares)
+        if share is not None
+    }
+    cases = make_cases(*range(1, len(shares) + 1))
+    write_report(tmp_path / "report.html", score(cases), records=records)
+    return (tmp_path / "report.html").read_text()
+
+
+def test_seams_of_every_case_are_in_the_table_and_few_are_not_warned_of(tmp_path: Path) -> None:
+    page = seams_page(tmp_path, 0.013, None, MANY_SEAMS - 0.01)
+    assert '<td data-value="0.013">1.3%</td>' in page
+    assert f'<td data-value="{MANY_SEAMS - 0.01}">{MANY_SEAMS - 0.01:.1%}</td>' in page
+    headings = page.split('<table id="cases"')[1].split("</thead>")[0].count("<th")
+    rows = [row.count("<td") for row in page.split('<table id="cases"')[1].split("<tr>")[2:]]
+    assert rows == [headings - 1] * 3
+    assert 'id="seams"' not in page
+
+
+def test_many_seams_are_warned_of_with_the_cases_and_what_to_do(tmp_path: Path) -> None:
+    warning = seams_page(tmp_path, 0.9, 0.01, MANY_SEAMS + 0.1).split('id="seams"')[1].split("</section>")[0]
+    assert "disagree in 2 case(s)" in warning
+    assert "case_0</b> 90%" in warning
+    assert "case_1" not in warning
+    assert "larger patch" in warning
+
+
+def test_without_counted_seams_nothing_is_said_of_them(tmp_path: Path, page: str) -> None:
+    assert "seams" not in page.lower()
+    assert "seams" not in seams_page(tmp_path, None, None).lower()
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_both_formats_hold_the_same_voxels_on_the_grid_of_the_series(
 ) -> None:
     study = write_study(tmp_path / "in", names=())
     assert predict(run_dir, tmp_path / "in", tmp_path / "out", "--format", "both") == 0
-    nifti, seg = sorted((tmp_path / "out").iterdir(), key=lambda path: path.suffix, reverse=True)
+    nifti, seg = sorted((tmp_path / "out").glob("*.*"), key=lambda path: path.suffix, reverse=True)
     assert (nifti.name, seg.name) == (f"{seg.stem}.nii.gz", f"{seg.stem}.dcm")
     voxels = in_file_order(nifti)
     np.testing.assert_allclose(nib.load(nifti).affine, study.series.layout.grid.affine, atol=1e-5)
@@ -85,7 +85,7 @@ def test_a_segmentation_is_read_alike_by_highdicom_and_refers_to_its_images(
     hd = pytest.importorskip("highdicom")
     study = write_study(tmp_path / "in", names=())
     assert predict(run_dir, tmp_path / "in", tmp_path / "out", "--format", "dicom_seg") == 0
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.*")
     sources = [pydicom.dcmread(file) for file in study.series.paths[0]]
     seg = hd.seg.segread(path)
     # Across the slices of the source, background included where a slice has no segment.
@@ -134,7 +134,7 @@ def test_segmentations_are_valid_by_dciodvfy(
     write_study(tmp_path / "in", names=(), **options)
     words = ("--format", "dicom_seg", "--channels", options.get("modality", "CT"))
     assert predict(run_dir, tmp_path / "in", tmp_path / "out", *words) == 0
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.*")
     found = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False)
     assert [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("Error")] == []
 
@@ -189,7 +189,7 @@ def test_outputs_that_exist_are_kept_unless_overwritten(tmp_path: Path, run_dir:
         write_study(tmp_path / "in" / str(seed), seed=seed, names=())
     arguments = (run_dir, tmp_path / "in", tmp_path / "out", "--format", "both")
     assert predict(*arguments) == 0
-    first, *others = sorted((tmp_path / "out").iterdir())
+    first, *others = sorted((tmp_path / "out").glob("*.*"))
     before = {path: path.stat().st_mtime_ns for path in others}
     for path in (first, first.with_name(f"{first.stem}.nii.gz")):
         path.unlink()
@@ -223,8 +223,8 @@ def test_a_refused_series_is_named_and_the_others_are_done_without_touching_the_
     assert 'series 5 "thorax" (CT' in text
     assert 'series 6 "thorax" (CT' in text
     assert "1 file(s) in its folder cannot be read, so that slices may be missing" in text
-    assert {path.name.split(".")[1] for path in (tmp_path / "out").iterdir()} == {"nii", "dcm"}
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert {path.name.split(".")[1] for path in (tmp_path / "out").glob("*.*")} == {"nii", "dcm"}
+    assert len(list((tmp_path / "out").glob("*.*"))) == 2
     assert listing(tmp_path / "in") == before
     assert good.series.files
 
@@ -263,7 +263,7 @@ def test_what_no_segmentation_can_refer_to_is_told_before_anything_is_computed(
     text = capsys.readouterr().err
     assert "lacks FrameOfReferenceUID" in text
     assert "Muller" not in text
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out").glob("*.*")) == []
     assert predict(run_dir, tmp_path / "in", tmp_path / "out") == 0
 
 
@@ -347,7 +347,7 @@ def test_the_folder_of_a_series_and_a_multi_frame_file_are_inputs(
     enhanced = write_study(tmp_path / "b", seed=1, names=(), enhanced=True)
     for number, path in enumerate((classic.series.folder, enhanced.series.files[0])):
         assert predict(run_dir, path, tmp_path / f"out{number}", "--format", "both") == 0
-        assert len(list((tmp_path / f"out{number}").iterdir())) == 2
+        assert len(list((tmp_path / f"out{number}").glob("*.*"))) == 2
 
 
 def test_outputs_beside_the_images_are_no_input_of_the_next_call(
@@ -370,7 +370,7 @@ def test_of_nifti_and_dicom_in_one_folder_the_nifti_files_are_taken_and_it_is_sa
     nib.save(nib.Nifti1Image(np.ones((12, 16, 8), np.float32), np.eye(4)), study.series.folder / "a.nii.gz")
     assert predict(run_dir, study.series.folder, tmp_path / "out") == 0
     assert "not the DICOM files beside them" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+    assert [path.name for path in (tmp_path / "out").glob("*.*")] == ["a.nii.gz"]
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt", "report"])
@@ -405,4 +405,4 @@ def test_errors_name_no_folder_after_the_patient(
     assert "slices may be missing" in text
     assert "holds no series of images for mr" in text
     assert [word for word in ("müller", "mueller", "muller", "eva", "99817") if word in text] == []
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out").glob("*.*")) == []

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
-from monai.data import load_net_with_metadata
+from monai.data import MetaTensor, load_net_with_metadata
+from monai.transforms import LoadImaged, MapTransform, SaveImaged
 from numpy.typing import NDArray
 
 from pipeline.datasets.dataset import Case, read_case_image
@@ -232,3 +233,30 @@ def test_a_bundle_that_fails_its_check_leaves_the_earlier_one(
         write_bundle(run, bundle, overlap=0.25)
     assert {file: file.read_bytes() for file in bundle.rglob("*.*")} == before
     assert not [item for item in tmp_path.iterdir() if item.name.startswith(".")]
+
+
+def test_the_bundle_works_without_its_transforms_that_load_and_save(
+    plan: Plan, tmp_path: Path, make_run: MakeRun
+) -> None:
+    # So MONAI Deploy runs a bundle: it hands over voxels of its own, as they lie in the series, and takes the result.
+    if plan.num_channels > 1:
+        pytest.skip("MONAI Deploy has one image without a channel axis")
+    cases = write_inputs(tmp_path / "in", plan.channels)
+    plan = replace(plan, patch_size=(32, 32, 32))
+    run_dir = make_run(plan)
+    predict_files(Predictor.from_run(run_dir, accelerator="cpu", num_threads=1), cases, tmp_path / "ours")
+    parser = parse(write_bundle(load_exportable(run_dir, "best"), tmp_path / "bundle", overlap=0.5))
+    before, after = (parser.get_parsed_content(name).transforms for name in ("preprocessing", "postprocessing"))
+    assert isinstance(after[0], MapTransform)
+    parser.get_parsed_content("preprocessing").transforms = [t for t in before if not isinstance(t, LoadImaged)]
+    parser.get_parsed_content("postprocessing").transforms = [t for t in after if not isinstance(t, SaveImaged)]
+    for case in cases:
+        file = nib.load(case.images[0])
+        meta = {"affine": file.affine, "original_affine": file.affine, "original_channel_dim": "no_channel"}
+        voxels = torch.from_numpy(np.asarray(file.dataobj, np.float64))
+        data = parser.get_parsed_content("preprocessing")({"image": MetaTensor(voxels, meta=meta)})
+        with torch.no_grad():
+            logits = parser.get_parsed_content("inferer")(data["image"][None], parser.get_parsed_content("network"))
+        found = parser.get_parsed_content("postprocessing")({"pred": logits[0], **data})["pred"]
+        ours = np.asarray(nib.load(tmp_path / "ours" / f"{case.case_id}.nii.gz").dataobj)
+        assert (found[0].numpy() == ours).mean() > 0.9995

@@ -18,6 +18,8 @@ from pipeline.inference.inputs import find_inputs
 from pipeline.inference.predictor import Predictor
 from pipeline.io.volume import Volume
 from pipeline.plan import ChannelPlan, Plan
+from pipeline.predict_config import PredictOptions
+from pipeline.preprocessing.restore import restore_label
 from pipeline.synthetic import SyntheticCase, make_synthetic_case
 
 SHAPE, SPACING = (26, 21, 17), (1.0, 1.2, 1.7)
@@ -159,7 +161,7 @@ def test_a_bad_case_is_listed_and_the_rest_is_done(tmp_path: Path, make_plan: Ca
         predict_files(Predictor(NearestIntensity(), make_plan()), find_inputs(tmp_path / "in"), tmp_path / "out")
     assert list(caught.value.failures) == ["b"]
     assert caught.value.exit_code == 3
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.*")) == ["a.nii.gz", "c.nii.gz"]
     assert caught.value.result == [tmp_path / "out" / "a.nii.gz", tmp_path / "out" / "c.nii.gz"]
 
 
@@ -170,7 +172,7 @@ def test_a_wrong_number_of_channels_is_one_clear_line(tmp_path: Path, make_plan:
     with pytest.raises(InputError, match=r"has 1 channel\(s\), the network takes 2 \(T1, T2\)") as caught:
         predict_files(predictor, find_inputs(tmp_path / "in"), tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out").glob("*.*")) == []
 
 
 def test_an_output_that_cannot_be_written_stops_before_the_work(tmp_path: Path, make_plan: Callable[..., Plan]) -> None:
@@ -246,3 +248,19 @@ def test_a_real_hippocampus_comes_back_on_its_grid(
     np.testing.assert_array_equal(label.affine, source.affine)
     assert set(np.unique(label.dataobj)) <= {0, 4, 7}
     assert gzip.decompress(path.read_bytes())
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_scores_and_the_way_back_in_two_steps_give_the_label(
+    make_plan: Callable[..., Plan], make_run: Callable[..., Path], num_runs: int
+) -> None:
+    plan = make_plan(spacing=(1.2, 1.0, 1.1))
+    runs = [make_run(plan, name=f"run_{number}", seed=number) for number in range(num_runs)]
+    predictor = Predictor.from_runs(runs, PredictOptions(accelerator="cpu", num_threads=1))
+    voxels = np.random.default_rng(0).normal(size=(1, 19, 27, 14)).astype(np.float32)
+    volume = Volume.from_array(voxels, np.array([[0.9, 0.2, 0, 1], [-0.2, 1.1, 0, 2], [0, 0, 1.4, 3], [0, 0, 0, 1]]))
+    prepared = predictor.prepare(volume)
+    scores = predictor.predict_scores(torch.from_numpy(prepared.array)).numpy()
+    label = restore_label(scores, prepared, predictor.plan)
+    np.testing.assert_array_equal(label, predictor.predict(volume).array[0])
+    assert len(np.unique(label)) > 1

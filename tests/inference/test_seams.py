@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.inference.case_context import CaseContext, case_context
-from pipeline.inference.case_files import MANY_SEAMS, predict_files
+from pipeline.inference.case_files import predict_files
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.window_threads import WindowThreads
@@ -24,6 +24,7 @@ from pipeline.inference.windows import Box, window_starts
 from pipeline.io.volume import Volume
 from pipeline.networks.unet import UNet
 from pipeline.plan import Plan
+from pipeline.prediction_record import MANY_SEAMS
 from pipeline.preprocessing.restore import NativeScores
 
 SHAPE, WINDOW, NUM_CLASSES = (20, 33, 17), (12, 16, 8), 3
@@ -78,11 +79,14 @@ def test_the_count_is_that_of_every_window_kept(
     assert 0.1 < expected[1] / expected[0] < 0.9
 
 
+@pytest.mark.parametrize("tta_axes", [(), (0, 2)])
 @torch.inference_mode()
-def test_features_and_threads_give_the_count_of_scores(make_plan: Callable[..., Plan]) -> None:
+def test_features_and_threads_give_the_count_of_scores(
+    make_plan: Callable[..., Plan], tta_axes: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
     network, image = UNet(1, NUM_CLASSES, make_plan().network).eval(), torch.randn(1, *SHAPE)
-    expected = brute_force(network, image, ())
+    expected = brute_force(network, image, tta_axes)
     # With more classes than features the latter are gathered; the classes that are added never win.
     many = UNet(1, 9, make_plan().network).eval()
     with torch.no_grad():
@@ -91,7 +95,8 @@ def test_features_and_threads_give_the_count_of_scores(make_plan: Callable[..., 
             own, wide = getattr(network.heads[0], name), getattr(many.heads[0], name)
             wide.fill_(0 if name == "weight" else -1000)
             wide[:NUM_CLASSES] = own
-    predictor = Predictor(many, replace(make_plan(), labels={str(n): n for n in range(9)}), window_batch=2)
+    plan = replace(make_plan(), labels={str(n): n for n in range(9)})
+    predictor = Predictor(many, plan, tta_axes=tta_axes, window_batch=2)
     predictor.threads = WindowThreads(2)
     found = count(predictor, image)
     # Scores of features are summed in another order, which may tip a voxel of two equal scores.
@@ -104,7 +109,7 @@ def test_blocks_count_each_voxel_once(make_plan: Callable[..., Plan], monkeypatc
     volume = Volume.from_array(np.random.default_rng(0).normal(size=SHAPE).astype(np.float32), np.eye(4))
     monkeypatch.setattr("pipeline.inference.attempts.held_bytes", lambda: 0)
     found, blocks = [], []
-    for max_ram in (None, 250_000):
+    for max_ram in (None, 220_000):
         predictor = Predictor(OfPlace(), plan, max_ram=max_ram)
         predictor.count_seams = True
         prepared, context = predictor.prepare(volume), CaseContext(expect=lambda _: None)

@@ -45,8 +45,8 @@ def test_memory_for_fewer_windows_is_filled_with_fewer(
     make_predictor: Callable[..., Predictor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.inference.window_batch.held_bytes", lambda: 0)
-    # A window of 12 x 16 x 8 takes (2 channels + 8 times 4 features) of 4 bytes a voxel, 0.2 MB.
-    predictor = make_predictor(max_ram=int(2.5 * 208_896 / 0.4))
+    # A window of 12 x 16 x 8 takes (2 + 6.25 times 4 features + 2 times 16) values of 4 bytes a voxel, 0.36 MB.
+    predictor = make_predictor(max_ram=int(2.5 * 362_496 / 0.4))
     set_window_batch(predictor, "auto")
     assert predictor.window_batch == 2
     assert torch.get_num_threads() == 3

@@ -11,15 +11,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from pipeline.artifacts import write_artifact
 from pipeline.cli import main, parse
 from pipeline.errors import InputError
 from pipeline.job_scripts.jobs import MAX_SHARDS
 from pipeline.job_scripts.memory import _data_workers, evaluate_memory, predict_memory, preprocess_memory, train_memory
-from pipeline.job_scripts.writing import read_num_folds, render_scripts
+from pipeline.job_scripts.writing import read_num_folds, read_patient_pattern, render_scripts, slurm
 from pipeline.plan import GIB
 from pipeline.slurm_config import SlurmConfig
+from pipeline.synthetic import make_synthetic_case, write_msd_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "scripts" / "slurm"
@@ -345,6 +347,32 @@ def test_folds_come_from_the_options_or_the_training_s_file(tmp_path: Path) -> N
         path.write_text(text)
         with pytest.raises(InputError, match="holds no options of a training"):
             read_num_folds(SlurmConfig(dataset="d", train_config=str(path)))
+
+
+def test_the_evaluation_tells_patients_as_the_training_does(tmp_path: Path) -> None:
+    path, pattern = tmp_path / "train.yaml", r"^(it's p\d+)_$x"
+    path.write_text(yaml.safe_dump({"patient_pattern": pattern, "num_folds": None}))
+    config = SlurmConfig(dataset="d", train_config=str(path))
+    assert read_patient_pattern(config) == pattern
+    assert read_num_folds(config) == 5
+    made = render_scripts(config, PLAN, SIZES, num_folds=5, patient_pattern=pattern)
+    name, evaluation = parse(command(made["evaluate.sbatch"])[1:])
+    assert (name, evaluation.patient_pattern) == ("evaluate", pattern)
+    for other in (SlurmConfig(dataset="d"), replace(config, train_config=str(tmp_path / "none.yaml"))):
+        if other.train_config:
+            Path(other.train_config).write_text("patient_pattern:\n")
+        assert read_patient_pattern(other) == ""
+    assert "--patient_pattern" not in scripts()["evaluate.sbatch"]
+
+
+def test_the_pattern_in_the_training_s_file_reaches_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_msd_dataset(tmp_path / "data", {"a": make_synthetic_case(0, shape=(24, 20, 18), spacing=(1, 1, 1))})
+    write_artifact(tmp_path / "plan.json", PLAN)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({"patient_pattern": r"(\w+)_\d"}))
+    monkeypatch.chdir(tmp_path)
+    slurm(SlurmConfig(dataset="data", train_config="train.yaml"))
+    words = command((tmp_path / "jobs" / "evaluate.sbatch").read_text())
+    assert words[words.index("--patient_pattern") + 1] == r"(\w+)_\d"
 
 
 @pytest.mark.parametrize(
