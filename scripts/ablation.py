@@ -22,7 +22,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -32,8 +32,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.artifacts import read_artifact, write_artifact, write_text
 from pipeline.plan import Plan, Record
+from pipeline.prediction_record import read_records
 
-HEADER = "| variation | Dice, mean (range) | difference, each seed | steps | CPU s | noise scale |"
+HEADER = "| variation | Dice, mean (range) | difference, each seed | seams | steps | CPU s | noise scale |"
 Options = dict[str, Any]
 Variations = Mapping[str, Mapping[str, Options]]
 
@@ -71,7 +72,7 @@ class Result(Record):
         cpu_seconds: Of the whole process.
         peak_ram_bytes: Of the process.
         noise_scale: In patches; None where it was not measured.
-        seam_share: Of voxels; None where it was not measured.
+        seam_share: Of the voxels that several windows cover, those that they disagree on; None where not measured.
     """
 
     name: str
@@ -177,7 +178,21 @@ class Trainings:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         result = self._result(name, seed, run_dir, cpu_seconds)
+        if self.study.seams:
+            result = replace(result, seam_share=self._seam_share(run_dir))
         write_artifact(self._results, Results(study=self.study, trained=(*self.done(), result)))
+
+    def _seam_share(self, run_dir: Path) -> float:
+        """Of the compared voxels of all held-out cases, by the last weights."""
+        out = run_dir / "predictions"
+        options = {"run_dir": run_dir, "input": self.dataset, "output": out, "cases": "held_out", "checkpoint": "last"}
+        run_voxfit("predict", {**options, "seams": True, "num_threads": 1})
+        case_ids = [path.stem for path in (out / "records").glob("*.json")]
+        records = read_records(out, case_ids).values()
+        compared, disagreeing = (
+            sum(getattr(record, name) or 0 for record in records) for name in ("compared_voxels", "disagreeing_voxels")
+        )
+        return disagreeing / compared
 
     def _plan_path(self, name: str) -> Path:
         return self.folder / "plans" / name.replace(" ", "_") / "plan.json"
@@ -212,7 +227,7 @@ class Trainings:
 def describe(results: Sequence[Result], names: Sequence[str]) -> str:
     """The table, as Markdown: means and spreads over seeds, and differences from the first variation seed by seed."""
     lines = [
-        "| variation | Dice, mean (range) | difference, each seed | steps | CPU s | noise scale |",
+        "| variation | Dice, mean (range) | difference, each seed | seams | steps | CPU s | noise scale |",
         "|---" * 6 + "|",
     ]
     first = {result.seed: result.dice for result in results if result.name == names[0]}
@@ -222,11 +237,13 @@ def describe(results: Sequence[Result], names: Sequence[str]) -> str:
             continue
         scores = [result.dice for result in own]
         differences = [f"{result.dice - first[result.seed]:+.3f}" for result in own if result.seed in first]
+        seams = [result.seam_share for result in own if result.seam_share is not None]
         noise = [result.noise_scale for result in own if result.noise_scale is not None]
         cells = (
             name,
             f"{mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})",
             ", ".join(differences) if name != names[0] else "",
+            f"{mean(seams):.1%}" if seams else "",
             str(own[0].optimizer_steps),
             f"{median(result.cpu_seconds for result in own):.0f}",
             f"{median(noise):.1f}" if noise else "",

@@ -15,7 +15,8 @@ DATASET = ROOT / "data_samples" / "msd_blobs"
 STUDY = """
 samples: 9
 epochs: 2
-plan: {vram: 2GiB, base_features: 4, batch_size: 2, num_workers: 1}
+seams: true
+plan: {vram: 2GiB, base_features: 4, batch_size: 2, patch_size: "[16,16,16]", num_workers: 1}
 train: {num_folds: 4, hardware.accelerator: cpu, hardware.num_threads: 1, hardware.num_workers: 0}
 variations:
   as it is: {}
@@ -44,12 +45,13 @@ def test_variations_see_the_same_samples_and_what_is_trained_is_kept(tmp_path):
         ("instance norm", 4),
         ("four at once", 2),
     ]
+    assert all(0 <= each["seam_share"] <= 1 for each in trained)
     assert (out_dir / "runs" / "as_it_is-3" / "metrics.csv").read_bytes() == before
     assert (out_dir / "runs" / "as_it_is-3" / "plan.json").read_text().count('"group"') == 1
     assert (out_dir / "runs" / "instance_norm-3" / "plan.json").read_text().count('"instance"') == 1
     rows = (out_dir / "results.md").read_text().splitlines()[2:]
     difference = trained[1]["dice"] - trained[0]["dice"]
-    assert f"| {difference:+.3f} |" in rows[1]
+    assert f"| {difference:+.3f} | {trained[1]['seam_share']:.1%} | 4 |" in rows[1]
 
 
 def test_a_study_that_cannot_be_read_and_results_of_another_one_are_refused(tmp_path):
