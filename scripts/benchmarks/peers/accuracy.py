@@ -49,6 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20, 40], help="budgets of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="nnU-Net's trainer takes none: repeats")
     parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES)
+    parser.add_argument("--train", choices=SIDES, nargs="+", help="train these now; of the others, what is finished")
     parser.add_argument("--mirrorings", choices=("none", "mirror"), nargs="+", default=("none", "mirror"))
     parser.add_argument("--monai_optimizer", choices=("sgd", "adamw"), default="sgd")
     parser.add_argument("--monai_lr", type=float, default=0.01)
@@ -80,6 +81,8 @@ def run(options: argparse.Namespace) -> None:
     results["plans"] = {name: sides[name].plan() for name in ("voxfit", "nnunet") if name in options.sides}
     results["cells"] = []
     for cell in order_cells(options):
+        if cell.side not in (options.train or SIDES) and not result_path(cell, sides[cell.side], work).exists():
+            continue
         results["cells"].append(do_cell(cell, sides[cell.side], cases, options))
         print(describe_cell(results["cells"][-1]), flush=True)
         write_results(out, "accuracy", results)
@@ -107,11 +110,16 @@ def prepare_once(side: Side, work: Path) -> dict[str, Any]:
     return json.loads(done.read_text())
 
 
+def result_path(cell: Cell, side: Side, work: Path) -> Path:
+    """Of a cell, where it is finished."""
+    return work / "cells" / cell.name_of(side) / "result.json"
+
+
 def do_cell(cell: Cell, side: Side, cases: Cases, options: argparse.Namespace) -> dict[str, Any]:
     """Train, predict, score; what a finished cell of an earlier call came to is read, an unfinished one begun anew."""
     name = cell.name_of(side)
-    folder = options.work_dir / "cells" / name
-    result = folder / "result.json"
+    result = result_path(cell, side, options.work_dir)
+    folder = result.parent
     if not result.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
