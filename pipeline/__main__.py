@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from pipeline.stop_signals import STOPPED_LINE, raised_signal, stop_signals_raised
+from pipeline.stop_signals import STOPPED_LINE, let_imports, raised_signal, stop_signals_raised
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if not raised_signal() and not isinstance(error, KeyboardInterrupt):
             raise
+        let_imports()
         return _stopped()
 
 

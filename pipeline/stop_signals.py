@@ -27,6 +27,9 @@ PR_SET_PDEATHSIG = 1
 STOPPED_LINE = "stopped; the same command continues the work"
 # Modules of Python that run while it imports.
 IMPORT_MACHINERY = "<frozen importlib"
+# A module in C that is being imported is given so long to end before it is left all the same.
+IMPORT_PATIENCE_SECONDS = 10.0
+SECONDS_BETWEEN_LOOKS = 0.02
 
 
 class StopSignal(KeyboardInterrupt):
@@ -138,6 +141,7 @@ def stop_signals_noted() -> Iterator[StopRequest]:
         return
     with handled(request.note, STOP_SIGNALS):
         if _Raised.listening and _Raised.number:
+            let_imports()
             request.note(_Raised.number)
         yield request
     if request.signal:
@@ -164,7 +168,7 @@ def stop_signals_raised() -> Iterator[None]:
             yield
     finally:
         _Raised.listening = outer
-        _let_imports()
+        let_imports()
 
 
 def raised_signal() -> int:
@@ -180,6 +184,7 @@ class _Raised:
     """Which signal was raised, and whether signals are."""
 
     number = 0
+    since = 0.0
     listening = False
 
 
@@ -192,13 +197,23 @@ class _NoImports:
         raise StopSignal(_Raised.number)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
+def _end(number: int, frame: FrameType | None) -> None:
     for each in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)
-    _Raised.number = number
-    if _is_importing(frame):
-        sys.meta_path.insert(0, _NoImports)
-    raise StopSignal(number)
+    _Raised.number, _Raised.since = number, monotonic()
+    if not _is_importing(frame):
+        raise StopSignal(number)
+    # Not here: modules in C that run Python while they begin end the whole process for an exception.
+    sys.meta_path.insert(0, _NoImports)
+    signal.signal(signal.SIGALRM, _end_once_imported)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LOOKS)
+
+
+def _end_once_imported(_: int, frame: FrameType | None) -> None:
+    """Where no further import raises the signal."""
+    if not _is_importing(frame) or monotonic() > _Raised.since + IMPORT_PATIENCE_SECONDS:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise StopSignal(_Raised.number)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -209,9 +224,10 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _let_imports() -> None:
+def let_imports() -> None:
     """Once the stop has got through, whoever says so may import again."""
     if _NoImports in sys.meta_path:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         sys.meta_path.remove(_NoImports)
 
 

@@ -99,11 +99,30 @@ def test_a_signal_while_a_large_library_is_imported_ends_with_75(module: str, ru
 
 
 @pytest.mark.parametrize("module", ["jsonargparse", "torch.nn.modules.conv", "pytorch_lightning.trainer.trainer"])
-def test_a_stop_that_is_dropped_in_the_middle_of_an_import_comes_again(module: str, run_arguments: list[str]) -> None:
-    """As in callbacks of the garbage collector, whose exceptions Python prints and forgets."""
+def test_a_stop_is_raised_between_imports_and_not_where_it_would_be_dropped(
+    module: str, run_arguments: list[str]
+) -> None:
+    """As in callbacks of the garbage collector, whose exceptions Python prints and forgets, or in C++, which aborts."""
     done = sent_at(module, *run_arguments, how=DROPPED)
-    assert "Exception ignored in" in done.stderr
+    assert "Exception ignored in" not in done.stderr
     assert (done.returncode, done.stderr.endswith(STOPPED)) == (75, True), done.stderr
+
+
+def test_a_stop_in_a_module_that_imports_nothing_more_is_raised_once_that_is_imported(tmp_path: Path) -> None:
+    code = "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    (tmp_path / "last_one.py").write_text(
+        f"{code}for _ in range(20):\n    time.sleep(0.01)\nprint('whole', flush=True)\n"
+    )
+    code = "import time\nfrom pipeline.stop_signals import stop_signals_raised\nwith stop_signals_raised():\n"
+    code += "    import last_one\n    print('imported', flush=True)\n    time.sleep(60)\n"
+    done = run_code(code, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert "StopSignal: 15" in done.stderr
+    assert done.stdout.startswith("whole\n")
+    # What caught it may import again, and no alarm is left.
+    code = "import signal, sys\n" + code.replace("with stop", "try:\n  with stop").replace("\n    ", "\n      ")
+    code += "except KeyboardInterrupt:\n    import json.tool\n    print(signal.getitimer(signal.ITIMER_REAL))\n"
+    done = run_code(code, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "(0.0, 0.0)"), done.stderr
 
 
 @pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.api", "torch.nn.modules.conv"])
