@@ -121,7 +121,10 @@ def _keep_config(path: Path, config: RunConfig) -> None:
 
 
 def _prepare(config: RunConfig, work_dir: Path, check: Callable[[], None]) -> dict[str, str]:
-    """The plan, unless it is there already (and perhaps edited), checked, and the store; reasons of cases left out."""
+    """The plan, unless it is there already (and perhaps edited), and the store; reasons of cases left out.
+
+    A plan that is made is checked before the store is.
+    """
     plan_path = work_dir / "plan.json"
     common: dict[str, Any] = {name: getattr(config, name) for name in ("dataset", "num_workers", "skip_bad_cases")}
     left_out: dict[str, str] = {}
@@ -130,7 +133,7 @@ def _prepare(config: RunConfig, work_dir: Path, check: Callable[[], None]) -> di
         plan = {**_values(config.plan), **({"probe": "off"} if config.train.hardware.accelerator == "cpu" else {})}
         options = PlanConfig(**plan, **common, **optim, out=str(plan_path), vram=config.vram)
         _, left_out = _collect(api.plan, options)
-    check()
+        check()
     preprocessing = PreprocessConfig(**common, plan=str(plan_path), store=str(work_dir / "store"))
     _, failures = _collect(api.preprocess, preprocessing)
     return {**left_out, **failures}

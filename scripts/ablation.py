@@ -16,7 +16,6 @@ is kept in `--out_dir`, and the same command goes on where it was. The last run 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import resource
 import subprocess
@@ -33,6 +32,8 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.artifacts import read_artifact, write_artifact, write_text
 from pipeline.plan import Plan, Record
 from pipeline.prediction_record import read_records
+from pipeline.training.metrics_table import read_rows
+from pipeline.training.run_folder import RunFolder
 
 HEADER = "| variation | Dice, mean (range) | difference, each seed | seams | steps | CPU s | noise scale |"
 Options = dict[str, Any]
@@ -57,6 +58,10 @@ class Study(Record):
     plan: Options = field(default_factory=dict)
     train: Options = field(default_factory=dict)
     seams: bool = False
+
+    def options(self, command: str, name: str) -> Options:
+        """Of `voxfit plan` or `voxfit train`, for a variation."""
+        return {**getattr(self, command), **self.variations[name].get(command, {})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +165,6 @@ class Trainings:
         """Train one variation with one seed and keep what came of it."""
         run_dir = self.folder / "runs" / f"{name.replace(' ', '_')}-{seed}"
         plan = self._plan(name)
-        train = {**self.study.train, **self.study.variations[name].get("train", {})}
         step = plan.batch_size * plan.accumulate_grad_batches
         steps_per_epoch = max(1, round(self.study.samples / self.study.epochs / step))
         train = {
@@ -171,7 +175,7 @@ class Trainings:
             "max_epochs": self.study.epochs,
             "validate_every_n_epochs": self.study.epochs,
             "iterations_per_epoch": steps_per_epoch * plan.accumulate_grad_batches,
-            **train,
+            **self.study.options("train", name),
         }
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run_voxfit("train", train)
@@ -201,26 +205,24 @@ class Trainings:
         """The plan of a variation, made where it is missing, and with the first one the store."""
         path = self._plan_path(name)
         if not path.exists():
-            options = {**self.study.plan, **self.study.variations[name].get("plan", {})}
-            run_voxfit("plan", {"dataset": self.dataset, "out": path, **options})
+            run_voxfit("plan", {"dataset": self.dataset, "out": path, **self.study.options("plan", name)})
             run_voxfit("preprocess", {"dataset": self.dataset, "plan": path, "store": self.folder / "store"})
         return read_artifact(path, Plan)
 
     def _result(self, name: str, seed: int, run_dir: Path, cpu_seconds: float) -> Result:
-        with (run_dir / "metrics.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        last, prefix = rows[-1], "val_dice_"
-        dice = {key.removeprefix(prefix): float(value) for key, value in last.items() if key.startswith(prefix)}
+        rows, prefix = read_rows(RunFolder(run_dir).metrics), "val_dice_"
+        last = rows[-1]
+        dice = {key.removeprefix(prefix): value for key, value in last.items() if key.startswith(prefix)}
         return Result(
             name=name,
             seed=seed,
             dice=dice.pop("mean"),
             class_dice=dice,
-            train_loss=float(last["train_loss"]),
-            optimizer_steps=int(last["optimizer_step"]),
+            train_loss=last["train_loss"],
+            optimizer_steps=last["optimizer_step"],
             cpu_seconds=round(cpu_seconds, 1),
-            peak_ram_bytes=max(int(row["peak_ram_bytes"]) for row in rows),
-            noise_scale=float(last["noise_scale"]) if last["noise_scale"] else None,
+            peak_ram_bytes=max(row["peak_ram_bytes"] for row in rows),
+            noise_scale=last["noise_scale"],
         )
 
 

@@ -54,7 +54,8 @@ def write_report(
         InputError: `curves_csv` cannot be read, or the report cannot be written.
     """
     colors = class_colors(list(metrics.labels))
-    seams = _seam_shares(metrics, records or {})
+    records = records or {}
+    seams = _seam_shares(metrics, records)
     html = render_page(
         TEMPLATE,
         title=title,
@@ -75,7 +76,7 @@ def write_report(
         columns=[heading for _, heading, _ in COLUMNS],
         class_rows=_class_rows(metrics),
         case_headings=[*_case_headings(metrics), *(["seams"] if seams else [])],
-        many_seams={case_id: f"{share:.0%}" for case_id, share in seams.items() if share > MANY_SEAMS},
+        many_seams={name: f"{share:.0%}" for name, share in seams.items() if records[name].has_many_seams},
         most_seams=f"{MANY_SEAMS:.0%}",
         has_seams=bool(seams),
         case_rows=_case_rows(metrics, seams),

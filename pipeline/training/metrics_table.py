@@ -41,7 +41,7 @@ class MetricsTable:
         self.path, self.is_written = path, is_written
         self.class_names = tuple(class_names)
         self.columns = (*COLUMNS, *(f"val_dice_{name}" for name in class_names), VALIDATION_SECONDS, NOISE_SCALE)
-        self.rows = [row for row in _read(path) if (row["epoch"] or 0) <= keep_epochs] if keep_epochs else []
+        self.rows = [row for row in read_rows(path) if (row["epoch"] or 0) <= keep_epochs] if keep_epochs else []
 
     def append(self, row: Mapping[str, int | float | None]) -> None:
         """Add a row and write the file."""
@@ -62,11 +62,12 @@ class MetricsTable:
 
 def finished_epochs(path: Path) -> Counts:
     """Counts of the last row of a table; none without one."""
-    rows = _read(path)
+    rows = read_rows(path)
     return Counts(**{name: int(rows[-1][name] or 0) for name in COUNT_COLUMNS}) if rows else Counts()
 
 
-def _read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table, numbers as numbers and what is unknown as None; none where there is no file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as stream:

@@ -21,18 +21,6 @@ from pipeline.synthetic import make_synthetic_case
 COMMANDS = ("accuracy", "preprocess", "data_path", "step", "table")
 
 
-@pytest.fixture(scope="module")
-def load(project_root):
-    """Imports a module of `scripts/benchmarks` as when it is run: with its folder on the path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(project_root / "scripts" / "benchmarks")
-        before = set(sys.modules)
-        yield importlib.import_module
-        for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("peers", "run_facts", "against_peers"):
-                sys.modules.pop(name)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_what_it_does(load, command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["against_peers.py", command, "--help"])

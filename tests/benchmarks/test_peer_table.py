@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
 GIB = 2**30
-
-
-@pytest.fixture(scope="module")
-def load(project_root):
-    """Imports a module of `scripts/benchmarks` as when it is run: with its folder on the path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(project_root / "scripts" / "benchmarks")
-        before = set(sys.modules)
-        yield importlib.import_module
-        for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("peers", "run_facts"):
-                sys.modules.pop(name)
 
 
 def make_cell(side, minutes, dice, *, mirrored=None, seed=0):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from run_facts import dated, run_facts, write_results
 
-from peers.arguments import add_common, make_runner
+from peers.arguments import add_common, add_data, make_runner
 from peers.monai_side import MonaiRecipe, MonaiSide
 from peers.nnunet_side import NnunetSide
 from peers.processes import Runner
@@ -44,8 +44,7 @@ def add_parser(commands: Any) -> None:
     """Options of the command."""
     parser = commands.add_parser("accuracy", help=__doc__, description=__doc__)
     add_common(parser)
-    parser.add_argument("--dataset", type=Path, required=True, help="any dataset that voxfit reads")
-    parser.add_argument("--config", type=Path, required=True, help="YAML of `voxfit run` for voxfit's side")
+    add_data(parser)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20, 40], help="budgets of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="nnU-Net's trainer takes none: repeats")
     parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES)

@@ -18,6 +18,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for NAME-DATE.json, or a .json file")
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """What all sides work on, and voxfit's recipe."""
+    parser.add_argument("--dataset", type=Path, required=True, help="any dataset that voxfit reads")
+    parser.add_argument("--config", type=Path, required=True, help="YAML of `voxfit run` for voxfit's side")
+
+
 def make_runner(options: argparse.Namespace) -> Runner:
     """Starts the processes of all sides alike."""
     return Runner(num_cpus=options.num_cpus, logs=options.work_dir / "logs")

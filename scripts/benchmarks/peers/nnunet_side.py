@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from peers.raw_dataset import DATASET_NAME, FOLD, Cases
 from peers.schedule import Pace, Schedule
 from peers.sides import Training, make_key, write_request
 from pipeline.artifacts import write_text
+from pipeline.datasets.splits import Fold
 
 WORKER = Path(__file__).with_name("nnunet_train.py")
 CONFIGURATION = "3d_fullres"
@@ -50,9 +52,13 @@ class NnunetSide:
         command = [self._program("nnUNetv2_plan_and_preprocess"), "-d", "1", "-c", CONFIGURATION]
         command += ["--verify_dataset_integrity", "-npfp", processes, "-np", processes]
         used = self.runner.run("nnunet-plan-preprocess", command, variables=self.variables())
-        fold = {"train": list(self.cases.fold.train), "val": list(self.cases.fold.validation)}
-        write_text(self.preprocessed_dataset / "splits_final.json", json.dumps([fold]))
+        self.write_folds()
         return {"plan and preprocess": used.rounded()}
+
+    def write_folds(self, others: Iterable[Fold] = ()) -> None:
+        """The file that its trainer reads its folds from: the one that all sides train, and others behind it."""
+        folds = [{"train": list(fold.train), "val": list(fold.validation)} for fold in (self.cases.fold, *others)]
+        write_text(self.preprocessed_dataset / "splits_final.json", json.dumps(folds))
 
     def plan(self) -> dict[str, Any]:
         """Its plans, as they are written."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from contextlib import ExitStack
@@ -12,31 +11,29 @@ from typing import Any
 
 from run_facts import write_results
 
-from peers.accuracy import make_sides, prepare_once
-from peers.arguments import add_common, make_runner
+from peers.accuracy import SIDES, make_sides, prepare_once
+from peers.arguments import add_common, add_data, make_runner
 from peers.json_worker import JsonWorker
 from peers.monai_side import MonaiSide
 from peers.nnunet_side import NnunetSide
-from peers.ratios import peer_versions
+from peers.ratios import median_and_range, peer_versions
 from peers.raw_dataset import Cases, make_cases
 from peers.sides import Side, write_request
-from pipeline.artifacts import write_text
+from pipeline.datasets.splits import Fold
 
 HERE = Path(__file__).parent
-NAMES = ("voxfit", "nnunet", "monai")
 
 
 def add_parser(commands: Any) -> None:
     """Options of the command."""
     parser = commands.add_parser("data_path", help=__doc__, description=__doc__)
     add_common(parser)
-    parser.add_argument("--dataset", type=Path, required=True, help="any dataset that voxfit reads")
-    parser.add_argument("--config", type=Path, required=True, help="YAML of `voxfit run` for voxfit's side")
+    add_data(parser)
     parser.add_argument("--num_cases", type=int, nargs="+", default=[5, 50, 195], help="cases that patches come from")
     parser.add_argument("--rounds", type=int, default=10, help="blocks of every side in turns")
     parser.add_argument("--block", type=int, default=100, help="patches per block")
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="of which the ratios are")
-    parser.set_defaults(run=run, sides=list(NAMES), monai_optimizer="sgd", monai_lr=0.0, monai_batch_size=1)
+    parser.set_defaults(run=run, sides=list(SIDES), monai_optimizer="sgd", monai_lr=0.0, monai_batch_size=1)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -48,11 +45,13 @@ def run(options: argparse.Namespace) -> None:
     ids = [case.case_id for case in cases.source.cases]
     # Never more than there are, and each number once.
     counts = sorted({min(num, len(ids)) for num in options.num_cases})
-    write_folds(sides["nnunet"], cases, [ids[:num] for num in counts])
+    # After the fold that trainings use, one for each number; two of its cases stand for the validation as well.
+    nnunet: NnunetSide = sides["nnunet"]
+    nnunet.write_folds(Fold(train=tuple(ids[:num]), validation=tuple(ids[:num][:2])) for num in counts)
     rows = []
     for fold, num in enumerate(counts, start=1):
         with ExitStack() as stack:
-            workers = {name: stack.enter_context(start_worker(name, sides, cases, ids[:num], fold)) for name in NAMES}
+            workers = {name: stack.enter_context(start_worker(name, sides, cases, ids[:num], fold)) for name in SIDES}
             rows.append({"num_cases": num, **measure(workers, options)})
         print(describe(rows[-1]), flush=True)
     settings = {"patch_size": sides["voxfit"].plan()["patch_size"], "rounds": options.rounds, "block": options.block}
@@ -63,13 +62,6 @@ def run(options: argparse.Namespace) -> None:
         "rows": rows,
     }
     print(write_results(options.out, "data-path", results))
-
-
-def write_folds(nnunet: NnunetSide, cases: Cases, groups: list[list[str]]) -> None:
-    """After the fold that trainings use, one for each group of cases; two of them stand for the validation as well."""
-    first = {"train": list(cases.fold.train), "val": list(cases.fold.validation)}
-    folds = [first, *({"train": group, "val": group[:2]} for group in groups)]
-    write_text(nnunet.preprocessed_dataset / "splits_final.json", json.dumps(folds))
 
 
 def start_worker(name: str, sides: dict[str, Side], cases: Cases, ids: list[str], fold: int) -> JsonWorker:
@@ -102,13 +94,10 @@ def summarise(rounds: list[dict[str, dict[str, float]]], clock: str) -> dict[str
     """Median patches per second of every side, and of voxfit's ratio to each other one, taken within a round."""
     rates = [{name: block["patches"] / block[clock] for name, block in each.items()} for each in rounds]
     others = [name for name in rates[0] if name != "voxfit"]
-    ratios = {name: sorted(each["voxfit"] / each[name] for each in rates) for name in others}
+    ratios = {name: [each["voxfit"] / each[name] for each in rates] for name in others}
     return {
         "patches_per_second": {name: round(statistics.median(each[name] for each in rates), 1) for name in rates[0]},
-        "times": {
-            name: {"median": round(statistics.median(found), 2), "range": [round(found[0], 2), round(found[-1], 2)]}
-            for name, found in ratios.items()
-        },
+        "times": {name: median_and_range(found, digits=2) for name, found in ratios.items()},
     }
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from pathlib import Path
 from typing import Any
 
 from run_facts import write_results
 
 from peers.accuracy import make_sides
-from peers.arguments import add_common, make_runner
+from peers.arguments import add_common, add_data, make_runner
 from peers.ratios import MEASURES, describe_ratios, peer_versions, ratios_of
 from peers.raw_dataset import make_cases
 
@@ -19,8 +18,7 @@ def add_parser(commands: Any) -> None:
     """Options of the command."""
     parser = commands.add_parser("preprocess", help=__doc__, description=__doc__)
     add_common(parser)
-    parser.add_argument("--dataset", type=Path, required=True, help="any dataset that voxfit reads")
-    parser.add_argument("--config", type=Path, required=True, help="YAML of `voxfit run` for voxfit's side")
+    add_data(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.set_defaults(run=run, sides=["nnunet"], monai_optimizer="sgd", monai_lr=0.0, monai_batch_size=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ MEASURES = ("wall_seconds", "cpu_seconds", "peak_bytes")
 PEER_PACKAGES = ("nnunetv2", "batchgenerators", "batchgeneratorsv2", "dynamic-network-architectures", "monai", "torch")
 
 
-def ratios_of(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
+def ratios_of(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Of each measure the median and the range of voxfit's over nnU-Net's, taken within a round."""
-    found = {
-        measure: sorted(each["voxfit"][measure] / each["nnunet"][measure] for each in rounds) for measure in MEASURES
-    }
     return {
-        measure: {"median": round(statistics.median(each), 3), "range": [round(each[0], 3), round(each[-1], 3)]}
-        for measure, each in found.items()
+        measure: median_and_range([each["voxfit"][measure] / each["nnunet"][measure] for each in rounds], digits=3)
+        for measure in MEASURES
     }
+
+
+def median_and_range(values: Sequence[float], *, digits: int) -> dict[str, Any]:
+    """For a results file."""
+    least, middle, most = (round(each, digits) for each in (min(values), statistics.median(values), max(values)))
+    return {"median": middle, "range": [least, most]}
 
 
 def describe_ratios(ratios: dict[str, dict[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from peers.raw_dataset import FOLD, Cases
 from peers.schedule import Pace, Schedule
 from peers.sides import Training, make_key
 from pipeline.artifacts import write_artifact
+from pipeline.training.metrics_table import read_rows
+from pipeline.training.run_folder import RunFolder
 
 COMMAND = (sys.executable, "-m", "pipeline")
 
@@ -101,14 +102,13 @@ class VoxfitSide:
         return path
 
     def _read(self, folder: Path, schedule: Schedule, usage: Usage) -> Training:
-        with (folder / "metrics.csv").open() as stream:
-            rows = list(csv.DictReader(stream))
+        rows = read_rows(RunFolder(folder).metrics)
         later = rows[1:] or rows
-        seconds = sum(float(row["seconds"]) for row in rows)
-        scored = [float(row["validation_seconds"]) for row in rows if row["validation_seconds"]]
+        seconds = sum(row["seconds"] for row in rows)
+        scored = [row["validation_seconds"] for row in rows if row["validation_seconds"]]
         whole = logged_seconds((folder / "log.txt").read_text())
         pace = Pace(
-            iteration=sum(float(row["seconds"]) for row in later) / len(later) / schedule.iterations_per_epoch,
+            iteration=sum(row["seconds"] for row in later) / len(later) / schedule.iterations_per_epoch,
             epoch=max(0.0, whole - seconds - sum(scored)) / len(rows),
             validation=sum(scored) / len(scored),
         )
@@ -117,7 +117,7 @@ class VoxfitSide:
         return Training(
             seconds=whole,
             pace=pace,
-            iterations=int(rows[-1]["iteration"]),
+            iterations=rows[-1]["iteration"],
             batch_size=record["batch_size"],
             patch_size=tuple(record["patch_size"]),
             usage=usage,
