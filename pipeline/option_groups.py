@@ -48,8 +48,8 @@ class AugmentationConfig(Checked):
     """Where they are computed; auto is the GPU in batch when there is one, data workers otherwise."""
     mirror: float = 0.5
     """Per allowed axis."""
-    mirror_axes: tuple[int, ...] = (0, 1, 2)
-    """Axes (i, j, k) that may be mirrored; leave out left-right (0) where sides are classes."""
+    mirror_axes: tuple[int, ...] | Auto = "auto"
+    """Axes (i, j, k) that may be mirrored; auto is the plan's: those along which no two classes keep an order."""
     rotate: float = 0.2
     """Rotation about all axes by up to 30 degrees; in the plane only when the patch is anisotropic."""
     scale: float = 0.2
@@ -71,9 +71,19 @@ class AugmentationConfig(Checked):
         """What is wrong with these values, each as `group.key: problem`."""
         names = ("mirror", "rotate", "scale", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
         found = within_unit(self, *names, prefix="augmentation.")
-        if not set(self.mirror_axes) <= {0, 1, 2}:
+        if not isinstance(self.mirror_axes, str) and not set(self.mirror_axes) <= {0, 1, 2}:
             found.append(f"augmentation.mirror_axes: only 0, 1 and 2 exist, got {list(self.mirror_axes)}")
         return found
+
+    def mirrored_axes(self, planned: tuple[int, ...]) -> tuple[int, ...]:
+        """Axes that patches are mirrored along.
+
+        Args:
+            planned: Those of the plan.
+        """
+        if not (self.enabled and self.mirror):
+            return ()
+        return planned if isinstance(self.mirror_axes, str) else self.mirror_axes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,7 @@ class Plan(Record):
         anisotropic_axis: The axis that is resampled apart from the other two, or None.
         median_shape: Median case at the target spacing, after cropping.
         patch_size: Training patch and inference window along i, j, k.
+        mirror_axes: Axes that trainings mirror unless told otherwise: those along which no two classes keep an order.
         batch_size: Patches per device and iteration.
         accumulate_grad_batches: Iterations per optimiser step.
         precision: "auto" lets the device decide at training time (bf16 where it has it).
@@ -192,6 +193,7 @@ class Plan(Record):
     anisotropic_axis: Literal[0, 1, 2] | None = None
     median_shape: Shape3
     patch_size: Shape3
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 1
     accumulate_grad_batches: int = 1
     precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true"] = "auto"
@@ -308,6 +310,8 @@ class Plan(Record):
 
     def _channel_problems(self) -> list[str]:
         found = [] if min(self.target_spacing) > 0 else ["target_spacing: must be positive"]
+        if not set(self.mirror_axes) <= {0, 1, 2}:
+            found.append(f"mirror_axes: only 0, 1 and 2 exist, got {list(self.mirror_axes)}")
         for index, channel in enumerate(self.channels):
             if channel.std <= 0:
                 found.append(f"channels.{index}.std: must be positive, got {channel.std}")

@@ -104,8 +104,7 @@ def examine_case(case: Case, *, num_channels: int, labels: Mapping[str, int], ig
     has_foreground = label is not None and label_has_classes(counts, labels, ignore_value, findings)
     measured = None
     if image is not None and label is not None and grids_agree(image, label, findings) and usable:
-        foreground = (label.array[0] > 0) & (label.array[0] != (0 if ignore_value is None else ignore_value))
-        measured = measure_case(case, image, foreground, tuple(counts.get(value, 0) for value in labels.values()))
+        measured = measure_case(case, image, label, tuple(labels.values()), ignore_value, counts)
     return Examined(
         case_id=case.case_id,
         problems=tuple(findings.problems),

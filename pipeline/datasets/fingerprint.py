@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.datasets.case import Dataset
+from pipeline.datasets.class_order import ClassOrder, class_orders
 from pipeline.datasets.examination import Examined, examine_cases
 from pipeline.datasets.measurement import CaseFingerprint, Measured
 from pipeline.errors import CasesFailedError, InputError
@@ -44,6 +45,7 @@ class Fingerprint(Record):
         channel_names, labels, ignore_value: As in the dataset.
         channels: Statistics of each channel.
         cases: Sizes of each case, sorted by id.
+        class_orders: The two classes that keep an order best, of each axis.
         left_out: Why a case is not in here, by case id.
     """
 
@@ -55,6 +57,7 @@ class Fingerprint(Record):
     ignore_value: int | None
     channels: tuple[ChannelStatistics, ...]
     cases: tuple[CaseFingerprint, ...]
+    class_orders: tuple[ClassOrder, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -97,6 +100,7 @@ def make_fingerprint(
         ignore_value=dataset.ignore_value,
         channels=tuple(_statistics(measured, channel) for channel in range(len(dataset.channel_names))),
         cases=tuple(one.fingerprint for one in measured),
+        class_orders=class_orders([one.class_centers for one in measured], list(dataset.labels)),
         left_out=reasons,
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.case import Case
+from pipeline.datasets.class_order import class_centers
 from pipeline.geometry import Shape3, Spacing
 from pipeline.io.volume import Volume, foreground_box
 from pipeline.plan import Record
@@ -45,24 +47,30 @@ class Measured:
         fingerprint: Sizes.
         foreground: (C, N) float32, a seeded sample of at most 10,000 voxels with a label above 0.
         foreground_range: (C, 2) float32, least and greatest of all such voxels; (C, 0) when there are none.
+        class_centers: (classes, 3) float64 voxel indices, see `class_order.class_centers`; the background has none.
     """
 
     fingerprint: CaseFingerprint
     foreground: NDArray[np.float32]
     foreground_range: NDArray[np.float32]
+    class_centers: NDArray[np.float64]
 
 
 def measure_case(
-    case: Case, image: Volume, foreground: NDArray[np.bool_], voxels_by_class: tuple[int, ...]
+    case: Case, image: Volume, label: Volume, values: Sequence[int], ignore_value: int | None, counts: Mapping[int, int]
 ) -> Measured:
     """Measure a case whose image and label have been checked.
 
     Args:
         case: Whose id also seeds the sample.
         image: (C, I, J, K).
-        foreground: (I, J, K), where the label is above 0 and not ignored.
-        voxels_by_class: Voxels of each class of the dataset.
+        label: (1, I, J, K) on the same grid.
+        values: In the label, by class of the dataset.
+        ignore_value: Value of ignored voxels.
+        counts: Voxels of the label by value.
     """
+    # Where the label is above 0 and not ignored.
+    foreground = (label.array[0] > 0) & (label.array[0] != (0 if ignore_value is None else ignore_value))
     i, j, k = (int(part.stop - part.start) for part in foreground_box(image.array))
     voxels = image.array[:, foreground]
     sample = voxels
@@ -78,8 +86,9 @@ def measure_case(
             shape=image.grid.shape,
             spacing=image.spacing,
             cropped_shape=(i, j, k),
-            voxels_by_class=voxels_by_class,
+            voxels_by_class=tuple(counts.get(value, 0) for value in values),
         ),
         foreground=sample,
         foreground_range=np.stack(extremes, axis=1) if extremes else np.empty((image.num_channels, 0), np.float32),
+        class_centers=class_centers(label.array[0], foreground, values),
     )

@@ -9,6 +9,7 @@ from statistics import median
 
 from pipeline.artifacts import content_hash, to_json
 from pipeline.config import PlanConfig
+from pipeline.datasets.class_order import mirror_axes
 from pipeline.datasets.fingerprint import ChannelStatistics, Fingerprint
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
@@ -17,7 +18,7 @@ from pipeline.plan import ChannelPlan, NormalizationScheme, Plan, Rung
 from pipeline.planning.budget import format_budget, format_need
 from pipeline.planning.candidates import patch_candidates
 from pipeline.planning.ladder import list_candidates, list_fallbacks
-from pipeline.planning.reasons import Choice, explain_choice, explain_normalization
+from pipeline.planning.reasons import Choice, explain_choice, explain_mirroring, explain_normalization
 from pipeline.planning.rung_meter import RungMeter
 from pipeline.planning.search import Families, choose_batch, choose_rung, leanest_ways
 from pipeline.planning.spacing import TargetGrid, make_target_grid
@@ -65,6 +66,7 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int
         anisotropic_axis=target.anisotropic_axis,
         median_shape=target.median_shape,
         patch_size=choice.rung.patch_size,
+        mirror_axes=mirror_axes(fingerprint.class_orders),
         batch_size=choice.rung.batch_size,
         accumulate_grad_batches=choice.rung.accumulate_grad_batches,
         precision=config.precision,
@@ -80,6 +82,7 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig, *, budget_bytes: int
             target.reason,
             *explain_normalization(channels, _cropped_share(fingerprint)),
             *explain_choice(choice, config, target, budget_bytes),
+            *explain_mirroring(fingerprint.class_orders),
         ),
     )
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from pipeline.config import PlanConfig
+from pipeline.datasets.class_order import ClassOrder
 from pipeline.geometry import Shape3, format_shape
 from pipeline.plan import GIB, ChannelPlan, Rung
 from pipeline.planning.budget import format_need
 from pipeline.planning.executions import OFFLOAD_TIME_FACTOR, RECOMPUTE_TIME_FACTOR, SLAB_TIME_FACTORS
 from pipeline.planning.spacing import TargetGrid
+
+AXIS_WORDS = ("left-right", "back-front", "down-up")
+TOWARDS = ("right", "to the front", "up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,21 @@ def explain_normalization(channels: tuple[ChannelPlan, ...], cropped_share: floa
     return (
         f"Mean and spread of {', '.join(masked)} are taken over the body alone (voxels that are not 0, holes filled),"
         f" because cropping to it leaves {cropped_share:.0%} of the voxels of the median case.",
+    )
+
+
+def explain_mirroring(orders: Sequence[ClassOrder]) -> tuple[str, ...]:
+    """A sentence for each axis that is not mirrored.
+
+    Args:
+        orders: Of the fingerprint.
+    """
+    return tuple(
+        f"Axis {order.axis} ({AXIS_WORDS[order.axis]}) is not mirrored in training: {order.upper} lies further"
+        f" {TOWARDS[order.axis]} than {order.lower} in {order.share:.0%} of {order.num_cases} cases, and mirroring"
+        " would hide that. --augmentation.mirror_axes sets others."
+        for order in orders
+        if order.is_kept
     )
 
 

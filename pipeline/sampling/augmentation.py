@@ -73,6 +73,7 @@ class Augmentation:
         spacing: Voxel size along i, j, k, so that rotations are rigid in millimetres.
         anisotropic_axis: The axis of thick slices: rotation stays in the plane across it, and nothing is zoomed,
             blurred or thinned out along it. None where voxels are near to cubes.
+        mirror_axes: Axes that are mirrored where the configuration leaves them to the plan.
     """
 
     def __init__(
@@ -83,12 +84,14 @@ class Augmentation:
         num_channels: int,
         spacing: Spacing = (1.0, 1.0, 1.0),
         anisotropic_axis: int | None = None,
+        mirror_axes: tuple[int, ...] = (0, 1, 2),
     ) -> None:
         self.config = config
         self.patch_size = patch_size
         self.num_channels = num_channels
         self.spacing = spacing
         self.anisotropic_axis = anisotropic_axis
+        self.mirror_axes = config.mirrored_axes(mirror_axes)
 
     def draw(self, rng: np.random.Generator) -> AugmentationParameters:
         """Draw the changes of one patch."""
@@ -159,7 +162,7 @@ class Augmentation:
 
     def _draw_mirrored(self, rng: np.random.Generator) -> tuple[bool, bool, bool]:
         i, j, k = (bool(draw < self.config.mirror) for draw in rng.random(3))
-        allowed = self.config.mirror_axes
+        allowed = self.mirror_axes
         return i and 0 in allowed, j and 1 in allowed, k and 2 in allowed
 
     def _draw_channel(self, rng: np.random.Generator) -> ChannelParameters:

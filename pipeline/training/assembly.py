@@ -66,6 +66,7 @@ def make_data(
             num_channels=plan.num_channels,
             spacing=plan.target_spacing,
             anisotropic_axis=plan.anisotropic_axis,
+            mirror_axes=plan.mirror_axes,
         )
     dataset = PatchDataset(
         store_folder,

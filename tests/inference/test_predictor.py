@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.artifacts import write_artifact
 from pipeline.datasets.dataset import Case
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.inference.case_files import predict_files
@@ -218,6 +220,9 @@ def test_mirroring_follows_what_training_did(make_plan: Callable[..., Plan], mak
     mirrored = Predictor.from_run(run_dir, accelerator="cpu", num_threads=1, tta="mirror")
     assert mirrored.tta_axes == (1, 2)
     assert Predictor.from_run(run_dir, accelerator="cpu", num_threads=1).tta_axes == ()
+    write_artifact(run_dir / "plan.json", replace(make_plan(), mirror_axes=(0,)))
+    (run_dir / "config.yaml").write_text("augmentation: {mirror_axes: auto}")
+    assert Predictor.from_run(run_dir, accelerator="cpu", num_threads=1, tta="mirror").tta_axes == (0,)
     (run_dir / "config.yaml").write_text("augmentation: {mirror: 0.0}")
     with pytest.raises(InputError, match="trained without mirroring"):
         Predictor.from_run(run_dir, accelerator="cpu", num_threads=1, tta="mirror")

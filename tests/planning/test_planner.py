@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pipeline.config import PlanConfig
+from pipeline.datasets.class_order import ClassOrder
 from pipeline.datasets.fingerprint import Fingerprint
 from pipeline.errors import InputError
 from pipeline.plan import GIB, Execution, Plan
@@ -187,6 +188,19 @@ def test_every_choice_has_its_reason(plan: Plan) -> None:
         "an estimate",
     ):
         assert word in text
+
+
+def test_axes_on_which_classes_keep_an_order_are_not_mirrored(fingerprint_of: FingerprintOf) -> None:
+    orders = tuple(
+        ClassOrder(axis=axis, lower="class 2", upper="class 1", share=share, num_cases=40)
+        for axis, share in enumerate((0.6, 0.975, 0.9))
+    )
+    fingerprint = replace(fingerprint_of((16, 24, 16)), class_orders=orders)
+    plan = make_plan(fingerprint, tiny_config(), budget_bytes=8 * GIB)
+    assert plan.mirror_axes == (0, 2)
+    (note,) = [note for note in plan.notes if "mirrored" in note]
+    for word in ("Axis 1 (back-front)", "class 1 lies further to the front than class 2 in 98% of 40 cases"):
+        assert word in note
 
 
 def test_an_automatic_batch_fills_the_budget_once_the_volume_is_covered(fingerprint_of: FingerprintOf) -> None:

@@ -141,6 +141,14 @@ def test_labels_keep_their_values_and_outside_is_background() -> None:
     assert float(image[0][0, 0, 0]) == 0.0
 
 
+@pytest.mark.parametrize(("axes", "expected"), [("auto", (1,)), ((0, 2), (0, 2)), ((), ())])
+def test_axes_that_are_left_to_the_plan_are_the_plans(axes: object, expected: tuple[int, ...]) -> None:
+    config = AugmentationConfig(mirror=1.0, mirror_axes=axes)  # type: ignore[arg-type]
+    augmentation = Augmentation(config, patch_size=(4, 6, 5), num_channels=1, mirror_axes=(1,))
+    drawn = augmentation.draw(np.random.default_rng(0))
+    assert drawn.mirrored == tuple(axis in expected for axis in range(3))
+
+
 def test_mirroring_flips_the_drawn_axes_of_image_and_label() -> None:
     augmentation = make_augmentation(**{**NEVER, "mirror": 1.0, "mirror_axes": (0, 2)})
     image, label = make_box(shape=PATCH)
