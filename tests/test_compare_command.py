@@ -26,6 +26,7 @@ from pipeline.cli import main
 from pipeline.compare_config import CompareConfig
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold, Splits
+from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import MEAN_ROW, Comparison
 from pipeline.evaluation.metrics import ClassScores
@@ -278,6 +279,13 @@ def test_samples_count_the_first_batch_and_all_processes_and_hours_the_validatio
     assert (found.peak_vram_bytes, found.peak_ram_bytes) == (None, 2**30 + 3)
     assert found.step_downs == ("in backward after optimiser step 7: batch size 4 to 2",)
     assert (found.best_epoch, found.best_dice) == (3, pytest.approx(0.6))
+
+
+def test_wall_time_is_the_record_s_and_is_said_to_be_unknown_where_it_was_not_counted(write_run):
+    runs = [write_run("a", record={"wall_seconds": 7384.0}), write_run("b")]
+    assert [run.wall_seconds for run in compare(*runs).runs] == [7384.0, None]
+    page = (runs[0].parent / "page" / "compare.html").read_text()
+    assert f'<td data-value="7384.0">{format_duration(7384.0)}</td>' in page
 
 
 def test_runs_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths(write_run):
