@@ -45,6 +45,7 @@ class Heartbeat(Record):
         total_steps: Optimiser steps in all.
         seconds_per_step: Of late, data included; None before the second step of a start.
         eta_seconds: What is left, validations included; None while that is unknown.
+        wall_seconds: What all starts took until then; None where one of them did not count.
         peak_ram_bytes, peak_vram_bytes: Of the processes, and of tensors on the GPU.
         host, pid, slurm_job_id: Who; "" outside of SLURM.
     """
@@ -61,6 +62,7 @@ class Heartbeat(Record):
     total_steps: int
     seconds_per_step: float | None = None
     eta_seconds: float | None = None
+    wall_seconds: float | None = None
     peak_ram_bytes: int = 0
     peak_vram_bytes: int = 0
     host: str = field(default_factory=socket.gethostname)

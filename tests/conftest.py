@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.geometry import Grid
 from pipeline.io.volume import Volume
+from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
 from pipeline.synthetic import make_synthetic_case
 from pipeline.synthetic_dicom import (
     PlantedIdentity,
@@ -51,6 +52,44 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("real volumes are not beside the project (../shared/data)")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def two_stages() -> Callable[..., NetworkPlan]:
+    """Makes the plan of a network of two small stages; options as in `NetworkPlan`."""
+
+    def make(**options: Any) -> NetworkPlan:
+        network = NetworkPlan(
+            features_per_stage=(4, 8),
+            strides=((1, 1, 1), (2, 2, 2)),
+            kernel_sizes=((3, 3, 3), (3, 3, 3)),
+            num_blocks_per_stage=(1, 1),
+            num_groups=2,
+        )
+        return replace(network, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plan_of(two_stages: Callable[..., NetworkPlan]) -> Callable[..., Plan]:
+    """Makes a plan of one channel, one organ and such a network; options as in `Plan`."""
+
+    def make(**options: Any) -> Plan:
+        plan = Plan(
+            dataset_name="synthetic",
+            fingerprint_hash="0",
+            channels=(ChannelPlan(name="T1", scheme="none"),),
+            labels={"background": 0, "organ": 1},
+            target_spacing=(1.0, 1.0, 1.0),
+            median_shape=(20, 20, 20),
+            patch_size=(16, 16, 16),
+            network=two_stages(),
+            memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
+        )
+        return replace(plan, **options)
+
+    return make
 
 
 @dataclass(frozen=True, eq=False)

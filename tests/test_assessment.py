@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -16,31 +16,11 @@ from pipeline.cli import main
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import InputError
 from pipeline.inference.postprocess import FILE_NAME, Postprocessing
-from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.plan import Plan
 from pipeline.postprocess_config import PostprocessConfig
 
 AFFINE = np.array([[1.0, 0.1, 0.0, 4.0], [-0.1, 1.19, 0.1, -3.0], [0.0, -0.1, 1.497, 8.0], [0, 0, 0, 1]])
 CASES = [f"case_{number}" for number in range(6)]
-
-
-def make_plan(labels: dict[str, int]) -> Plan:
-    return Plan(
-        dataset_name="synthetic",
-        fingerprint_hash="0",
-        channels=(ChannelPlan(name="T1", scheme="none"),),
-        labels=labels,
-        target_spacing=(1.0, 1.0, 1.0),
-        median_shape=(20, 20, 20),
-        patch_size=(16, 16, 16),
-        network=NetworkPlan(
-            features_per_stage=(4, 8),
-            strides=((1, 1, 1), (2, 2, 2)),
-            kernel_sizes=((3, 3, 3), (3, 3, 3)),
-            num_blocks_per_stage=(1, 1),
-            num_groups=2,
-        ),
-        memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
-    )
 
 
 def write_label(path: Path, *, speck: int = 0) -> None:
@@ -52,7 +32,7 @@ def write_label(path: Path, *, speck: int = 0) -> None:
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> list[Path]:
+def runs(plan_of: Callable[..., Plan], tmp_path: Path) -> list[Path]:
     """Three folds of two cases each, whose predictions lie in one folder and in each run folder."""
     parts = [CASES[:2], CASES[2:4], CASES[4:]]
     folds = tuple(
@@ -61,7 +41,7 @@ def runs(tmp_path: Path) -> list[Path]:
     run_dirs = [tmp_path / f"fold_{fold}" for fold in range(3)]
     for number, (run_dir, part) in enumerate(zip(run_dirs, parts, strict=True)):
         run_dir.mkdir()
-        write_artifact(run_dir / "plan.json", make_plan({"background": 0, "organ": 1}))
+        write_artifact(run_dir / "plan.json", plan_of(labels={"background": 0, "organ": 1}))
         write_artifact(run_dir / "splits.json", Splits(folds=folds, seed=0))
         (run_dir / "config.yaml").write_text(f"fold: {number}\n")
         for case_id in part:
@@ -99,11 +79,13 @@ def test_too_few_cases_of_one_fold_are_enough_of_all(runs: list[Path]) -> None:
     assert len(api.postprocess(options(runs)).case_ids) == 6
 
 
-def test_runs_of_other_classes_or_with_the_same_case_twice_are_refused(runs: list[Path]) -> None:
+def test_runs_of_other_classes_or_with_the_same_case_twice_are_refused(
+    runs: list[Path], plan_of: Callable[..., Plan]
+) -> None:
     write_label(runs[2] / "validation" / "case_0.nii.gz")
     with pytest.raises(InputError, match=r"fold_2/validation: case_0 is predicted in .*fold_0/validation as well"):
         api.postprocess(options(runs))
-    write_artifact(runs[1] / "plan.json", make_plan({"background": 0, "tumour": 1}))
+    write_artifact(runs[1] / "plan.json", plan_of(labels={"background": 0, "tumour": 1}))
     with pytest.raises(InputError, match=r"fold_1: has other classes than .*fold_0"):
         api.postprocess(options(runs))
     assert not any((run_dir / FILE_NAME).exists() for run_dir in runs)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,27 +19,11 @@ from pipeline.errors import CasesFailedError, InputError
 from pipeline.inference.case_files import predict_files
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.predictor import Predictor
-from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.plan import Plan
 from pipeline.prediction_record import MANY_SEAMS, PredictionRecord, read_records, record_path
 
 AFFINE = np.array([[0.9, 0.1, 0.0, 4.0], [-0.1, 1.19, 0.1, -3.0], [0.0, -0.1, 1.497, 8.0], [0, 0, 0, 1]])
-PLAN = Plan(
-    dataset_name="synthetic",
-    fingerprint_hash="0",
-    channels=(ChannelPlan(name="T1", scheme="none"),),
-    labels={"background": 0, "organ": 4},
-    target_spacing=(0.9, 1.2, 1.5),
-    median_shape=(20, 20, 20),
-    patch_size=(12, 16, 8),
-    precision="32-true",
-    network=NetworkPlan(
-        features_per_stage=(4, 8),
-        strides=((1, 1, 1), (2, 2, 2)),
-        kernel_sizes=((3, 3, 3), (3, 3, 3)),
-        num_blocks_per_stage=(1, 1),
-    ),
-    memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
-)
+Predict = Callable[..., None]
 RECORD = PredictionRecord(case_id="a", seconds=1.5, windows=8, compared_voxels=200, disagreeing_voxels=30)
 
 
@@ -59,13 +45,25 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def predict(images: Path, out: Path, *, seams: bool = True, network: nn.Module | None = None, **options: bool) -> None:
-    predictor = Predictor(network or OfMean(), PLAN)
-    predictor.count_seams = seams
-    predict_files(predictor, find_inputs(images), out, **options)
+@pytest.fixture
+def plan(plan_of: Callable[..., Plan]) -> Plan:
+    labels, spacing = {"background": 0, "organ": 4}, (0.9, 1.2, 1.5)
+    return plan_of(labels=labels, target_spacing=spacing, patch_size=(12, 16, 8), precision="32-true")
 
 
-def test_each_segmentation_has_a_record_of_windows_time_and_seams(images: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def predict(plan: Plan) -> Predict:
+    def run(images: Path, out: Path, *, seams: bool = True, network: nn.Module | None = None, **options: Any) -> None:
+        predictor = Predictor(network or OfMean(), plan)
+        predictor.count_seams = seams
+        predict_files(predictor, find_inputs(images), out, **options)
+
+    return run
+
+
+def test_each_segmentation_has_a_record_of_windows_time_and_seams(
+    predict: Predict, images: Path, tmp_path: Path
+) -> None:
     predict(images, tmp_path / "out")
     found = read_records(tmp_path / "out", ["one", "several", "none of these"])
     assert list(found) == ["one", "several"]
@@ -78,27 +76,26 @@ def test_each_segmentation_has_a_record_of_windows_time_and_seams(images: Path, 
     assert all(record.seconds > 0 for record in found.values())
 
 
-def test_what_was_not_counted_is_not_said_to_be_none(images: Path, tmp_path: Path) -> None:
+def test_what_was_not_counted_is_not_said_to_be_none(predict: Predict, images: Path, tmp_path: Path) -> None:
     predict(images, tmp_path / "out", seams=False)
     record = read_records(tmp_path / "out", ["several"])["several"]
     assert (record.compared_voxels, record.seam_share, record.has_many_seams) == (None, None, False)
 
 
-def test_a_segmentation_that_is_kept_keeps_its_record(images: Path, tmp_path: Path) -> None:
+def test_a_segmentation_that_is_kept_keeps_its_record(predict: Predict, images: Path, tmp_path: Path) -> None:
     predict(images, tmp_path / "out")
     before = record_path(tmp_path / "out", "several").read_bytes()
     predict(images, tmp_path / "out", seams=False)
     assert record_path(tmp_path / "out", "several").read_bytes() == before
     # Maps that are made later are no news of the segmentation.
-    predictor = Predictor(OfMean(), PLAN)
-    predict_files(predictor, find_inputs(images), tmp_path / "out", formats=("nifti", "entropy"))
+    predict(images, tmp_path / "out", seams=False, formats=("nifti", "entropy"))
     assert (tmp_path / "out" / "uncertainty" / "several.nii.gz").is_file()
     assert record_path(tmp_path / "out", "several").read_bytes() == before
     predict(images, tmp_path / "out", seams=False, overwrite=True)
     assert record_path(tmp_path / "out", "several").read_bytes() != before
 
 
-def test_a_case_that_fails_has_no_record(images: Path, tmp_path: Path) -> None:
+def test_a_case_that_fails_has_no_record(predict: Predict, images: Path, tmp_path: Path) -> None:
     class Short(OfMean):
         def forward(self, x: Tensor) -> Tensor:
             # The smaller case is padded to a window.

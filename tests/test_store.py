@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.geometry import Grid
-from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.plan import ChannelPlan, Plan
 from pipeline.store import IGNORE_INDEX, CaseSource, CaseStore, PatchLocation, SourceFile, StoreInfo, fill_store
 from pipeline.store.chunks import fitted_chunks, read_array, write_array
 from pipeline.store.foreground import MAX_SAMPLED_VOXELS
@@ -303,28 +304,19 @@ def test_a_store_of_another_schema_version_is_refused(store: CaseStore) -> None:
         CaseStore.create(store.folder, INFO)
 
 
-def make_plan() -> Plan:
-    return Plan(
-        dataset_name="x",
-        fingerprint_hash="x",
+@pytest.fixture
+def plan(plan_of: Callable[..., Plan]) -> Plan:
+    return plan_of(
         channels=INFO.channels,
         labels=INFO.labels,
         ignore_value=INFO.ignore_value,
         target_spacing=INFO.target_spacing,
         median_shape=SHAPE,
         patch_size=(16, 12, 20),
-        network=NetworkPlan(
-            features_per_stage=(4, 8),
-            strides=((1, 1, 1), (2, 2, 2)),
-            kernel_sizes=((3, 3, 3), (3, 3, 3)),
-            num_blocks_per_stage=(1, 1),
-        ),
-        memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
     )
 
 
-def test_a_store_of_another_plan_names_every_difference(store: CaseStore) -> None:
-    plan = make_plan()
+def test_a_store_of_another_plan_names_every_difference(store: CaseStore, plan: Plan) -> None:
     store.check_plan(plan)
     other = replace(plan, target_spacing=(2.0, 1.0, 1.5), labels={"background": 0, "organ": 5, "bone": 3})
     with pytest.raises(InputError) as caught:
@@ -335,8 +327,7 @@ def test_a_store_of_another_plan_names_every_difference(store: CaseStore) -> Non
     assert "ignore_value" not in message
 
 
-def test_what_voxels_do_not_depend_on_may_differ(store: CaseStore) -> None:
-    plan = make_plan()
+def test_what_voxels_do_not_depend_on_may_differ(store: CaseStore, plan: Plan) -> None:
     renamed = (replace(plan.channels[0], name="FLAIR", mean=3.0, std=7.0), plan.channels[1])
     store.check_plan(replace(plan, patch_size=(8, 8, 8), labels={"b": 0, "o": 5, "v": 2}, channels=renamed))
     with pytest.raises(InputError, match="channels"):

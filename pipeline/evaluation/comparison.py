@@ -32,6 +32,7 @@ class ComparedRun(Record):
         epoch, max_epochs, iteration, optimizer_step, samples: Finished; samples are patches, over all processes.
         best_epoch, best_dice: The best validation of the training.
         train_seconds, validation_seconds: Sums over the finished epochs.
+        wall_seconds: Of all starts, saves and what else lies between included; None where that was not counted.
         peak_vram_bytes, peak_ram_bytes: The largest of all epochs; None where it is 0 or unknown.
         predicted_bytes, measured_bytes: As in `run.json`.
         step_downs: Every out-of-memory that it went on from, in a sentence.
@@ -59,6 +60,7 @@ class ComparedRun(Record):
     best_dice: float | None = None
     train_seconds: float = 0.0
     validation_seconds: float = 0.0
+    wall_seconds: float | None = None
     peak_vram_bytes: int | None = None
     peak_ram_bytes: int | None = None
     predicted_bytes: int | None = None

@@ -144,6 +144,8 @@ class Chain:
                 f"--input {_quoted(self.config.dataset)}",
                 "--cases held_out",
                 f"--output {self._work('predictions')}",
+                # As for the held-out cases of `voxfit run`: the report shows them.
+                "--seams",
                 "--accelerator " + ("gpu" if self.on_gpu else "cpu"),
             ),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -41,6 +41,7 @@ from pipeline.training.step_down import Standing
 from pipeline.training.stops import stops_as_errors
 from pipeline.training.trackers import Outcome
 from pipeline.training.tracking import Tracking, describe_training, tags_of
+from pipeline.training.wall_clock import WallClock
 
 logger = get_logger("train")
 
@@ -54,6 +55,7 @@ class Job:
         settings: As resolved for the plan's own step.
         request: Whether to stop.
         ranks: The processes that train together.
+        wall_clock: Over all starts.
     """
 
     plan: Plan
@@ -66,6 +68,7 @@ class Job:
     network: nn.Module | None
     request: StopRequest
     ranks: Ranks
+    wall_clock: WallClock
 
     @property
     def beginning(self) -> Beginning:
@@ -138,6 +141,7 @@ class _Attempt:
         watched["progress"] = self._validation_progress
         validator = make_validator(job.plan, job.store_folder, job.fold.validation, settings, **watched)
         callbacks = make_callbacks(network, data, job.folder, table, validator, job.config, settings, start)
+        callbacks.heartbeat.wall_clock = job.wall_clock
         record = self._begin(network)
         self._begin_tracking(record, table, callbacks)
         if found is not None:
@@ -155,6 +159,7 @@ class _Attempt:
             record = finished_record(
                 record, trainer=trainer, network=network, validator=validator, writer=callbacks.writer, table=table
             )
+        record = replace(record, wall_seconds=job.wall_clock.seconds)
         if job.ranks.is_first:
             write_artifact(job.folder.record, record)
             self.say_last("finished")
@@ -207,6 +212,7 @@ class _Attempt:
             max_epochs=job.config.max_epochs,
             initial_weights=self.initial_weights or (before.initial_weights if before is not None else None),
         )
+        record = replace(record, wall_seconds=job.wall_clock.before)
         if job.ranks.is_first:
             write_artifact(job.folder.record, record)
         return record

@@ -24,6 +24,7 @@ from pipeline.status import read_status
 from pipeline.status_config import StatusConfig
 from pipeline.store import CaseStore
 from pipeline.training.run_folder import SAID_ONLY, WHERE_ONLY, RunFolder, RunRecord, StepDown
+from pipeline.training.wall_clock import read_wall_seconds
 
 # Of `run.json`: what "auto" came to, and what it ran with.
 RESOLVED = (
@@ -92,6 +93,7 @@ def _read_run(path: Path, name: str) -> ComparedRun:
         best_epoch=record.best_epoch if record.best_epoch is not None else _best(curves)[0],
         best_dice=record.best_dice if record.best_dice is not None else _best(curves)[1],
         **_progress(curves),
+        wall_seconds=read_wall_seconds(folder, record),
         **_peaks(curves),
         predicted_bytes=record.predicted_bytes,
         measured_bytes=record.measured_bytes,

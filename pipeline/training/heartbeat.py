@@ -17,6 +17,7 @@ from pipeline.training.epoch_report import peak_ram_bytes
 from pipeline.training.last_step import LastStep
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
 from pipeline.training.validation import WholeVolumeValidation
+from pipeline.training.wall_clock import WallClock
 
 # Weight of the newest step in the time of a step: follows within some ten steps.
 NEWEST = 0.1
@@ -34,6 +35,7 @@ class HeartbeatWriter(pl.Callback):
 
     Attributes:
         seconds_per_step: Of late, data included; None until two steps of an epoch followed each other in this start.
+        wall_clock: Of the whole training; of this object's time alone until it is given another.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class HeartbeatWriter(pl.Callback):
         self.path, self.last_step, self.table = path, last_step, table
         self.validation, self.max_epochs = validation, max_epochs
         self.seconds_per_step: float | None = None
+        self.wall_clock = WallClock(monotonic())
         self._last_beat = self._last_end = -float("inf")
         self._on_gpu = False
 
@@ -102,6 +105,7 @@ class HeartbeatWriter(pl.Callback):
             total_steps=total,
             seconds_per_step=self.seconds_per_step,
             eta_seconds=self.seconds_left(),
+            wall_seconds=self.wall_clock.seconds,
             peak_ram_bytes=peak_ram_bytes(),
             peak_vram_bytes=torch.cuda.max_memory_allocated() if self._on_gpu else 0,
         )

@@ -114,6 +114,8 @@ class RunRecord(Record):
         best_epoch, best_dice: The best validation during training (mean over classes and cases); none without one.
         validation: Dice of the best weights on every validation case: class by case, None where there is none.
         train_seconds, validation_seconds: Sums over all epochs of `metrics.csv`.
+        wall_seconds: What all starts of the training took, saves and validations and what lies between included; while
+            it runs, the starts before the newest. None where one of them was of an earlier version.
         predicted_bytes: What the plan predicts that the GPU is to hold for the step that was trained with, context
             included; None on a CPU, and for a step or a network that the plan does not know.
         measured_bytes: Most that was held: on a GPU by the allocator (reserved) and the context together, on a CPU by
@@ -146,6 +148,7 @@ class RunRecord(Record):
     validation: dict[str, dict[str, float | None]] = field(default_factory=dict)
     train_seconds: float = 0.0
     validation_seconds: float = 0.0
+    wall_seconds: float | None = None
     predicted_bytes: int | None = None
     measured_bytes: int | None = None
 

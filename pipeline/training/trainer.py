@@ -34,6 +34,7 @@ from pipeline.training.run_lock import run_lock
 from pipeline.training.settings import Settings, resolve_settings
 from pipeline.training.step_down import Standing
 from pipeline.training.trackers import check_tracker
+from pipeline.training.wall_clock import WallClock, read_wall_seconds
 
 logger = get_logger("train")
 
@@ -158,6 +159,7 @@ def _fit_together(
             network=network,
             request=request,
             ranks=ranks,
+            wall_clock=WallClock(request.made_at, read_wall_seconds(folder, record)),
         )
         if config.max_epochs == "auto":
             job = _with_epochs(job, record)

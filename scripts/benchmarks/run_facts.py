@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from places import PROJECT
 
 from pipeline.plan import GIB
 
-PROJECT = Path(__file__).resolve().parents[2]
 # Options that take a folder, and what stands for it in the command that is kept.
 PATH_OPTIONS = {"--peers": "PEERS", "--out": "RESULTS", "--store": "STORE", "--images": "IMAGES"}
 PATH_OPTIONS |= {"--dataset": "DATASET", "--work_dir": "WORK"}

@@ -16,5 +16,5 @@ def load(project_root):
         before = set(sys.modules)
         yield importlib.import_module
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("peers", "run_facts", "against_peers"):
+            if name.split(".")[0] in ("peers", "places", "run_facts", "against_peers"):
                 sys.modules.pop(name)

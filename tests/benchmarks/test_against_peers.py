@@ -177,6 +177,22 @@ def test_a_side_that_does_something_else_has_another_key(load, project_root, tmp
     assert sides.make_key("voxfit", cases, 2, {"lr": 0.1}) == keys[0]
 
 
+def test_every_side_has_a_key_and_a_folder_of_its_own_by_what_it_was_told(load, project_root, tmp_path):
+    raw_dataset, accuracy = load("peers.raw_dataset"), load("peers.accuracy")
+    cases = raw_dataset.make_cases(project_root / "data_samples" / "msd_blobs", tmp_path, num_folds=4)
+    common = {"cases": cases, "runner": load("peers.processes").Runner(num_cpus=2, logs=tmp_path), "work": tmp_path}
+    (tmp_path / "a.yaml").write_text("train: {seed: 1}\n")
+    (tmp_path / "b.yaml").write_text("train: {seed: 2}\n")
+    (tmp_path / "c.yaml").write_text("# the same\ntrain: {seed: 1}\n")
+    a, b, c = (accuracy.VoxfitSide(**common, config=tmp_path / f"{n}.yaml", dataset=tmp_path) for n in "abc")
+    nnunet = accuracy.NnunetSide(**common, environment=tmp_path)
+    assert a.folder == c.folder == tmp_path / a.key
+    assert len({a.folder, b.folder, nnunet.folder}) == 3
+    make_key = load("peers.sides").make_key
+    assert a.key == make_key("voxfit", cases, 2, {"train": {"seed": 1}})
+    assert nnunet.key == make_key("nnunet", cases, 2)
+
+
 def test_the_sides_take_turns_in_another_order_for_every_budget(load):
     accuracy = load("peers.accuracy")
     options = argparse.Namespace(seeds=[0], minutes=[20, 5, 10], sides=accuracy.SIDES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import yaml
 from pipeline.artifacts import write_artifact
 from pipeline.geometry import Spacing
 from pipeline.networks.unet import UNet
-from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.plan import Plan
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,30 +21,13 @@ def _one_thread() -> None:
 
 
 @pytest.fixture
-def make_plan() -> Callable[..., Plan]:
+def make_plan(plan_of: Callable[..., Plan]) -> Callable[..., Plan]:
     """A plan for one-channel cases with the values 0, 4 and 7; options as in `Plan`."""
 
     def make(*, spacing: Spacing = (1.0, 1.0, 1.0), **options: object) -> Plan:
-        network = NetworkPlan(
-            features_per_stage=(4, 8),
-            strides=((1, 1, 1), (2, 2, 2)),
-            kernel_sizes=((3, 3, 3), (3, 3, 3)),
-            num_blocks_per_stage=(1, 1),
-            num_groups=2,
-        )
-        plan = Plan(
-            dataset_name="synthetic",
-            fingerprint_hash="0",
-            channels=(ChannelPlan(name="T1", scheme="none"),),
-            labels={"background": 0, "organ_1": 4, "organ_2": 7},
-            target_spacing=spacing,
-            median_shape=(20, 20, 20),
-            patch_size=(12, 16, 8),
-            precision="32-true",
-            network=network,
-            memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
-        )
-        return replace(plan, **options)  # type: ignore[arg-type]
+        labels = {"background": 0, "organ_1": 4, "organ_2": 7}
+        own = {"labels": labels, "target_spacing": spacing, "patch_size": (12, 16, 8), "precision": "32-true"}
+        return plan_of(**{**own, **options})
 
     return make
 

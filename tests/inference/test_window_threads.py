@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from time import sleep
 
 import pytest
@@ -20,16 +21,9 @@ WINDOW = (8, 12, 16)
 
 
 @pytest.fixture
-def network() -> UNet:
+def network(two_stages: Callable[..., NetworkPlan]) -> UNet:
     torch.manual_seed(0)
-    plan = NetworkPlan(
-        features_per_stage=(4, 8),
-        strides=((1, 1, 1), (2, 2, 2)),
-        kernel_sizes=((3, 3, 3), (3, 3, 3)),
-        num_blocks_per_stage=(1, 1),
-        num_groups=2,
-    )
-    return UNet(1, 3, plan).eval()
+    return UNet(1, 3, two_stages()).eval()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

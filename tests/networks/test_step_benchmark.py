@@ -20,7 +20,7 @@ def benchmark(project_root):
         patch.syspath_prepend(project_root / "scripts" / "benchmarks")
         before = set(sys.modules)
         yield importlib.import_module("step")
-        for name in {"step", "rungs", "run_facts", "peers", "peers.nnunet", "peers.dynunet"} - before:
+        for name in {"step", "rungs", "run_facts", "places", "peers", "peers.nnunet", "peers.dynunet"} - before:
             sys.modules.pop(name, None)
 
 

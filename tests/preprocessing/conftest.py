@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.datasets.dataset import Case, Dataset
-from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.plan import ChannelPlan, Plan
 
 MakeDataset = Callable[..., Dataset]
 LABELS = {"background": 0, "organ": 3, "vessel": 7}
@@ -21,8 +21,8 @@ LIP_OBLIQUE = np.array([[-1.0, 0.1, 0.0, 60.0], [0.0, 0.2, -2.0, 40.0], [0.05, -
 
 
 @pytest.fixture
-def plan() -> Plan:
-    return Plan(
+def plan(plan_of: Callable[..., Plan]) -> Plan:
+    return plan_of(
         dataset_name="tiny",
         fingerprint_hash="0" * 16,
         channels=(ChannelPlan(name="T1", scheme="zscore"),),
@@ -31,13 +31,6 @@ def plan() -> Plan:
         target_spacing=(1.2, 1.6, 1.3),
         median_shape=(20, 16, 14),
         patch_size=(16, 8, 12),
-        network=NetworkPlan(
-            features_per_stage=(4, 8),
-            strides=((1, 1, 1), (2, 2, 2)),
-            kernel_sizes=((3, 3, 3), (3, 3, 3)),
-            num_blocks_per_stage=(1, 1),
-        ),
-        memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
     )
 
 

@@ -105,6 +105,12 @@ def test_every_script_is_sound_and_its_command_is_one_that_voxfit_takes(
         assert getattr(config, folders.get(name, "store")).startswith(f"{work}/")
 
 
+def test_seams_are_counted_for_the_report_as_in_a_run_and_not_where_there_is_none() -> None:
+    made = scripts(predict_input="new/images")
+    assert parse(command(made["predict.sbatch"])[1:])[1].seams
+    assert not parse(command(made["ensemble.sbatch"])[1:])[1].seams
+
+
 def test_new_images_are_segmented_with_all_folds_as_one() -> None:
     made = scripts(num_folds=3, predict_input="it's new/images", work_dir="a b/work", gpus=0)
     assert list(made) == [*(f"{name}.sbatch" for name in (*JOBS, "ensemble")), "submit.sh"]

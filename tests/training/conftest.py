@@ -21,7 +21,7 @@ from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Splits, make_splits
 from pipeline.geometry import Grid
 from pipeline.option_groups import AugmentationConfig, HardwareConfig
-from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.plan import ChannelPlan, NetworkPlan, Plan
 from pipeline.rank_place import TORCHRUN_NAMES
 from pipeline.store import IGNORE_INDEX, CaseStore, StoreInfo
 
@@ -31,8 +31,8 @@ OBLIQUE = np.array([[1.0, 0.2, 0.0, -8.0], [-0.2, 1.0, 0.1, 3.0], [0.0, -0.1, 1.
 
 
 @pytest.fixture(scope="session")
-def plan() -> Plan:
-    return Plan(
+def plan(plan_of: Callable[..., Plan], two_stages: Callable[..., NetworkPlan]) -> Plan:
+    return plan_of(
         dataset_name="ellipsoids",
         fingerprint_hash="0" * 16,
         channels=(ChannelPlan(name="T1", scheme="zscore"),),
@@ -42,15 +42,7 @@ def plan() -> Plan:
         patch_size=PATCH,
         batch_size=2,
         precision="32-true",
-        network=NetworkPlan(
-            features_per_stage=(4, 8),
-            strides=((1, 1, 1), (2, 2, 2)),
-            kernel_sizes=((3, 3, 3), (3, 3, 3)),
-            num_blocks_per_stage=(1, 1),
-            num_decoder_blocks=1,
-            num_groups=2,
-        ),
-        memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
+        network=two_stages(num_decoder_blocks=1),
     )
 
 

@@ -90,12 +90,11 @@ def run(options: argparse.Namespace) -> None:
 
 def make_sides(options: argparse.Namespace, cases: Cases, runner: Runner) -> dict[str, Side]:
     """Every side by name; MONAI's takes voxfit's plan, so voxfit is always among them."""
-    common = {"cases": cases, "runner": runner}
-    work, peers = options.work_dir, options.peers
-    voxfit = VoxfitSide(**common, work=work, config=options.config, dataset=options.dataset)
+    common, peers = {"cases": cases, "runner": runner, "work": options.work_dir}, options.peers
+    voxfit = VoxfitSide(**common, config=options.config, dataset=options.dataset)
     recipe = MonaiRecipe(options.monai_optimizer, options.monai_lr, options.monai_batch_size)
     others: dict[str, Side] = {
-        "nnunet": NnunetSide(**common, work=work, environment=peers),
+        "nnunet": NnunetSide(**common, environment=peers),
         "monai": MonaiSide(**common, environment=peers, voxfit=voxfit, recipe=recipe),
     }
     return {"voxfit": voxfit} | {name: others[name] for name in options.sides if name in others}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peers.processes import Runner
+from places import RESULTS
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from peers.processes import Runner
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

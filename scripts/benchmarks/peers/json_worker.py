@@ -12,8 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-PROJECT = Path(__file__).resolve().parents[3]
-BENCHMARKS = PROJECT / "scripts" / "benchmarks"
+from places import BENCHMARKS, PROJECT
 
 
 class JsonWorker:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peers.processes import TRAINING_SAMPLE_SECONDS, Runner, Usage
-from peers.raw_dataset import ENDING, Cases
+from places import BENCHMARKS
+
+from peers.processes import TRAINING_SAMPLE_SECONDS, Usage
+from peers.raw_dataset import ENDING
 from peers.schedule import Pace, Schedule
-from peers.sides import Training, make_key, write_request
+from peers.sides import KeyedSide, Training, write_request
 from peers.voxfit_side import VoxfitSide
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("monai_worker.py")
 
 
@@ -26,15 +27,13 @@ class MonaiRecipe:
     batch_size: int = 9
 
 
-@dataclass(frozen=True)
-class MonaiSide:
+@dataclass(frozen=True, kw_only=True)
+class MonaiSide(KeyedSide):
     """MONAI in the peers' environment.
 
     Patch, spacing, stages and features come from voxfit's plan, as a tutorial has them as constants.
     """
 
-    cases: Cases
-    runner: Runner
     environment: Path
     voxfit: VoxfitSide
     recipe: MonaiRecipe
@@ -46,9 +45,9 @@ class MonaiSide:
     mirrorings = ("none",)
 
     @property
-    def key(self) -> str:
-        """By its recipe and its network."""
-        return make_key(self.name, self.cases, self.runner.num_cpus, vars(self.recipe), self.network())
+    def choices(self) -> tuple[object, ...]:
+        """Its recipe and its network."""
+        return vars(self.recipe), self.network()
 
     def prepare(self) -> dict[str, dict[str, float]]:
         """Nothing: cases are prepared when a training begins."""

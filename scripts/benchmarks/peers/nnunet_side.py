@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peers.processes import TRAINING_SAMPLE_SECONDS, Runner, Usage
-from peers.raw_dataset import DATASET_NAME, FOLD, Cases
+from peers.processes import TRAINING_SAMPLE_SECONDS, Usage
+from peers.raw_dataset import DATASET_NAME, FOLD
 from peers.schedule import Pace, Schedule
-from peers.sides import Training, make_key, write_request
+from peers.sides import KeyedSide, Training, write_request
 from pipeline.artifacts import write_text
 from pipeline.datasets.splits import Fold
 
@@ -20,13 +20,10 @@ CONFIGURATION = "3d_fullres"
 MODEL = Path("results", DATASET_NAME, f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}")
 
 
-@dataclass(frozen=True)
-class NnunetSide:
+@dataclass(frozen=True, kw_only=True)
+class NnunetSide(KeyedSide):
     """nnU-Net of an environment that nnunet_environment.sh made."""
 
-    cases: Cases
-    work: Path
-    runner: Runner
     environment: Path
 
     name = "nnunet"
@@ -35,16 +32,6 @@ class NnunetSide:
     min_iterations = 5
     validations = 0
     mirrorings = ("none", "mirror")
-
-    @property
-    def key(self) -> str:
-        """There is nothing to choose."""
-        return make_key(self.name, self.cases, self.runner.num_cpus)
-
-    @property
-    def folder(self) -> Path:
-        """Where its plans and preprocessed cases lie."""
-        return self.work / self.key
 
     def prepare(self) -> dict[str, dict[str, float]]:
         """`nnUNetv2_plan_and_preprocess`, with its check of the dataset, as ours has one; then the split file."""

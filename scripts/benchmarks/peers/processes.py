@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from places import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[3]
 # Reading the memory of a large process takes milliseconds of CPU, which long trainings need not pay often.
 SAMPLE_SECONDS = 0.2
 TRAINING_SAMPLE_SECONDS = 2.0

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from peers.processes import Runner, Usage
 from peers.raw_dataset import Cases
@@ -65,6 +65,38 @@ class Side(Protocol):
 
     def predict(self, folder: Path, images: Path, out: Path, mirroring: str) -> Usage:
         """Predict a folder of images with the last weights of a training, in a process of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyedSide:
+    """What sides do alike: a name for their files that tells what they do, and a folder for what they prepare.
+
+    Attributes:
+        cases: That all sides are given.
+        runner: Starts its processes.
+        work: Folder of the comparison.
+    """
+
+    cases: Cases
+    runner: Runner
+    work: Path
+
+    name: ClassVar[str]
+
+    @property
+    def choices(self) -> tuple[object, ...]:
+        """What there was to choose, as JSON takes it; nothing unless a side says so."""
+        return ()
+
+    @property
+    def key(self) -> str:
+        """By the cases, the CPUs and its choices."""
+        return make_key(self.name, self.cases, self.runner.num_cpus, *self.choices)
+
+    @property
+    def folder(self) -> Path:
+        """Where its plan and prepared cases lie."""
+        return self.work / self.key
 
 
 def make_key(name: str, cases: Cases, num_cpus: int, *choices: object) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peers.arguments import RESULTS
+from places import RESULTS
+
 from peers.figure import draw_accuracy
 from peers.training_step import NNUNET, OURS
 

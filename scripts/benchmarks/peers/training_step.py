@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from places import BENCHMARKS, RESULTS
 from run_facts import dated
 
-from peers.arguments import RESULTS
-
-STEP = Path(__file__).resolve().parents[1] / "step.py"
+STEP = BENCHMARKS / "step.py"
 OURS, NNUNET = "voxfit, plain", "nnU-Net"
 VARIANTS = (OURS, NNUNET, "nnU-Net, bf16", "MONAI DynUNet float32", "MONAI DynUNet bf16")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from peers.processes import TRAINING_SAMPLE_SECONDS, Runner, Usage
-from peers.raw_dataset import FOLD, Cases
+from peers.processes import TRAINING_SAMPLE_SECONDS, Usage
+from peers.raw_dataset import FOLD
 from peers.schedule import Pace, Schedule
-from peers.sides import Training, make_key
+from peers.sides import KeyedSide, Training
 from pipeline.artifacts import write_artifact
 from pipeline.training.metrics_table import read_rows
 from pipeline.training.run_folder import RunFolder
@@ -22,13 +22,10 @@ from pipeline.training.run_folder import RunFolder
 COMMAND = (sys.executable, "-m", "pipeline")
 
 
-@dataclass(frozen=True)
-class VoxfitSide:
+@dataclass(frozen=True, kw_only=True)
+class VoxfitSide(KeyedSide):
     """voxfit with the options of a configuration of `voxfit run`."""
 
-    cases: Cases
-    work: Path
-    runner: Runner
     config: Path
     dataset: Path
 
@@ -39,14 +36,9 @@ class VoxfitSide:
     mirrorings = ("none", "mirror")
 
     @property
-    def key(self) -> str:
-        """By its configuration."""
-        return make_key(self.name, self.cases, self.runner.num_cpus, self._options())
-
-    @property
-    def folder(self) -> Path:
-        """Where its plan and store lie."""
-        return self.work / self.key
+    def choices(self) -> tuple[object, ...]:
+        """Its configuration."""
+        return (self._options(),)
 
     def prepare(self) -> dict[str, dict[str, float]]:
         """`voxfit plan` and `voxfit preprocess`."""
