@@ -169,11 +169,12 @@ def run_command(command: Command, config: Any) -> int:
         function = _load(command.function)
         if lost := raised_signal():
             raise StopSignal(lost)
-        _show(command, function(config))
+        result = function(config)
+        _show(command, result)
     except CasesFailedError as error:
         _show(command, error.result)
         raise
-    return 0
+    return int(getattr(result, "exit_code", 0))
 
 
 def _show(command: Command, result: Any) -> None:
@@ -194,7 +195,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
         config = COMMANDS[name].config
         _refuse_unknown(subparsers[name], arguments, set(option_names(config)))
         lists = {f"--{key}": kind for key, kind in _lists(config)}
-        arguments = list(_spell_out(arguments, {f"--{key}" for key in _switches(config)}, lists))
+        arguments = list(_spell_out(_files_first(arguments), {f"--{key}" for key in _switches(config)}, lists))
     parsed = parser.parse_args(arguments)
     values = vars(parser.instantiate(parsed)[parsed.subcommand])
     values.pop("config", None)
@@ -222,8 +223,23 @@ def _refuse_unknown(parser: Parser, arguments: Sequence[str], known: set[str]) -
 
 
 def _suggest(name: str, known: set[str]) -> str:
+    if name in COMMANDS:
+        return f" (there is a command `{PROGRAM} {name}`)"
     close = get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """The YAML files before all flags, which override them wherever they stand; the parser takes what comes last."""
+    flags = list(arguments)
+    files: list[str] = []
+    for index in reversed(range(len(flags))):
+        if flags[index].startswith("--config="):
+            files.insert(0, flags.pop(index))
+        elif flags[index] == "--config" and index + 1 < len(flags):
+            files[:0] = [flags.pop(index), flags.pop(index)]
+    command = next(index for index, word in enumerate(flags) if not word.startswith("-"))
+    return [*flags[: command + 1], *files, *flags[command + 1 :]]
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pipeline.durations import epoch_problems, time_problems
-from pipeline.option_checks import Auto, Checked, at_least, parse_share, share_problems, within_unit
+from pipeline.option_checks import Auto, Checked, at_least, parse_share, share_problems, vram_problems, within_unit
 from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig, TrackingConfig
 
 
@@ -104,7 +104,7 @@ class PlanConfig(PlanOptions):
     """Processes that read cases; auto takes the CPUs this job was allotted."""
 
     def problems(self) -> list[str]:
-        return super().problems() + at_least(self, 1, "num_workers")
+        return super().problems() + at_least(self, 1, "num_workers") + vram_problems(self.vram)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +272,7 @@ class RunConfig(Checked):
     train: TrainOptions = field(default_factory=TrainOptions)
 
     def problems(self) -> list[str]:
-        found = at_least(self, 1, "max_epochs", "num_workers")
+        found = at_least(self, 1, "max_epochs", "num_workers") + vram_problems(self.vram)
         found += epoch_problems(self.max_epochs, self.train.max_time)
         return found + _fold_problems(self.fold, self.train.num_folds)
 

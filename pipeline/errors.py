@@ -28,7 +28,8 @@ class VoxfitError(Exception):
     def __init__(self, what: str, *, where: str | Path = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, str(where), fix
         place = f"{self.where}: " if self.where else ""
-        remedy = f". {self.fix}" if self.fix else ""
+        # Below a list, a line of its own.
+        remedy = ("\n" if "\n" in what else ". ") + self.fix if self.fix else ""
         super().__init__(f"{place}{what}{remedy}")
 
 

@@ -91,7 +91,8 @@ def log_to_file(path: Path) -> Iterator[None]:
     try:
         yield
     except VoxfitError as error:
-        logger.error("%s", error)
+        # Whoever called shows it; here it is for those who read the file later.
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, "%s", (error,), None))
         raise
     except Exception:
         handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, "a defect", (), sys.exc_info()))

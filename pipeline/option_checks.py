@@ -67,6 +67,11 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * unit) if match and unit else 0
 
 
+def vram_problems(vram: str) -> list[str]:
+    """A problem where the option is neither "auto" nor an amount of memory."""
+    return [] if vram == "auto" or parse_bytes(vram) else [f'vram: "{vram}" is no amount of memory such as 24GiB']
+
+
 def parse_share(shard: str) -> tuple[int, int] | None:
     """Number and count of the shares in a text such as 3/16, counted from 1; None where there is none."""
     number, _, count = shard.partition("/")

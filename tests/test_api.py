@@ -429,10 +429,10 @@ def test_patients_found_by_a_pattern_stay_on_one_side(dataset: Path, finished: P
 def test_the_inspection_is_json_for_programs(
     dirty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["inspect", str(dirty), "--json", "--num_workers", "1"]) == 0
+    assert main(["inspect", str(dirty), "--json", "--num_workers", "1"]) == 3
     shown = json.loads(capsys.readouterr().out)
     assert {problem["case_id"] for problem in shown["problems"]} == {"case_1", "case_2"}
-    assert main(["inspect", str(dirty), "--num_workers", "1"]) == 0
+    assert main(["inspect", str(dirty), "--num_workers", "1"]) == 3
     assert "case_1: " in capsys.readouterr().out
 
 

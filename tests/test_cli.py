@@ -45,6 +45,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([*TRAIN, "--max_time", "3x"], 'max_time: "3x" is no span of time'),
         ([*TRAIN, "--max_epochs", "auto"], "max_epochs: auto needs a max_time"),
         (["rum"], "invalid choice: 'rum'"),
+        (["plan", "--dataset", "d", "--vram", "24GBs"], 'vram: "24GBs" is no amount of memory'),
+        (["run", "--status"], "unknown option --status (there is a command `voxfit status`)"),
     ],
 )
 def test_a_wrong_option_is_one_short_message(
@@ -53,6 +55,25 @@ def test_a_wrong_option_is_one_short_message(
     text = refused(capsys, *arguments)
     assert message in text
     assert text.count("\n") <= 2
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_flag_overrides_a_file_on_whichever_side_of_it_it_stands(tmp_path: Path, joined: bool) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("max_epochs: 12\nfold: 3\n")
+    file = [f"--config={path}"] if joined else ["--config", str(path)]
+    flags, needed = ["--max_epochs", "1"], ["--dataset", "d", "--work_dir", "w"]
+    for arguments in ([*flags, *file, *needed], [*file, *needed, *flags], [*needed, *flags, *file]):
+        config = parse(["run", *arguments])[1]
+        assert (config.max_epochs, config.fold) == (1, 3)
+
+
+def test_of_several_files_the_last_one_counts(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{epochs}.yaml" for epochs in (3, 5)]
+    for path in paths:
+        path.write_text(f"max_epochs: {path.stem}\n")
+    words = [word for path in paths for word in ("--config", str(path), "--fold", "1")]
+    assert parse(["run", "--dataset", "d", "--work_dir", "w", *words])[1].max_epochs == 5
 
 
 def test_all_wrong_values_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -327,9 +327,15 @@ def test_a_store_of_another_plan_names_every_difference(store: CaseStore, plan: 
     assert "ignore_value" not in message
 
 
-def test_what_voxels_do_not_depend_on_may_differ(store: CaseStore, plan: Plan) -> None:
+def test_what_voxels_do_not_depend_on_may_differ_but_other_names_are_warned_of(
+    store: CaseStore, plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
     renamed = (replace(plan.channels[0], name="FLAIR", mean=3.0, std=7.0), plan.channels[1])
+    store.check_plan(replace(plan, patch_size=(8, 8, 8)))
+    assert not caplog.text
     store.check_plan(replace(plan, patch_size=(8, 8, 8), labels={"b": 0, "o": 5, "v": 2}, channels=renamed))
+    assert "is it the store of another dataset?" in caplog.text
+    assert "the plan has ['b', 'o', 'v']" in caplog.text
     with pytest.raises(InputError, match="channels"):
         store.check_plan(replace(plan, channels=(plan.channels[0], replace(plan.channels[1], mean=3.0))))
     with pytest.raises(InputError, match=r"channels: .*\['zscore'\].*the plan has .*\['zscore', 'body'\]"):

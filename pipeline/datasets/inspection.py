@@ -19,13 +19,15 @@ from pipeline.datasets.dicom_scan import is_volume_dataset, scan_folder
 from pipeline.datasets.examination import Examined
 from pipeline.datasets.integrity import Problem, find_problems
 from pipeline.datasets.msd import DATASET_FILE
-from pipeline.errors import InputError
+from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import get_logger
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MAX_CASES_SHOWN = 40
+REPAIR_FIX = "Repair them, or leave them out with --skip_bad_cases"
+DECLARED_FIX = "These are all cases: look first at what the dataset declares (channels, labels, file names)"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Inspection:
     dataset: Dataset
     problems: tuple[Problem, ...]
     as_json: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command: 3 where cases have problems that keep them from being used."""
+        return CasesFailedError.exit_code if any(not problem.is_warning for problem in self.problems) else 0
 
 
 def inspect_path(config: InspectConfig, *, num_workers: int) -> Inspection | DicomInspection:
@@ -140,8 +147,8 @@ def find_bad_cases(
         more = len(reasons) - MAX_CASES_SHOWN
         rest = f"\n  and {more} more: see `voxfit inspect`" if more > 0 else ""
         raise InputError(
-            f"{len(reasons)} case(s) have problems:{shown}{rest}\n",
+            f"{len(reasons)} case(s) have problems:{shown}{rest}",
             where=dataset.name,
-            fix="Repair them, or leave them out with --skip_bad_cases",
+            fix=REPAIR_FIX if len(reasons) < len(dataset.cases) else DECLARED_FIX,
         )
     return reasons

@@ -209,7 +209,8 @@ def _say_record(record: PredictionRecord, predictor: Predictor) -> None:
     if predictor.skip_air:
         share = record.air_windows / max(1, record.windows)
         logger.info("%s: %d of %d windows (%.0f %%) are air", case_id, record.air_windows, record.windows, 100 * share)
-    if record.compared_voxels is not None:
+    # Where windows overlap nowhere in what was found there is nothing to say.
+    if record.compared_voxels:
         share, compared = record.seam_share or 0, record.compared_voxels
         text = f"{case_id}: overlapping windows disagree on {share:.1%} of {compared} voxels".replace("%", " %")
         if record.has_many_seams:

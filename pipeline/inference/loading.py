@@ -92,6 +92,10 @@ def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
     if path.is_file():
         return path
     others = sorted(item.stem for item in folder.glob("*.ckpt"))
+    folds = sorted(str(item.parent.parent) for item in run_dir.glob(f"fold_*/checkpoints/{path.name}"))
+    if folds:
+        what = "is a work folder, whose runs are the folders of its folds"
+        raise InputError(what, where=run_dir, fix=f"Use {' '.join(folds)}")
     fix = f"Use --checkpoint {others[0]}" if others else "Train the run first"
     raise InputError(f"the run has no checkpoint {path.name}", where=run_dir, fix=fix)
 

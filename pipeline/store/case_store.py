@@ -115,12 +115,16 @@ class CaseStore:
     def check_plan(self, plan: Plan) -> None:
         """Raise `InputError` naming what differs when the store was made by another plan.
 
-        Patch size and the names of channels and classes may differ: voxels do not depend on them.
+        Patch size and the names of channels and classes may differ, as voxels do not depend on them; but other names
+        can be another dataset's, so they are warned of.
         """
         differences = self.info.differences(StoreInfo.of(plan))
         if differences:
             fix = "Run `voxfit preprocess` with this plan, or give the plan that the store was made with"
             raise InputError(f"was made by another plan ({'; '.join(differences)})", where=self.folder, fix=fix)
+        for difference in self.info.name_differences(StoreInfo.of(plan)):
+            line = "%s: %s; the same by another name, or is it the store of another dataset?"
+            get_logger("store").warning(line, self.folder, difference)
 
     @property
     def case_ids(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -163,7 +164,19 @@ class StoreInfo(Record):
     def differences(self, plan_info: StoreInfo) -> list[str]:
         """A line for every setting in which this store and what a plan asks for differ."""
         own, asked = self.settings, plan_info.settings
-        return [f"{name}: {own[name]}, the plan has {asked[name]}" for name in own if own[name] != asked[name]]
+        return _differences(own, asked)
+
+    def name_differences(self, plan_info: StoreInfo) -> list[str]:
+        """A line where channels or classes have other names."""
+        own, asked = (
+            {"channels": [channel.name for channel in info.channels], "labels": list(info.labels)}
+            for info in (self, plan_info)
+        )
+        return _differences(own, asked)
+
+
+def _differences(own: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {own[name]}, the plan has {asked[name]}" for name in own if own[name] != asked[name]]
 
 
 def _normalization(channel: ChannelPlan) -> list[Any]:

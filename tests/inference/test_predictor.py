@@ -191,6 +191,10 @@ def test_a_run_without_the_checkpoint_says_which_it_has(
     with pytest.raises(InputError, match=r"no checkpoint last\.ckpt\. Use --checkpoint best"):
         Predictor.from_run(run_dir, checkpoint="last", accelerator="cpu", num_threads=1)
     (run_dir / "checkpoints" / "best.ckpt").unlink()
+    fold = make_run(make_plan(), name="work/fold_2")
+    write_artifact(fold.parent / "plan.json", make_plan())
+    with pytest.raises(InputError, match=rf"is a work folder, .*Use {fold}$"):
+        Predictor.from_run(fold.parent, accelerator="cpu", num_threads=1)
     with pytest.raises(InputError, match=r"no checkpoint best\.ckpt\. Train the run first"):
         Predictor.from_run(run_dir, accelerator="cpu", num_threads=1)
 
