@@ -94,7 +94,7 @@ class PlanConfig(PlanOptions):
     """Where the plan is written; fingerprint.json is written beside it."""
     vram: str = "auto"
     """Memory budget such as 24GiB; auto takes the GPU's, or 8GiB where there is none."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser whose state is counted; `voxfit run` takes that of its training."""
     ema: bool = False
     """Count averaged weights as well; `voxfit run` does where its training averages them."""

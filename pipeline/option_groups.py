@@ -12,8 +12,8 @@ from pipeline.option_checks import Auto, Checked, at_least, within_unit
 class OptimConfig(Checked):
     """Optimiser, schedule and what goes with them."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """sgd: Nesterov momentum 0.99 with a polynomial schedule; adamw: with a cosine schedule."""
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw: with a cosine schedule; sgd: Nesterov momentum 0.99 with a polynomial one, which takes many more steps."""
     schedule: Literal["auto", "poly", "cosine", "constant"] = "auto"
     """How the learning rate falls after the warm-up; auto is poly for sgd and cosine for adamw."""
     lr: float | Auto = "auto"

@@ -53,7 +53,7 @@ def test_every_batch_sees_the_same_samples_in_a_run_of_its_own_on_one_page(tmp_p
     found = read_artifact(out / "compare.json", Comparison)
     assert [run.samples for run in found.runs] == [16, 16, 16]
     assert [run.optimizer_step for run in found.runs] == [16, 4, 4]
-    assert found.different_settings["option.optim.lr"] == ("0.01", "0.02", "0.02")
+    assert found.different_settings["option.optim.lr"] == ("0.001", "0.002", "0.002")
     assert set(found.different_settings) == {
         *("option.batch_size", "option.effective_batch", "option.iterations_per_epoch", "option.optim.lr"),
         *("run.batch_size", "run.accumulate_grad_batches"),

@@ -66,8 +66,8 @@ def test_an_axis_without_order_is_mirrored() -> None:
     assert mirror_axes(class_orders(list(_random_centers(seed=3)), NAMES)) == (0, 2)
 
 
-@pytest.mark.parametrize(("num_broken", "axes"), [(0, (0, 2)), (2, (0, 2)), (3, (0, 1, 2))])
-def test_an_order_may_be_broken_by_one_case_in_twenty(num_broken: int, axes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("num_broken", "axes"), [(0, (0, 2)), (4, (0, 2)), (5, (0, 1, 2))])
+def test_an_order_may_be_broken_by_one_case_in_ten(num_broken: int, axes: tuple[int, ...]) -> None:
     centers = _random_centers(seed=3)
     centers[:num_broken, [1, 2]] = centers[:num_broken, [2, 1]]
     assert mirror_axes(class_orders(list(centers), NAMES)) == axes

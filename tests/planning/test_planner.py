@@ -155,7 +155,7 @@ def test_offload_is_named_with_the_host_memory_that_it_takes(fingerprint_of: Fin
 
 def test_the_optimizer_and_averaged_weights_are_counted_and_written_down(fingerprint_of: FingerprintOf) -> None:
     fingerprint = fingerprint_of((16, 20, 12))
-    sgd = make_plan(fingerprint, tiny_config(), budget_bytes=GIB)
+    sgd = make_plan(fingerprint, tiny_config(optimizer="sgd"), budget_bytes=GIB)
     adamw = make_plan(fingerprint, tiny_config(optimizer="adamw", ema=True), budget_bytes=GIB)
     assert (sgd.optimizer, sgd.ema, adamw.optimizer, adamw.ema) == ("sgd", False, "adamw", True)
     assert adamw.memory.peak_bytes > sgd.memory.peak_bytes
@@ -193,7 +193,7 @@ def test_every_choice_has_its_reason(plan: Plan) -> None:
 def test_axes_on_which_classes_keep_an_order_are_not_mirrored(fingerprint_of: FingerprintOf) -> None:
     orders = tuple(
         ClassOrder(axis=axis, lower="class 2", upper="class 1", share=share, num_cases=40)
-        for axis, share in enumerate((0.6, 0.975, 0.9))
+        for axis, share in enumerate((0.6, 0.975, 0.89))
     )
     fingerprint = replace(fingerprint_of((16, 24, 16)), class_orders=orders)
     plan = make_plan(fingerprint, tiny_config(), budget_bytes=8 * GIB)

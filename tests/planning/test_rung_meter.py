@@ -38,7 +38,7 @@ def test_a_rung_is_metered_as_it_is_trained(effective_batch: int, execution: tup
     ways = [way for family in meter.families((16, 24, 16), 2) for way in family]
     rung = next(way for way in ways if way.execution == execution)
     assert rung.effective_batch == effective_batch
-    expected = expected_memory(meter, rung)
+    expected = expected_memory(meter, rung, optimizer="adamw")
     assert meter.memory(rung) == expected
     assert meter.weighed(rung).host_bytes == expected.pinned_bytes
     assert (expected.host_bytes > 0) == (execution[2] > 0)

@@ -33,7 +33,7 @@ def train(
     torch.manual_seed(0)
     network = UNet(plan.num_channels, plan.num_classes, plan.network)
     loss = DeepSupervisionLoss(DiceCELoss(batch_dice=batch_dice))
-    optim = OptimConfig(lr=0.05, momentum=0.9, warmup_fraction=0.0)
+    optim = OptimConfig(name="sgd", lr=0.05, momentum=0.9, warmup_fraction=0.0)
     module = SegmentationModule(network, loss, optim=optim, total_steps=40)
     dataset = PatchDataset(store, CASES, patch_size=plan.patch_size, foreground_fraction=0.5, seed=3)
     data = PatchDataModule(dataset, batch_size=batch_size, iterations_per_epoch=iterations)

@@ -83,7 +83,7 @@ def test_adamw_decays_kernels_but_neither_norms_nor_biases():
 
 
 def test_sgd_without_momentum_is_plain():
-    group = make_optimizer(nn.Linear(2, 2), OptimConfig(momentum=0.0)).param_groups[0]
+    group = make_optimizer(nn.Linear(2, 2), OptimConfig(name="sgd", momentum=0.0)).param_groups[0]
     assert (group["momentum"], group["nesterov"]) == (0.0, False)
 
 

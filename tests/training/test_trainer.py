@@ -187,7 +187,9 @@ def test_the_gradient_is_clipped_to_its_norm_and_zero_switches_that_off(plan, st
     for norm in (1e-6, 0.0):
         network = UNet(plan.num_channels, plan.num_classes, plan.network)
         before = {key: value.clone() for key, value in network.state_dict().items()}
-        optim = OptimConfig(lr=0.1, momentum=0.0, weight_decay=0.0, warmup_fraction=0.0, gradient_clip_norm=norm)
+        optim = OptimConfig(
+            name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, warmup_fraction=0.0, gradient_clip_norm=norm
+        )
         fit_fold(plan, store, splits, make_config(f"run_{norm}", optim=optim), network=network)
         moves[norm] = largest_move(before, network.state_dict())
     assert moves[1e-6] < 12 * 0.1 * 1e-6 + 1e-6  # twelve steps, and the rounding of weights near one

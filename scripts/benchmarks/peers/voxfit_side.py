@@ -16,6 +16,7 @@ from peers.raw_dataset import FOLD
 from peers.schedule import Pace, Schedule
 from peers.sides import KeyedSide, Training
 from pipeline.artifacts import write_artifact
+from pipeline.option_groups import OptimConfig
 from pipeline.training.metrics_table import read_rows
 from pipeline.training.run_folder import RunFolder
 
@@ -85,7 +86,7 @@ class VoxfitSide(KeyedSide):
         """Those that `voxfit run` gives to its plan."""
         run = self._options()
         optim = run.get("train", {}).get("optim", {})
-        own = {"optimizer": optim.get("name", "sgd"), "ema": optim.get("ema_decay", 0) > 0}
+        own = {"optimizer": optim.get("name", OptimConfig().name), "ema": optim.get("ema_decay", 0) > 0}
         return {**run.get("plan", {}), **own, "vram": run.get("vram", "auto")}
 
     def _write(self, name: str, options: dict[str, Any]) -> Path:
