@@ -228,10 +228,7 @@ class Trainings:
 
 def describe(results: Sequence[Result], names: Sequence[str]) -> str:
     """The table, as Markdown: means and spreads over seeds, and differences from the first variation seed by seed."""
-    lines = [
-        "| variation | Dice, mean (range) | difference, each seed | seams | steps | CPU s | noise scale |",
-        "|---" * 6 + "|",
-    ]
+    lines = [HEADER, "|---" * (HEADER.count("|") - 1) + "|"]
     first = {result.seed: result.dice for result in results if result.name == names[0]}
     for name in names:
         own = [result for result in results if result.name == name]

@@ -49,7 +49,9 @@ def test_variations_see_the_same_samples_and_what_is_trained_is_kept(tmp_path):
     assert (out_dir / "runs" / "as_it_is-3" / "metrics.csv").read_bytes() == before
     assert (out_dir / "runs" / "as_it_is-3" / "plan.json").read_text().count('"group"') == 1
     assert (out_dir / "runs" / "instance_norm-3" / "plan.json").read_text().count('"instance"') == 1
-    rows = (out_dir / "results.md").read_text().splitlines()[2:]
+    lines = (out_dir / "results.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines if line}) == 1, "Markdown drops a table whose rows differ"
+    rows = lines[2:]
     difference = trained[1]["dice"] - trained[0]["dice"]
     assert f"| {difference:+.3f} | {trained[1]['seam_share']:.1%} | 4 |" in rows[1]
 
