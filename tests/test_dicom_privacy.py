@@ -350,7 +350,7 @@ def test_refusals_of_a_dataset_whose_files_have_changed_tell_nothing(
     is_image = "structures" not in fault and "contours" not in fault
     predict = ("predict", "--run_dir", run_dir, "--accelerator", "cpu", "--num_threads", "1", "--format", "dicom_seg")
     shown = [
-        show("inspect", dataset, *voxfit_options, code=0),
+        show("inspect", dataset, *voxfit_options, code=3),
         show("plan", "--dataset", dataset, "--out", tmp_path / "p.json", *TINY, *voxfit_options, code=2),
         show("preprocess", "--dataset", dataset, "--plan", plan, "--store", store, *voxfit_options, code=3),
         show(
@@ -381,7 +381,7 @@ def test_a_frame_that_cannot_be_decoded_tells_nothing(
     file.write_bytes(data)
     predict = ("predict", "--run_dir", run_dir, "--accelerator", "cpu", "--num_threads", "1")
     shown = [
-        show("inspect", dataset, "--num_workers", "1", code=0),
+        show("inspect", dataset, "--num_workers", "1", code=3),
         show(*predict, "--input", tmp_path / "tree", "--output", tmp_path / "out", code=2),
     ]
     assert all("cannot be decoded" in text for text in shown), shown

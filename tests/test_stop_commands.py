@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,9 +29,16 @@ def start(work_dir: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+def is_ready(process: subprocess.Popen[str], number: int) -> bool:
+    """Whether a signal has a handler: before that, while Python itself starts, nothing can be done about one."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 def stop(process: subprocess.Popen[str], seen: Path, number: int) -> tuple[int, str, float]:
     """Exit code, errors and seconds until the end after a signal to the group once a file is there."""
-    while not list(seen.parent.glob(seen.name)):
+    # A file may be there from the start before.
+    while not (list(seen.parent.glob(seen.name)) and is_ready(process, number)):
         assert process.poll() is None, process.stderr.read()
         sleep(0.01)
     asked = monotonic()

@@ -275,7 +275,8 @@ def test_ctrl_c_ends_a_volume_between_two_of_its_windows(tmp_path: Path, make_pl
     with pytest.raises(KeyboardInterrupt):
         predict_files(Predictor(Interrupting(), make_plan()), find_inputs(tmp_path / "in"), tmp_path / "out")
     assert len(calls) < 100
-    assert list((tmp_path / "out").glob("*.*")) == []
+    # The small case is on its way beside the large one, and may have been through before.
+    assert {path.name for path in (tmp_path / "out").glob("*.*")} <= {"case_1.nii.gz"}
 
 
 @pytest.mark.timeout(200)

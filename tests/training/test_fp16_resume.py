@@ -130,11 +130,11 @@ def test_a_training_that_is_killed_again_and_again_gets_to_the_same_end(fp16, tr
         before = heartbeat.stat().st_mtime_ns if heartbeat.exists() else 0
         while process.exitcode is None and (not heartbeat.exists() or heartbeat.stat().st_mtime_ns == before):
             sleep(0.002)
-        sleep(moments.uniform(0, 0.6))
+        sleep(moments.uniform(0, 0.3))
         process.kill()
         process.join()
         code, kills = process.exitcode, kills + (process.exitcode != 0)
         assert kills < 60
-    assert kills >= 3
+    assert kills >= 2
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert scaler_state(tmp_path / "run") == scaler_state(tmp_path / "whole")
