@@ -11,7 +11,6 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -231,21 +230,28 @@ def _suggest(name: str, known: set[str]) -> str:
 
 def _files_first(arguments: Sequence[str]) -> list[str]:
     """The YAML files before all flags, which override them wherever they stand; the parser takes what comes last."""
-    flags = list(arguments)
-    files: list[str] = []
-    for index in reversed(range(len(flags))):
-        if flags[index].startswith("--config="):
-            files.insert(0, flags.pop(index))
-        elif flags[index] == "--config" and index + 1 < len(flags):
-            files[:0] = [flags.pop(index), flags.pop(index)]
-    command = next(index for index, word in enumerate(flags) if not word.startswith("-"))
-    return [*flags[: command + 1], *files, *flags[command + 1 :]]
+    files, others = _split_files(arguments)
+    command = next(index for index, word in enumerate(others) if not word.startswith("-"))
+    flags = [f"--config={name}" for name in files]
+    return [*others[: command + 1], *flags, *others[command + 1 :]]
+
+
+def _split_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names that `--config` gives, and all other words."""
+    files, others, words = [], [], list(arguments)
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words:
+            files.append(words.pop(0))
+        elif word.startswith("--config="):
+            files.append(word.split("=", 1)[1])
+        else:
+            others.append(word)
+    return files, others
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:
-    after = [value for word, value in pairwise(arguments) if word == "--config"]
-    joined = [word.split("=", 1)[1] for word in arguments if word.startswith("--config=")]
-    return [path for path in map(Path, after + joined) if path.is_file()]
+    return [path for path in map(Path, _split_files(arguments)[0]) if path.is_file()]
 
 
 def _yaml_keys(path: Path) -> Iterator[str]:

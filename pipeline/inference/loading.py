@@ -134,13 +134,9 @@ def read_mirror_axes(run_dir: Path) -> tuple[int, ...]:
 
 def trained_mirror_axes(run_dir: Path) -> tuple[int, ...]:
     """The axes that training mirrored, from the run's `config.yaml`, or its plan where that leaves them to it."""
-    default = AugmentationConfig()
     group = _read_augmentation(run_dir / "config.yaml")
-    trained = group.get("enabled", default.enabled) and group.get("mirror", default.mirror)
-    if not trained:
-        return ()
-    axes = group.get("mirror_axes", default.mirror_axes)
-    return read_plan(run_dir).mirror_axes if isinstance(axes, str) else tuple(axes)
+    known = {name: group[name] for name in ("enabled", "mirror", "mirror_axes") if name in group}
+    return tuple(AugmentationConfig(**known).mirrored_axes(read_plan(run_dir).mirror_axes))
 
 
 def _read_augmentation(path: Path) -> dict[str, Any]:
