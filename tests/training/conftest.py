@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.artifacts import write_artifact
 from pipeline.cli import main
@@ -256,6 +256,27 @@ class RankedTrainings:
 def ranked_trainings(trainings: Trainings) -> RankedTrainings:
     """The same small trainings in several processes."""
     return RankedTrainings(trainings.arguments)
+
+
+class OneLayer(nn.Module):
+    """A network of one layer that does something at a training pass; 0 is none."""
+
+    def __init__(self, *, at: int = 0, do: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self.layer = nn.Conv3d(1, 3, 1)
+        self.at, self.do, self.passes = at, do, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        if self.do is not None and self.training and self.passes == self.at:
+            self.do()
+        return self.layer(x)
+
+
+@pytest.fixture(scope="session")
+def one_layer() -> type[OneLayer]:
+    """Such a network."""
+    return OneLayer
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import socket
 
 import pytest
 import torch
-from torch import nn
 
 from pipeline.artifacts import read_artifact
 from pipeline.status import Heartbeat, read_status
@@ -20,19 +19,8 @@ class PowerCutError(Exception):
     """The machine went down."""
 
 
-class Cut(nn.Module):
-    """A one-layer network that fails at a training pass."""
-
-    def __init__(self, *, at: int) -> None:
-        super().__init__()
-        self.layer = nn.Conv3d(1, 3, 1)
-        self.at, self.passes = at, 0
-
-    def forward(self, x):
-        self.passes += self.training
-        if self.passes == self.at:
-            raise PowerCutError
-        return self.layer(x)
+def cut_power() -> None:
+    raise PowerCutError
 
 
 @pytest.fixture
@@ -69,16 +57,16 @@ def test_a_training_speaks_when_it_begins_before_and_after_an_epoch_is_validated
 
 
 def test_between_epochs_it_speaks_now_and_then_also_in_a_validation(
-    plan, store, splits, make_config, beats, monkeypatch
+    plan, store, splits, make_config, beats, monkeypatch, one_layer
 ):
     monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.0)
-    fit_fold(plan, store, splits, make_config(max_epochs=1), network=Cut(at=0))
+    fit_fold(plan, store, splits, make_config(max_epochs=1), network=one_layer())
     assert {"data", "validation", "report", "finished"} <= {each.phase for each in beats}
 
 
-def test_a_failure_is_its_last_word(plan, store, splits, make_config, tmp_path):
+def test_a_failure_is_its_last_word(plan, store, splits, make_config, tmp_path, one_layer):
     with pytest.raises(PowerCutError):
-        fit_fold(plan, store, splits, make_config(), network=Cut(at=6))
+        fit_fold(plan, store, splits, make_config(), network=one_layer(at=6, do=cut_power))
     assert read_artifact(tmp_path / "run" / "heartbeat.json", Heartbeat).phase == "failed"
 
 

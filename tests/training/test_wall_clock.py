@@ -9,7 +9,6 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
-from torch import nn
 
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.errors import StoppedError
@@ -19,27 +18,16 @@ from pipeline.training.trainer import fit_fold
 from pipeline.training.wall_clock import read_wall_seconds
 
 
-class Stopped(nn.Module):
-    """A one-layer network that asks for a stop at a training pass."""
-
-    def __init__(self, *, at: int) -> None:
-        super().__init__()
-        self.layer = nn.Conv3d(1, 3, 1)
-        self.at, self.passes = at, 0
-
-    def forward(self, x):
-        self.passes += self.training
-        if self.passes == self.at and self.training:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return self.layer(x)
+def ask_for_a_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture
-def stopped(plan, store, splits, make_config) -> RunFolder:
+def stopped(plan, store, splits, make_config, one_layer) -> RunFolder:
     """A run that was stopped in its first epoch."""
     config = make_config()
     with pytest.raises(StoppedError):
-        fit_fold(plan, store, splits, config, network=Stopped(at=2))
+        fit_fold(plan, store, splits, config, network=one_layer(at=2, do=ask_for_a_stop))
     return RunFolder(Path(config.run_dir))
 
 
@@ -60,13 +48,13 @@ def test_a_training_takes_its_epochs_and_what_lies_between_them_and_no_more_than
     assert record.train_seconds + record.validation_seconds < record.wall_seconds <= took + 0.001
 
 
-def test_a_start_that_goes_on_adds_to_what_the_stopped_one_took(stopped, plan, store, splits, make_config):
+def test_a_start_that_goes_on_adds_to_what_the_stopped_one_took(stopped, plan, store, splits, make_config, one_layer):
     before = seconds_of(stopped)
     assert before > 0
     sleep(0.2)
     edit_heartbeat(stopped, 1000 + before)
     began = monotonic()
-    fit_fold(plan, store, splits, make_config(), network=Stopped(at=0))
+    fit_fold(plan, store, splits, make_config(), network=one_layer())
     # The time between the two does not count.
     assert 1000 + before < seconds_of(stopped) <= 1000 + before + monotonic() - began + 0.001
     assert read_artifact(stopped.heartbeat, Heartbeat).wall_seconds >= seconds_of(stopped)
@@ -87,14 +75,14 @@ def test_a_start_that_was_killed_counts_up_to_its_last_heartbeat(trainings, tmp_
     assert seconds_of(folder) == folder.read_record().wall_seconds > 1000 + said
 
 
-def test_what_an_earlier_version_did_not_count_stays_unknown(stopped, plan, store, splits, make_config):
+def test_what_an_earlier_version_did_not_count_stays_unknown(stopped, plan, store, splits, make_config, one_layer):
     edit_heartbeat(stopped, None)
-    fit_fold(plan, store, splits, make_config(), network=Stopped(at=0))
+    fit_fold(plan, store, splits, make_config(), network=one_layer())
     assert stopped.read_record().wall_seconds is None
 
 
-def test_a_damaged_heartbeat_costs_the_newest_start_alone(stopped, plan, store, splits, make_config):
+def test_a_damaged_heartbeat_costs_the_newest_start_alone(stopped, plan, store, splits, make_config, one_layer):
     write_artifact(stopped.record, replace(stopped.read_record(), wall_seconds=1000.0))
     stopped.heartbeat.write_text("{")
-    fit_fold(plan, store, splits, make_config(), network=Stopped(at=0))
+    fit_fold(plan, store, splits, make_config(), network=one_layer())
     assert seconds_of(stopped) > 1000
