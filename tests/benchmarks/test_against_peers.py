@@ -185,20 +185,27 @@ def test_every_side_has_a_key_and_a_folder_of_its_own_by_what_it_was_told(load, 
     (tmp_path / "b.yaml").write_text("train: {seed: 2}\n")
     (tmp_path / "c.yaml").write_text("# the same\ntrain: {seed: 1}\n")
     a, b, c = (accuracy.VoxfitSide(**common, config=tmp_path / f"{n}.yaml", dataset=tmp_path) for n in "abc")
-    nnunet = accuracy.NnunetSide(**common, environment=tmp_path)
+    nnunet, unmirrored = (accuracy.NnunetSide(**common, environment=tmp_path, mirrors=each) for each in (True, False))
     assert a.folder == c.folder == tmp_path / a.key
-    assert len({a.folder, b.folder, nnunet.folder}) == 3
+    assert len({a.folder, b.folder, nnunet.folder, unmirrored.folder}) == 4
     make_key = load("peers.sides").make_key
     assert a.key == make_key("voxfit", cases, 2, {"train": {"seed": 1}})
-    assert nnunet.key == make_key("nnunet", cases, 2)
+    assert nnunet.key == make_key("nnunet", cases, 2, "nnUNetTrainer")
+    assert unmirrored.mirrorings == ("none",)
 
 
 def test_the_sides_take_turns_in_another_order_for_every_budget(load):
     accuracy = load("peers.accuracy")
     options = argparse.Namespace(seeds=[0], minutes=[20, 5, 10], sides=accuracy.SIDES)
     cells = list(accuracy.order_cells(options))
-    assert [cell.minutes for cell in cells] == [5] * 3 + [10] * 3 + [20] * 3
-    assert {cells[index].side for index in (0, 3, 6)} == set(accuracy.SIDES)
+    assert [cell.minutes for cell in cells] == [5] * 5 + [10] * 5 + [20] * 5
+    assert len({cells[index].side for index in (0, 5, 10)}) == 3
+
+
+@pytest.mark.parametrize("mirrors", [True, False])
+def test_monais_patches_are_flipped_only_where_that_was_asked_for(load, mirrors):
+    transforms = load("peers.monai_data").make_patches({"patch_size": (8, 8, 8), "mirrors": mirrors})
+    assert sum(type(each).__name__ == "RandFlipd" for each in transforms) == (3 if mirrors else 0)
 
 
 def test_monais_side_trains_and_predicts_on_the_native_grid(load, project_root, tmp_path):
@@ -212,6 +219,7 @@ def test_monais_side_trains_and_predicts_on_the_native_grid(load, project_root, 
         nib.save(nib.Nifti1Image((made.label.array[0] > 0).astype(np.uint8), affine), label)
         files.append({"image": [str(image)], "label": str(label)})
     request = {"seed": 0, "num_threads": 1, "optimizer": "sgd", "lr": 0.01, "batch_size": 2, "ct": None}
+    request["mirrors"] = True
     request |= {"in_channels": 1, "num_classes": 2, "patch_size": [16, 16, 16], "spacing": [1.0, 1.5, 2.0]}
     request |= {"features": [4, 8, 8], "strides": [[1] * 3, [2] * 3, [2] * 3], "kernel_sizes": [[3] * 3] * 3}
     request |= {

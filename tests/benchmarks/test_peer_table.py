@@ -46,9 +46,21 @@ def test_dice_of_a_budget_is_the_mean_over_seeds_with_the_time_that_it_took(load
     lines = load("peers.table").make_table(tmp_path)
     source = "[2026-01-02](../scripts/benchmarks/results/accuracy-2026-01-02.json)"
     plain = "0.845 (0.840 to 0.850), took 4.8 min | 0.400, took 4.8 min | 0.300, took 4.8 min | +0.445"
-    assert lines[2] == f"| Dice after 5 min of training, not mirrored | {plain} | {source} |"
+    assert lines[2] == f"| Dice after 5 min of training | {plain} | {source} |"
     assert "| 0.410, took 4.8 min | not measured | +0.450 |" in lines[3]
     assert "| 0.870, took 9.5 min | not measured | not measured |  |" in lines[4]
+
+
+def test_peers_trained_without_mirroring_have_rows_and_lines_of_their_own(load, tmp_path):
+    cells = [*CELLS, make_cell("nnunet-unmirrored", 5, 0.5), make_cell("monai-unmirrored", 5, 0.6)]
+    write(tmp_path, "accuracy", "2026-01-02", cells=cells)
+    told = {line.split(" | ")[0]: line for line in load("peers.table").make_table(tmp_path)}
+    row = told["| Dice after 5 min of training, peers trained without mirroring"]
+    assert "0.845 (0.840 to 0.850), took 4.8 min | 0.500, took 4.8 min | 0.600, took 4.8 min | +0.345" in row
+    assert "0.400, took 4.8 min | 0.300, took 4.8 min" in told["| Dice after 5 min of training"]
+    figure = load("peers.figure")
+    assert figure.points_of(cells, "monai-unmirrored") == [(4.75, 0.6)]
+    assert set(figure.SIDES) == set(load("peers.accuracy").SIDES)
 
 
 def test_ratios_are_medians_of_ratios_within_rounds(load, tmp_path):

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,11 @@ from peers.processes import Runner
 from peers.ratios import peer_versions
 from peers.raw_dataset import FOLD, Cases, make_cases
 from peers.schedule import Pace, Schedule, fit_schedule
-from peers.sides import Side, Training
+from peers.sides import UNMIRRORED, Side, Training
 from peers.voxfit_side import VoxfitSide
 from pipeline.artifacts import write_text
 
-SIDES = ("voxfit", "nnunet", "monai")
+SIDES = ("voxfit", "nnunet", "monai", f"nnunet{UNMIRRORED}", f"monai{UNMIRRORED}")
 
 
 class Cell(NamedTuple):
@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     add_data(parser)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20, 40], help="budgets of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="nnU-Net's trainer takes none: repeats")
-    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES)
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES, help="-unmirrored: trained without flips")
     parser.add_argument("--train", choices=SIDES, nargs="+", help="train these now; of the others, what is finished")
     parser.add_argument("--mirrorings", choices=("none", "mirror"), nargs="+", default=("none", "mirror"))
     parser.add_argument("--monai_optimizer", choices=("sgd", "adamw"), default="sgd")
@@ -93,10 +93,11 @@ def make_sides(options: argparse.Namespace, cases: Cases, runner: Runner) -> dic
     common, peers = {"cases": cases, "runner": runner, "work": options.work_dir}, options.peers
     voxfit = VoxfitSide(**common, config=options.config, dataset=options.dataset)
     recipe = MonaiRecipe(options.monai_optimizer, options.monai_lr, options.monai_batch_size)
-    others: dict[str, Side] = {
-        "nnunet": NnunetSide(**common, environment=peers),
-        "monai": MonaiSide(**common, environment=peers, voxfit=voxfit, recipe=recipe),
-    }
+    others: dict[str, Side] = {}
+    for ending, mirrors in (("", True), (UNMIRRORED, False)):
+        own = replace(recipe, mirrors=mirrors)
+        others[f"nnunet{ending}"] = NnunetSide(**common, environment=peers, mirrors=mirrors)
+        others[f"monai{ending}"] = MonaiSide(**common, environment=peers, voxfit=voxfit, recipe=own)
     return {"voxfit": voxfit} | {name: others[name] for name in options.sides if name in others}
 
 
@@ -170,7 +171,7 @@ def predict_and_score(side: Side, folder: Path, name: str, cases: Cases, mirrori
 def describe_cell(cell: dict[str, Any]) -> str:
     """One line."""
     scores = ", ".join(f"{key} {value['dice']:.4f}" for key, value in cell["predictions"].items())
-    return f"{cell['side']:7} {cell['minutes']:g} min, took {cell['training_seconds'] / 60:.1f}: Dice {scores}"
+    return f"{cell['side']:17} {cell['minutes']:g} min, took {cell['training_seconds'] / 60:.1f}: Dice {scores}"
 
 
 def _tell(cell: Cell, schedule: Schedule, training: Training, predictions: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,14 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from peers.sides import UNMIRRORED
+
 SIDES = {
-    "voxfit": ("voxfit", "#0072b2", "o"),
-    "nnunet": ("nnU-Net", "#d55e00", "s"),
-    "monai": ("MONAI", "#767676", "^"),
+    "voxfit": ("voxfit", "#0072b2", "o", "-"),
+    "nnunet": ("nnU-Net", "#d55e00", "s", "-"),
+    f"nnunet{UNMIRRORED}": ("nnU-Net, no mirroring", "#d55e00", "s", ":"),
+    "monai": ("MONAI", "#767676", "^", "-"),
+    f"monai{UNMIRRORED}": ("MONAI, no mirroring", "#767676", "^", ":"),
 }
 
 
@@ -34,10 +38,10 @@ def draw_accuracy(cells: list[dict[str, Any]], path: Path) -> None:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "voxfit"}):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-        for side, (name, color, marker) in SIDES.items():
+        for side, (name, color, marker, line) in SIDES.items():
             points = points_of(cells, side)
             if points:
-                axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
+                axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=name)
         axes.set_xlabel("training time on the same CPUs (minutes)")
         axes.set_ylabel("mean Dice of held-out cases")
         axes.set_xlim(left=0)

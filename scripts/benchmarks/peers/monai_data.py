@@ -53,7 +53,7 @@ def make_patches(request: dict[str, Any]) -> list[mt.Transform]:
         mt.RandGaussianNoised("image", prob=0.15, std=0.01),
         mt.RandGaussianSmoothd("image", prob=0.15, **blur),
         mt.RandScaleIntensityd("image", prob=0.15, factors=0.3),
-        *[mt.RandFlipd(BOTH, prob=0.5, spatial_axis=axis) for axis in range(3)],
+        *[mt.RandFlipd(BOTH, prob=0.5, spatial_axis=axis) for axis in range(3) if request["mirrors"]],
         mt.EnsureTyped(BOTH, dtype=(np.float32, np.uint8), track_meta=False),
     ]
 

@@ -20,11 +20,17 @@ WORKER = Path(__file__).with_name("monai_worker.py")
 
 @dataclass(frozen=True)
 class MonaiRecipe:
-    """What a person decides who writes a training with MONAI; as in its tutorial for this task."""
+    """What a person decides who writes a training with MONAI; as in its tutorial for this task.
+
+    Attributes:
+        optimizer, lr, batch_size: Of the training.
+        mirrors: Patches are flipped along all axes.
+    """
 
     optimizer: str = "sgd"
     lr: float = 0.01
     batch_size: int = 9
+    mirrors: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,7 @@ class MonaiSide(KeyedSide):
         fold = self.cases.fold
         request = {
             **self.network(),
-            **{"seed": seed, "optimizer": self.recipe.optimizer, "lr": self.recipe.lr},
+            **{"seed": seed, "optimizer": self.recipe.optimizer, "lr": self.recipe.lr, "mirrors": self.recipe.mirrors},
             "batch_size": self.recipe.batch_size,
             "train": [self.files(case_id) for case_id in fold.train],
             "validation": [self.files(case_id) for case_id in fold.validation],

@@ -17,21 +17,40 @@ from pipeline.datasets.splits import Fold
 
 WORKER = Path(__file__).with_name("nnunet_train.py")
 CONFIGURATION = "3d_fullres"
-MODEL = Path("results", DATASET_NAME, f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NnunetSide(KeyedSide):
-    """nnU-Net of an environment that nnunet_environment.sh made."""
+    """nnU-Net of an environment that nnunet_environment.sh made.
+
+    Attributes:
+        environment: Its folder.
+        mirrors: It trains on patches mirrored along all axes, which it does by itself.
+    """
 
     environment: Path
+    mirrors: bool = True
 
     name = "nnunet"
     rehearsal = Schedule(epochs=2, iterations_per_epoch=3, validate_every=1)
     # A validation batch takes a third of an iteration, and every epoch has one.
     min_iterations = 5
     validations = 0
-    mirrorings = ("none", "mirror")
+
+    @property
+    def mirrorings(self) -> tuple[str, ...]:
+        """What was never mirrored in training is not mirrored for a prediction."""
+        return ("none", "mirror") if self.mirrors else ("none",)
+
+    @property
+    def trainer(self) -> str:
+        """One of its own classes."""
+        return "nnUNetTrainer" if self.mirrors else "nnUNetTrainerNoMirroring"
+
+    @property
+    def choices(self) -> tuple[object, ...]:
+        """Its trainer."""
+        return (self.trainer,)
 
     def prepare(self) -> dict[str, dict[str, float]]:
         """`nnUNetv2_plan_and_preprocess`, with its check of the dataset, as ours has one; then the split file."""
@@ -58,6 +77,7 @@ class NnunetSide(KeyedSide):
             "epochs": schedule.epochs,
             "iterations_per_epoch": schedule.iterations_per_epoch,
             "num_threads": self.runner.num_cpus,
+            "trainer": self.trainer,
             "out": str(folder / "taken.json"),
         }
         usage = self.runner.run(
@@ -80,7 +100,7 @@ class NnunetSide(KeyedSide):
 
     def predict(self, folder: Path, images: Path, out: Path, mirroring: str) -> Usage:
         """`nnUNetv2_predict_from_modelfolder`."""
-        command = [self._program("nnUNetv2_predict_from_modelfolder"), "-m", folder / MODEL, "-f", str(FOLD)]
+        command = [self._program("nnUNetv2_predict_from_modelfolder"), "-m", folder / self._model(), "-f", str(FOLD)]
         command += ["-i", images, "-o", out, "-chk", "checkpoint_final.pth", "-device", "cpu"]
         command += [] if mirroring == "mirror" else ["--disable_tta"]
         name = f"nnunet-predict-{folder.name}-{mirroring}"
@@ -90,6 +110,9 @@ class NnunetSide(KeyedSide):
     def preprocessed_dataset(self) -> Path:
         """Where its plans, its split file and its cases lie."""
         return self.folder / "preprocessed" / DATASET_NAME
+
+    def _model(self) -> Path:
+        return Path("results", DATASET_NAME, f"{self.trainer}__nnUNetPlans__{CONFIGURATION}")
 
     def _program(self, name: str) -> Path:
         return self.environment / "bin" / name

@@ -12,6 +12,9 @@ from peers.processes import Runner, Usage
 from peers.raw_dataset import Cases
 from peers.schedule import Pace, Schedule
 
+# What the name of a peer ends with when it was trained without mirroring.
+UNMIRRORED = "-unmirrored"
+
 
 @dataclass(frozen=True)
 class Training:

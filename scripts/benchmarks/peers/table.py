@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from places import RESULTS
 
 from peers.figure import draw_accuracy
+from peers.sides import UNMIRRORED
 from peers.training_step import NNUNET, OURS
 
 NAMES = {"voxfit": "voxfit", "nnunet": "nnU-Net", "monai": "MONAI"}
@@ -68,19 +70,19 @@ def _link(file: str) -> str:
 
 
 def accuracy_rows(found: dict[str, Any]) -> Iterator[Row]:
-    """Mean Dice of every budget and way to predict, over seeds."""
+    """Mean Dice of every budget, way to predict and way in which the peers were trained, over seeds."""
     cells = found["cells"]
-    for minutes in sorted({cell["minutes"] for cell in cells}):
-        for mirroring in ("none", "mirror"):
-            chosen = {side: _chosen(cells, side, minutes, mirroring) for side in NAMES}
-            if not any(chosen.values()):
-                continue
-            told = "mirrored" if mirroring == "mirror" else "not mirrored"
-            shown = (describe_dice(found, mirroring) for found in chosen.values())
-            gain = ""
-            if chosen["voxfit"] and chosen["nnunet"]:
-                gain = f"{mean_dice(chosen['voxfit'], mirroring) - mean_dice(chosen['nnunet'], mirroring):+.3f}"
-            yield (f"Dice after {minutes:g} min of training, {told}", *shown, gain)
+    budgets = sorted({cell["minutes"] for cell in cells})
+    for minutes, ending, mirroring in itertools.product(budgets, ("", UNMIRRORED), ("none", "mirror")):
+        voxfit = _chosen(cells, "voxfit", minutes, mirroring)
+        peers = [_chosen(cells, f"{side}{ending}", minutes, mirroring) for side in ("nnunet", "monai")]
+        if not any(peers) and (ending or not voxfit):
+            continue
+        told = ", predictions mirrored" if mirroring == "mirror" else ""
+        told += ", peers trained without mirroring" if ending else ""
+        gain = f"{mean_dice(voxfit, mirroring) - mean_dice(peers[0], mirroring):+.3f}" if voxfit and peers[0] else ""
+        shown = (describe_dice(each, mirroring) for each in (voxfit, *peers))
+        yield (f"Dice after {minutes:g} min of training{told}", *shown, gain)
 
 
 def _chosen(cells: list[dict[str, Any]], side: str, minutes: float, mirroring: str) -> list[dict[str, Any]]:
