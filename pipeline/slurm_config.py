@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.option_checks import Auto, Checked, at_least
 
@@ -34,6 +35,9 @@ class SlurmConfig(Checked):
     """Folds; auto is what train_config says, or 5."""
     max_epochs: int | Auto = "auto"
     """Epochs; auto leaves them to train_config and its default."""
+    tta: Literal["none", "mirror"] = "none"
+    """Test-time augmentation of the predictions, of held-out cases and of new images; mirror takes up to eight times
+    as long (see short_time)."""
     gpus: int = 1
     """GPUs of a training job on each node, a process for each; 0 for a network on CPUs. A prediction takes one."""
     nodes: int = 1

@@ -7,6 +7,22 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeriesOrigin:
+    """A DICOM series as a person knows it; nothing in it tells the patient.
+
+    Attributes:
+        name: As messages name it: `series 3 "T1 post" (MR, 4f2a9c81)`.
+        place: How large it is and where: `120 slices in head/T1`.
+    """
+
+    name: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.name.removesuffix(')')}; {self.place})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """One examination: the image, in one or several channels, and its label.
 
@@ -15,12 +31,14 @@ class Case:
         images: One file per channel, or one 4D file that holds all channels; empty when the image is missing.
         label: The label file; None when it is missing, or when the case is to be predicted.
         patient: Whom the case shows; "" is unknown, and the case then counts as a patient of its own.
+        origins: DICOM series that it was found as, one per channel; empty for cases that a dataset or a file names.
     """
 
     case_id: str
     images: tuple[Path, ...]
     label: Path | None
     patient: str = ""
+    origins: tuple[SeriesOrigin, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,6 @@ from pipeline.plan import GIB
 
 # Heading, digits after the point, whether more is better.
 METRICS = {"dice": ("Dice", 3, True), "nsd": ("NSD", 3, True), "hd95_mm": ("HD95 (mm)", 2, False)}
-# No p-value of fewer units that differ can fall below 0.05.
-FEWEST_FOR_TEST = 6
 # Classes with rows of their own in the table of cases; with more, that table would be of no use to anybody.
 MOST_CASE_CLASSES = 8
 
@@ -46,7 +44,6 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         most_case_classes=MOST_CASE_CLASSES,
         settings=list(comparison.different_settings.items()),
         few_units=FEW_UNITS,
-        fewest_for_test=FEWEST_FOR_TEST,
     )
     write_text(path, html)
 

@@ -16,6 +16,8 @@ ScoreSource = Literal["final", "training"]
 # Metric, case and class to a value; NaN where there is none.
 ScoreTable = dict[str, dict[str, dict[str, Score]]]
 MEAN_ROW = "mean over classes"
+# What p is held against, and the fewest units that differ of which it can fall below that: 2 ** (1 - 6) is 0.03.
+SIGNIFICANT_P, FEWEST_FOR_TEST = 0.05, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,22 @@ class RunPair(Record):
     num_only_second: int = 0
     intervals: IntervalMethod | None = None
     metrics: dict[str, tuple[Difference, ...]] = field(default_factory=dict)
+
+    @property
+    def doubt(self) -> str:
+        """Why no outcome could have decided between the two, by their mean Dice; "" where one could."""
+        rows = self.metrics.get("dice", ())
+        if not rows or not rows[0].smallest_p >= SIGNIFICANT_P:
+            return ""
+        num_units, unit = rows[0].num_units, self.intervals.unit if self.intervals else "case"
+        least = f"p cannot fall below {rows[0].smallest_p:.2g}"
+        if num_units >= FEWEST_FOR_TEST:
+            return f"too few of the {num_units} {unit}s differ to decide anything: {least}"
+        enough = f"It takes {FEWEST_FOR_TEST} for a p below {SIGNIFICANT_P:g}"
+        if num_units == 1:
+            return f"1 {unit} is too few to decide anything: {least}. {enough}"
+        many = f"{num_units} {unit}s are too few to decide anything"
+        return f"{many}: whatever they differ by, {least}, and the interval is too narrow. {enough}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def describe_comparison(comparison: Comparison) -> Group:
     for run in comparison.runs:
         # As plain text: a folder's name may look like markup.
         table.add_row(Text(run.name), *_run_cells(run))
-    return Group(table, *(Text(_pair_line(pair)) for pair in comparison.pairs))
+    return Group(table, *(Text(line) for pair in comparison.pairs for line in _pair_lines(pair)))
 
 
 def _run_cells(run: ComparedRun) -> tuple[str, ...]:
@@ -45,6 +45,10 @@ def _run_cells(run: ComparedRun) -> tuple[str, ...]:
         ", ".join(peaks),
         str(len(run.step_downs)),
     )
+
+
+def _pair_lines(pair: RunPair) -> list[str]:
+    return [_pair_line(pair), *([f"  Mind: {pair.doubt}."] if pair.doubt else [])]
 
 
 def _pair_line(pair: RunPair) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 from time import monotonic
 
 from pipeline.artifacts import check_writable, write_artifact
+from pipeline.datasets.case import SeriesOrigin
 from pipeline.datasets.dataset import Case, read_case_image
+from pipeline.datasets.series_origin import say_origin
 from pipeline.errors import CasesFailedError, InputError, VoxfitError
 from pipeline.inference.attempts import held_bytes, most_bytes
 from pipeline.inference.case_context import CaseContext, case_context
@@ -78,15 +80,19 @@ def predict_files(
     open_cases = [case for case in cases if todo[case.case_id]]
     if len(open_cases) < len(cases):
         get_logger("predict").info("%d output(s) are there already and are kept", len(cases) - len(open_cases))
+        for case in cases:
+            if not todo[case.case_id]:
+                _say_result(case, files[case.case_id])
     failures = _CaseThreads(predictor, [(case, todo[case.case_id]) for case in open_cases], output).run()
+    origins = {case.case_id: case.origins for case in open_cases}
     if len(cases) == 1:
         # Of a single case the error itself says most.
-        for error in failures.values():
+        for case_id, error in failures.items():
             if isinstance(error, VoxfitError):
-                raise error
+                raise _with_origins(error, origins[case_id])
     if failures:
         done = {case_id: paths for case_id, paths in files.items() if case_id not in failures}
-        reasons = {case_id: _first_line(error) for case_id, error in failures.items()}
+        reasons = {case_id: say_origin(_first_line(error), origins[case_id]) for case_id, error in failures.items()}
         raise CasesFailedError(reasons, done=f"{len(done)} case(s) segmented", result=_all_paths(done))
     return _all_paths(files)
 
@@ -163,6 +169,7 @@ class _CaseThreads:
         write_outputs(prediction, files, predictor.plan)
         if SEGMENTATIONS & files.keys():
             write_artifact(record_path(self._output, case.case_id), record)
+        _say_result(case, files)
 
     def _reading_bytes(self, case: Case) -> int:
         """What reading and preparing takes at most; of a single case nobody asks."""
@@ -217,6 +224,21 @@ def _say_record(record: PredictionRecord, predictor: Predictor) -> None:
             logger.warning("%s; give a larger --overlap, or train with a larger patch", text)
         else:
             logger.info("%s", text)
+
+
+def _say_result(case: Case, files: Files) -> None:
+    """Log which DICOM series the files of a case belong to: the names of the files tell nobody."""
+    if case.origins:
+        names = ", ".join(path.name for path in files.values())
+        get_logger("predict").info("%s: %s", case.case_id, say_origin(names, case.origins))
+
+
+def _with_origins(error: VoxfitError, origins: Sequence[SeriesOrigin]) -> VoxfitError:
+    """The error with the series that it is about."""
+    if not origins or not isinstance(error, InputError):
+        return error
+    what = f"{error.where}: {error.what}" if error.where else error.what
+    return InputError(say_origin(what, origins), fix=error.fix)
 
 
 def _failure(future: Future[None]) -> Exception | None:

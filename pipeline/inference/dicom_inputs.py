@@ -18,6 +18,7 @@ from pipeline.datasets.dicom_cases import (
     shown_root,
 )
 from pipeline.datasets.dicom_scan import Scan, is_volume_dataset, scan_folder
+from pipeline.datasets.series_origin import origins_in, with_origins
 from pipeline.errors import InputError
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.loading import read_plan
@@ -125,12 +126,14 @@ def _as_cases(scan: Scan, found: DicomCases, references: Path, *, allow_tilt: bo
         files = _series_files(case.case_id, references, len(case.series))
         for file, series in zip(files, case.series, strict=True):
             write_series_file(file, series.paths, allow_tilt=allow_tilt)
-        cases.append(Case(case_id=case.case_id, images=files, label=None, patient=case.patient))
-    paths = {case_id_of(series): series.paths for series in scan.series}
+        origins = origins_in(scan, case.series)
+        cases.append(Case(case_id=case.case_id, images=files, label=None, patient=case.patient, origins=origins))
+    refused = {case_id_of(series): series for series in scan.series}
     for case_id, reason in found.failures.items():
         files = _series_files(case_id, references, 1)
-        write_series_file(files[0], paths[case_id], allow_tilt=allow_tilt, problem=reason)
-        cases.append(Case(case_id=case_id, images=files, label=None))
+        write_series_file(files[0], refused[case_id].paths, allow_tilt=allow_tilt, problem=reason)
+        origins = origins_in(scan, [refused[case_id]])
+        cases.append(Case(case_id=case_id, images=files, label=None, origins=origins))
     return cases
 
 
@@ -172,4 +175,5 @@ def _find_all(config: PredictConfig, references: Path, case_ids: Collection[str]
         )
     if config.channels or config.allow_tilt:
         raise InputError("channels and allow_tilt are for folders of DICOM series", where=path, fix="Leave them out")
-    return find_inputs(path, case_ids=case_ids)
+    everything = find_inputs(path)
+    return with_origins(everything if case_ids is None else find_inputs(path, case_ids=case_ids), everything)

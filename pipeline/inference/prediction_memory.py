@@ -302,7 +302,7 @@ class _Need:
             "slab": FLOAT_BYTES * slab,
             "window": self.window_bytes,
             "waiting": self.waiting_bytes,
-            "seams": sum(self._seam_bytes(sweep, source) for sweep in self.sweeps if sweep.sliding.count_seams),
+            "seams": sum(seam_bytes(sweep, self._held_planes(sweep) * source) for sweep in self.sweeps),
         }
 
     def pieces(self, way: Sequence[_Division]) -> tuple[int, int]:
@@ -317,17 +317,12 @@ class _Need:
 
     def _gathered_bytes(self, source: int) -> int:
         """Means and the sum of their weights."""
-        axis, shape = self.axis, self.resampling.source_shape
-        keep = _planes_kept(self.resampling, axis)
-        held = sum((sweep.gathered + 1) * held_planes(sweep.sliding, axis, shape, keep) for sweep in self.sweeps)
+        held = sum((sweep.gathered + 1) * self._held_planes(sweep) for sweep in self.sweeps)
         return FLOAT_BYTES * held * source
 
-    def _seam_bytes(self, sweep: Sweep, source: int) -> int:
-        """Classes and flags of the planes that are held, and what mirrored passes of windows add up to."""
+    def _held_planes(self, sweep: Sweep) -> int:
         keep = _planes_kept(self.resampling, self.axis)
-        held = held_planes(sweep.sliding, self.axis, self.resampling.source_shape, keep) * source
-        summed = sweep.sliding.window_batch * prod(sweep.sliding.window) * sweep.gathered
-        return SEAM_BYTES * held + (FLOAT_BYTES * summed if sweep.sliding.tta_axes else 0)
+        return held_planes(sweep.sliding, self.axis, self.resampling.source_shape, keep)
 
     def _planes(self, way: Sequence[_Division]) -> tuple[int, int]:
         """Voxels of a plane of the largest block on both grids."""
@@ -344,6 +339,19 @@ def sum_of_parts(parts: Mapping[str, int]) -> int:
     """Bytes of what is there at the same time: of a slab and of windows in the network the larger."""
     together = {name: value for name, value in parts.items() if name not in ("slab", "window")}
     return sum(together.values()) + max(parts["slab"], parts["window"])
+
+
+def seam_bytes(sweep: Sweep, held_voxels: int) -> int:
+    """What counting seams takes: classes and flags of voxels, and what mirrored passes of windows add up to.
+
+    Args:
+        sweep: Which windows are compared; 0 bytes where it counts no seams.
+        held_voxels: Of the prepared grid, at a time.
+    """
+    if not sweep.sliding.count_seams:
+        return 0
+    summed = sweep.sliding.window_batch * prod(sweep.sliding.window) * sweep.gathered
+    return SEAM_BYTES * held_voxels + (FLOAT_BYTES * summed if sweep.sliding.tta_axes else 0)
 
 
 def window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:

@@ -133,7 +133,14 @@ class Chain:
         )
 
     def _predict(self) -> Job:
-        memory = predict_memory(self.plan, self.sizes, on_gpu=self.on_gpu)
+        memory = predict_memory(
+            self.plan,
+            self.sizes,
+            cpus=self.config.cpus,
+            on_gpu=self.on_gpu,
+            seams=True,
+            mirrors=self.config.tta == "mirror",
+        )
         return Job(
             name="predict",
             title="Segment with every fold the cases that it held out: together, each case once.",
@@ -146,12 +153,13 @@ class Chain:
                 f"--output {self._work('predictions')}",
                 # As for the held-out cases of `voxfit run`: the report shows them.
                 "--seams",
+                *self._mirroring,
                 "--accelerator " + ("gpu" if self.on_gpu else "cpu"),
             ),
         )
 
     def _ensemble(self) -> Job:
-        memory = predict_memory(self.plan, self.sizes, on_gpu=self.on_gpu)
+        memory = predict_memory(self.plan, self.sizes, cpus=self.config.cpus, on_gpu=self.on_gpu)
         run_dirs = " ".join(self._work(f"fold_{fold}") for fold in range(self.num_folds))
         return Job(
             name="ensemble",
@@ -162,6 +170,7 @@ class Chain:
                 f"--run_dir {run_dirs}",
                 f"--input {_quoted(self.config.predict_input)}",
                 f"--output {self._work('ensemble')}",
+                *self._mirroring,
                 "--accelerator " + ("gpu" if self.on_gpu else "cpu"),
             ),
         )
@@ -187,6 +196,10 @@ class Chain:
     @property
     def _folds(self) -> str:
         return f"0-{self.num_folds - 1}"
+
+    @property
+    def _mirroring(self) -> tuple[str, ...]:
+        return () if self.config.tta == "none" else (f"--tta {self.config.tta}",)
 
     def _filling(self) -> tuple[str, ...]:
         config = self.config

@@ -89,14 +89,26 @@ def train_memory(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool, per_n
     return _sum({f"{name}{each}": per_node * size for name, size in parts.items()})
 
 
-def predict_memory(plan: Plan, sizes: CaseSizes, *, on_gpu: bool) -> Memory:
-    """Of a prediction job: the process, one case from its files, its scores, and on a CPU the window's activations."""
+def predict_memory(
+    plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool, seams: bool = False, mirrors: bool = False
+) -> Memory:
+    """Of a prediction job: the process, one case from its files, its scores, and on a CPU the window's activations.
+
+    Args:
+        plan: The plan.
+        sizes: Of the largest cases.
+        cpus: Of the job.
+        on_gpu: Whether the network runs on a GPU.
+        seams: Whether seams are counted.
+        mirrors: Whether windows are mirrored.
+    """
     return _sum(
         {
             "for the process": GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES,
             "for a window's tensors": 0 if on_gpu else CPU_STEP_FACTOR * plan.memory.peak_bytes,
             "to prepare the largest case": sizes.preparing_bytes,
             "for its scores, twice": 2 * _scored_bytes(plan, sizes),
+            "to count seams": _seam_bytes(plan, sizes, cpus=cpus, on_gpu=on_gpu, mirrors=mirrors) if seams else 0,
         }
     )
 
@@ -122,6 +134,23 @@ def _data_workers(plan: Plan, cpus: int, *, on_gpu: bool) -> tuple[int, int]:
     batch_bytes = plan.batch_size * i * j * k * (4 * plan.num_channels + 2)
     wanted = cpus - 1 if on_gpu else cpus // CPUS_PER_WORKER
     return max(1, min(wanted, MAX_WORKERS)), WORKER_BYTES + (PREFETCH_FACTOR + COPIES_PER_PATCH) * batch_bytes
+
+
+def _seam_bytes(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool, mirrors: bool) -> int:
+    """What `voxfit predict` reckons with at the most: all of the largest case, as many windows as it takes at once."""
+    from pipeline.inference.prediction_memory import Sweep, seam_bytes
+    from pipeline.inference.window_batch import LARGEST_BATCH
+    from pipeline.inference.windows import SlidingWindow
+
+    sliding = SlidingWindow(
+        window=plan.patch_size,
+        num_classes=plan.num_classes,
+        # Which axes the training mirrors is not known yet; the sums of passes are the same for any.
+        tta_axes=(0, 1, 2) if mirrors else (),
+        window_batch=LARGEST_BATCH if on_gpu else cpus,
+        count_seams=True,
+    )
+    return seam_bytes(Sweep(sliding, plan.network.features_per_stage[0]), sizes.stored_voxels)
 
 
 def _scored_bytes(plan: Plan, sizes: CaseSizes) -> int:

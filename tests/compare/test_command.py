@@ -75,6 +75,41 @@ def test_patients_with_several_cases_count_once(write_run, make_dice, compare):
     assert pair.metrics["dice"][0].p >= 2.0 ** (1 - 6)
 
 
+@pytest.mark.parametrize("num_cases", [1, 2, 5, 6, 12])
+def test_cases_too_few_to_decide_are_said_to_be_on_the_page_and_on_the_terminal(
+    num_cases, write_run, make_dice, tmp_path, capsys
+):
+    runs = [write_run(name, dice=make_dice(shift, cases=CASES[:num_cases])) for name, shift in (("a", 0.0), ("b", 0.2))]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "c.html")]) == 0
+    # All of them differ one way, which is the most that so many can say.
+    can_decide = wilcoxon(np.arange(1, num_cases + 1)).pvalue < 0.05
+    said = f"Mind: {num_cases} {'case is' if num_cases == 1 else 'cases are'} too few to decide anything: "
+    for text in (capsys.readouterr().out, (tmp_path / "c.html").read_text()):
+        shown = " ".join(text.split())
+        assert ("to decide anything" in shown, said in shown) == (not can_decide, not can_decide)
+        assert (f"p cannot fall below {2.0 ** (1 - num_cases):.2g}" in shown) is not can_decide
+        assert shown.count("too narrow") == (1 if 1 < num_cases < 6 or text.startswith("<") else 0)
+
+
+def test_cases_without_a_difference_count_nothing_towards_a_decision(write_run, make_dice, compare):
+    first = make_dice()
+    second = {case: dict(each) for case, each in first.items()}
+    for case in CASES[:5]:
+        second[case]["outer"] += 0.1
+    runs = [write_run("a", dice=first), write_run("b", dice=second)]
+    few = "too few of the 12 cases differ to decide anything: p cannot fall below 0.062"
+    assert compare(*runs).pairs[0].doubt == few
+    assert few in (runs[0].parent / "page" / "compare.html").read_text()
+    second[CASES[5]]["outer"] += 0.1
+    assert compare(runs[0], write_run("c", dice=second)).pairs[0].doubt == ""
+
+
+def test_patients_are_what_must_be_enough_to_decide(write_run, make_dice, compare):
+    cases = tuple(f"p{number // 3}_{number % 3}" for number in range(12))
+    runs = [write_run(n, dice=make_dice(s, cases=cases), patient_pattern=r"(p\d+)") for n, s in (("a", 0), ("b", 0.2))]
+    assert compare(*runs).pairs[0].doubt.startswith("4 patients are too few to decide anything")
+
+
 def test_runs_of_other_folds_pair_the_cases_of_both_or_none(write_run, make_dice, compare):
     first = write_run("a", dice=make_dice(cases=CASES[:6]))
     overlapping = write_run("b", dice=make_dice(cases=CASES[4:]), fold=1)

@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -16,10 +18,22 @@ import yaml
 from pipeline.artifacts import write_artifact
 from pipeline.cli import main, parse
 from pipeline.errors import InputError
+from pipeline.inference.prediction_memory import SEAM_BYTES
+from pipeline.inference.predictor import Predictor
+from pipeline.inference.window_batch import LARGEST_BATCH
 from pipeline.job_scripts.jobs import MAX_SHARDS
-from pipeline.job_scripts.memory import _data_workers, evaluate_memory, predict_memory, preprocess_memory, train_memory
+from pipeline.job_scripts.memory import (
+    _data_workers,
+    _seam_bytes,
+    evaluate_memory,
+    predict_memory,
+    preprocess_memory,
+    train_memory,
+)
 from pipeline.job_scripts.writing import read_num_folds, read_patient_pattern, render_scripts, slurm
+from pipeline.networks.unet import UNet
 from pipeline.plan import GIB
+from pipeline.preprocessing.score_resampling import ScoreResampling
 from pipeline.slurm_config import SlurmConfig
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset
 
@@ -109,6 +123,15 @@ def test_seams_are_counted_for_the_report_as_in_a_run_and_not_where_there_is_non
     made = scripts(predict_input="new/images")
     assert parse(command(made["predict.sbatch"])[1:])[1].seams
     assert not parse(command(made["ensemble.sbatch"])[1:])[1].seams
+
+
+@pytest.mark.parametrize("tta", ["none", "mirror"])
+def test_held_out_cases_and_new_images_are_mirrored_alike_and_only_on_request(tta: str) -> None:
+    made = scripts(predict_input="new/images", tta=tta)
+    for name in ("predict", "ensemble"):
+        assert parse(command(made[f"{name}.sbatch"])[1:])[1].tta == tta
+    assert all("tta" not in text for name, text in made.items() if name not in ("predict.sbatch", "ensemble.sbatch"))
+    assert scripts()["predict.sbatch"] == scripts(tta="none")["predict.sbatch"]
 
 
 def test_new_images_are_segmented_with_all_folds_as_one() -> None:
@@ -332,12 +355,50 @@ def test_the_other_jobs_follow_the_cases_and_the_workers() -> None:
         (preprocess_memory(SIZES, num_workers=2), preprocess_memory(SIZES, num_workers=4)),
         (preprocess_memory(SIZES, num_workers=4), preprocess_memory(larger, num_workers=4)),
         (evaluate_memory(SIZES, num_workers=2), evaluate_memory(larger, num_workers=2)),
-        (predict_memory(PLAN, SIZES, on_gpu=True), predict_memory(PLAN, larger, on_gpu=True)),
+        (predict_memory(PLAN, SIZES, cpus=8, on_gpu=True), predict_memory(PLAN, larger, cpus=8, on_gpu=True)),
     ):
         assert gib(few.amount) < gib(many.amount)
     # What preprocessing itself would allow in such an allotment.
     allotted = gib(preprocess_memory(SIZES, num_workers=4).amount) * GIB
     assert int(0.8 * allotted) // SIZES.preparing_bytes >= 4
+
+
+@pytest.mark.parametrize("shape", [(48, 20, 24), (31, 64, 17), (16, 12, 20)])
+@pytest.mark.parametrize("tta_axes", [(), (1, 2)])
+@pytest.mark.parametrize("num_classes", [3, 7])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_counting_seams_is_given_what_voxfit_predict_reckons_with(
+    shape: tuple[int, int, int], tta_axes: tuple[int, ...], num_classes: int, on_gpu: bool, two_stages: Any
+) -> None:
+    classes = {f"class_{value}": value for value in range(num_classes)}
+    plan = replace(PLAN, network=two_stages(), labels=classes, patch_size=(16, 12, 20))
+    sizes, cpus = replace(SIZES, stored_voxels=prod(shape)), 6
+    network, at_once = UNet(plan.num_channels, num_classes, plan.network), LARGEST_BATCH if on_gpu else cpus
+    predictor = Predictor(network, plan, tta_axes=tta_axes, window_batch=at_once)
+    predictor.count_seams = True
+    reckoned = predictor.plan_memory(ScoreResampling(shape, shape)).parts["seams"]
+    given = _seam_bytes(plan, sizes, cpus=cpus, on_gpu=on_gpu, mirrors=bool(tta_axes))
+    if max(shape) == max(plan.patch_size):
+        assert given == reckoned > 0
+    assert reckoned <= given <= reckoned + SEAM_BYTES * prod(shape)
+
+
+def test_a_job_asks_for_what_counting_seams_takes_and_more_where_windows_are_mirrored() -> None:
+    plain = predict_memory(PLAN, SIZES, cpus=8, on_gpu=True, seams=True)
+    mirrored = predict_memory(PLAN, SIZES, cpus=8, on_gpu=True, seams=True, mirrors=True)
+    assert "0.2 GiB to count seams" in plain.reason
+    # Float32 scores of three classes of 8 windows.
+    sums = 4 * 3 * 8 * prod(PLAN.patch_size) / GIB
+    assert f"{0.22 + sums:.1f} GiB to count seams" in mirrored.reason
+    assert gib(mirrored.amount) - gib(plain.amount) == pytest.approx(sums / 0.8, abs=1)
+    for tta in ("none", "mirror"):
+        made = scripts(tta=tta, predict_input="new")
+        wanted = {"none": plain, "mirror": mirrored}[tta]
+        assert f"--mem={wanted.amount}" in directives(made["predict.sbatch"])
+        assert f"# {wanted.amount}: " in made["predict.sbatch"]
+        # It counts none.
+        assert "seams" not in made["ensemble.sbatch"]
+        assert f"--mem={predict_memory(PLAN, SIZES, cpus=8, on_gpu=True).amount}" in directives(made["ensemble.sbatch"])
 
 
 # ---- options
