@@ -41,7 +41,14 @@ def network_bytes(sliding: SlidingWindow, num_channels: int, network: Network | 
         network: Of another than our U-Net what it does inside is not known, and the estimate is a low one: twice what
             goes in and what comes out. None is one that gives scores.
     """
-    batch_size = 1 if sliding.threads else sliding.window_batch
+    if sliding.threads:
+        return sliding.window_batch * _batch_bytes(sliding, num_channels, network, 1)
+    # Single windows, to which a prediction goes down that ran out of memory, may take more than a batch: torch puts
+    # these through other convolutions.
+    return max(_batch_bytes(sliding, num_channels, network, size) for size in {1, sliding.window_batch})
+
+
+def _batch_bytes(sliding: SlidingWindow, num_channels: int, network: Network | None, batch_size: int) -> int:
     voxels = FLOAT_BYTES * batch_size * prod(sliding.window)
     if isinstance(network, UNet):
         _, inside, kept = estimate_forward_memory(
@@ -50,7 +57,7 @@ def network_bytes(sliding: SlidingWindow, num_channels: int, network: Network | 
     else:
         given = voxels * _given_channels(sliding, network)
         inside, kept = 2 * given, KEPT_BLOCKS * given if given < LARGEST_KEPT_BYTES else 0
-    return sliding.window_batch // batch_size * (2 * num_channels * voxels + inside + kept)
+    return 2 * num_channels * voxels + inside + kept
 
 
 def waiting_bytes(sliding: SlidingWindow, network: Network | None) -> int:
