@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the soak test: `pytest tests/training/test_kills.py --kills 50 --kill_seed 1 --timeout 0`."""
     parser.addoption("--kills", type=int, default=0, help="kills in tests/training/test_kills.py, in place of its own")
     parser.addoption("--kill_seed", type=int, default=0, help="other moments for them")
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """The system itself refuses to let any file grow beyond `num_bytes`, as a full disk or quota does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

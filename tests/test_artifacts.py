@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -27,6 +25,7 @@ from pipeline.artifacts import (
 )
 from pipeline.errors import InputError
 from pipeline.plan import Record
+from tests.conftest import file_size_limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +44,6 @@ class Example(Record):
 
 
 EXAMPLE = Example(shape=(40, 32, 24), inner=(Inner(name="a"), Inner(name="ü", weight=0.1)), by_case={"case_1": 1 / 3})
-
-
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """The system itself refuses to let any file grow beyond `num_bytes`, as a full disk or quota does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

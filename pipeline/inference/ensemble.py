@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from pipeline.geometry import Shape3
 from pipeline.inference.native_scores import Stream, stream_block
 from pipeline.inference.planes import Planes, Scores
-from pipeline.inference.prediction_memory import Block, PredictionMemory, Sweep
-from pipeline.inference.window_outputs import num_features
+from pipeline.inference.prediction_bytes import Sweep
+from pipeline.inference.prediction_memory import Block, PredictionMemory
 from pipeline.inference.windows import SlidingWindow
 
 
@@ -68,11 +68,7 @@ class Ensemble:
 
     def sweeps(self) -> list[Sweep]:
         """What is gathered side by side."""
-        return [
-            Sweep(sliding, num_features(member.network))
-            for member in self.members
-            for sliding in self._passes_of(member)
-        ]
+        return [Sweep(sliding, member.network) for member in self.members for sliding in self._passes_of(member)]
 
     def stream(self, image: Tensor, memory: PredictionMemory) -> Stream:
         """The finished planes of a block of an image (C, I, J, K), as `reduce_blocks` takes them.

@@ -16,49 +16,12 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
 
-from pipeline.inference.sliding_window import WINDOWS_AHEAD, held_planes
+from pipeline.inference.prediction_bytes import Division, Need, Sweep, planes_kept, sum_of_parts
+from pipeline.inference.window_memory import network_bytes, waiting_bytes
+from pipeline.inference.window_outputs import Network
 from pipeline.inference.windows import Box, SlidingWindow, longest_axis
 from pipeline.plan import GIB
 from pipeline.preprocessing.score_resampling import ScoreResampling
-
-FLOAT_BYTES = 4
-# Of a voxel in which windows are compared: the first one's class in 16 bits, and three flags.
-SEAM_BYTES = 5
-# What is taken of finished planes at a time, and of that, scores of some classes; larger pieces are not faster. Of
-# small volumes it is this share of what is gathered.
-SLAB_BYTES = 64 << 20
-CHUNK_BYTES = 16 << 20
-SLAB_SHARE = 1 / 4
-# Activations at full resolution that a U-Net has at a time in evaluation, in channels as they are and in channels as
-# oneDNN's convolutions copy them, filled up to a multiple of 16. Fitted to peaks of single windows, 8 to 32 features.
-LIVE_ACTIVATIONS, BLOCKED_ACTIVATIONS, CHANNELS_PER_BLOCK = 4.25, 2, 16
-# Of smaller blocks glibc keeps the last ones that were freed: by default up to twice the largest at the end of the
-# heap, and what fits nothing else between others (2 of 6 runs went up to 5 % over their bound without the latter).
-SMALLEST_RETURNED_BYTES = 32 << 20
-KEPT_BLOCKS = 3
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One network on its way over a volume, or one of its mirrored passes.
-
-    Attributes:
-        sliding: The windows.
-        num_features: Of the network, see `window_outputs.num_features`.
-    """
-
-    sliding: SlidingWindow
-    num_features: int | None = None
-
-    @property
-    def of_features(self) -> bool:
-        """Whether features are gathered in place of scores."""
-        return self.num_features is not None and self.num_features < self.sliding.num_classes
-
-    @property
-    def gathered(self) -> int:
-        """Channels that are gathered."""
-        return self.num_features if self.of_features and self.num_features else self.sliding.num_classes
 
 
 @dataclass(frozen=True)
@@ -89,7 +52,8 @@ class PredictionMemory:
         chunk: Classes at a time.
         num_windows, fewest_windows: Windows that are computed, and those of a single block, by all networks.
         parts: Bytes by what takes them: "means" gathered, "slab" on its way to the native grid, "window" in the
-            network, which is an estimate, "waiting" for their turn meanwhile, and "seams" that are counted.
+            network, which is an estimate, "waiting" for their turn meanwhile, "libraries" that the first window has
+            loaded, and "seams" that are counted.
         num_sweeps: Sweeps side by side.
     """
 
@@ -126,7 +90,7 @@ def plan_prediction_memory(
     sliding: SlidingWindow,
     *,
     num_channels: int = 1,
-    num_features: int | None = None,
+    network: Network | None = None,
     max_bytes: int | None = None,
 ) -> PredictionMemory:
     """The way to predict a volume that computes the fewest windows within a bound, or the smallest where none is.
@@ -135,10 +99,10 @@ def plan_prediction_memory(
         resampling: From the prepared to the native grid.
         sliding: The windows.
         num_channels: Of the image.
-        num_features: Of the network, see `window_outputs.num_features`.
+        network: None stands for one that gives scores.
         max_bytes: Most that may be held beside network, image and result; None is no bound.
     """
-    return plan_sweeps(resampling, [Sweep(sliding, num_features)], num_channels=num_channels, max_bytes=max_bytes)
+    return plan_sweeps(resampling, [Sweep(sliding, network)], num_channels=num_channels, max_bytes=max_bytes)
 
 
 def plan_sweeps(
@@ -163,12 +127,12 @@ def plan_sweeps(
         list(_divisions(resampling, sweeps, other, most=1 if other == axis or max_bytes is None else None))
         for other in range(3)
     ]
-    need = _Need(
+    need = Need(
         resampling=resampling,
         axis=axis,
         sweeps=tuple(sweeps),
-        window_bytes=max(network_bytes(each.sliding, num_channels, each.num_features) for each in sweeps),
-        waiting_bytes=sum(waiting_bytes(each.sliding, each.num_features) for each in sweeps),
+        window_bytes=max(network_bytes(each.sliding, num_channels, each.network) for each in sweeps),
+        waiting_bytes=sum(waiting_bytes(each.sliding, each.network) for each in sweeps),
         num_buffered=num_buffered,
     )
     ways = [(sum_of_parts(need.parts(way)), _num_windows(way), way) for way in product(*by_axis)]
@@ -178,7 +142,7 @@ def plan_sweeps(
     sides = [zip(each.sides, _own_sides(resampling, n, each), strict=True) for n, each in enumerate(way)]
     return PredictionMemory(
         axis=axis,
-        keep=_planes_kept(resampling, axis),
+        keep=planes_kept(resampling, axis),
         of_features=any(sweep.of_features for sweep in sweeps),
         blocks=tuple(_block(resampling, *block) for block in product(*sides)),
         rows=rows,
@@ -190,7 +154,7 @@ def plan_sweeps(
     )
 
 
-def _own_sides(resampling: ScoreResampling, axis: int, division: _Division) -> list[slice]:
+def _own_sides(resampling: ScoreResampling, axis: int, division: Division) -> list[slice]:
     sources = [resampling.source_side(axis, side) for side in division.sides]
     taken = [sources[0].start, *(side.stop for side in sources[:-1])]
     return [slice(max(start, side.start), side.stop) for start, side in zip(taken, sources, strict=True)]
@@ -202,37 +166,17 @@ def _block(resampling: ScoreResampling, *sides: tuple[slice, slice]) -> Block:
     return Block((i, j, k), resampling.source_box((i, j, k)), (own_i, own_j, own_k))
 
 
-def _planes_kept(resampling: ScoreResampling, axis: int) -> int:
-    return 0 if resampling.is_identity(axis) else 1
-
-
 # ---- where to divide
 
 
-@dataclass(frozen=True)
-class _Division:
-    """One axis divided into sides of blocks.
-
-    Attributes:
-        sides: On the grid of the result.
-        longest_source, longest_native: Voxels of the longest side on both grids.
-        num_starts: Windows along the axis by sweep, those that reach into two sides counted for both.
-    """
-
-    sides: tuple[slice, ...]
-    longest_source: int
-    longest_native: int
-    num_starts: tuple[int, ...]
-
-
-def _num_windows(way: Sequence[_Division]) -> int:
+def _num_windows(way: Sequence[Division]) -> int:
     """Windows of all sweeps."""
     return sum(prod(starts) for starts in zip(*(division.num_starts for division in way), strict=True))
 
 
 def _divisions(
     resampling: ScoreResampling, sweeps: Sequence[Sweep], axis: int, *, most: int | None
-) -> Iterator[_Division]:
+) -> Iterator[Division]:
     """Divisions of an axis into 1, 2, ... sides, at most `most`, or up to sides of half a window step."""
     size, source_size = resampling.shape[axis], resampling.source_shape[axis]
     starts = {start for sweep in sweeps for start in sweep.sliding.starts(axis, source_size)}
@@ -244,7 +188,7 @@ def _divisions(
         for inner in [cuts] if near == cuts else [near, cuts]:
             sides = [slice(first, last) for first, last in pairwise([0, *inner, size])]
             sources = [resampling.source_side(axis, side) for side in sides]
-            yield _Division(
+            yield Division(
                 tuple(sides),
                 max(side.stop - side.start for side in sources),
                 max(side.stop - side.start for side in sides),
@@ -253,127 +197,3 @@ def _divisions(
                     for sweep in sweeps
                 ),
             )
-
-
-# ---- what it takes
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Need:
-    """What a way to divide a volume takes.
-
-    Attributes:
-        resampling: From the prepared to the native grid.
-        axis: Of the sweeps.
-        sweeps: The networks.
-        window_bytes: What a window takes in the network.
-        waiting_bytes: What windows take that are through it.
-        num_buffered: Values that reducers keep of every voxel of a slab of the result.
-    """
-
-    resampling: ScoreResampling
-    axis: int
-    sweeps: tuple[Sweep, ...]
-    window_bytes: int
-    waiting_bytes: int
-    num_buffered: int
-
-    @property
-    def gathered(self) -> int:
-        """Channels of all sweeps."""
-        return sum(sweep.gathered for sweep in self.sweeps)
-
-    def parts(self, way: Sequence[_Division]) -> dict[str, int]:
-        """Bytes by what takes them: of the largest block, should one have the longest of all sides."""
-        source, native = self._planes(way)
-        rows, chunk = self.pieces(way)
-        taken = min(int(rows * self._zoom) + 2, self.resampling.source_shape[self.axis]) * source
-        # Features of the source in one piece, scores of a chunk of classes there and three times beside, and the
-        # running maximum.
-        copied = sum(sweep.gathered for sweep in self.sweeps if sweep.of_features)
-        slab = (copied + chunk) * taken + (3 * chunk + 3 + self.num_buffered) * rows * native
-        # Chunks that were freed and are kept by glibc.
-        slab += 2 * chunk * taken
-        if len(self.sweeps) > 1:
-            # Probabilities of a chunk, their mean and their spread, and what normalises them.
-            slab += (3 * chunk + 2 * len(self.sweeps)) * taken
-        return {
-            "means": self._gathered_bytes(source),
-            "slab": FLOAT_BYTES * slab,
-            "window": self.window_bytes,
-            "waiting": self.waiting_bytes,
-            "seams": sum(seam_bytes(sweep, self._held_planes(sweep) * source) for sweep in self.sweeps),
-        }
-
-    def pieces(self, way: Sequence[_Division]) -> tuple[int, int]:
-        """Planes of the result at a time, and classes at a time."""
-        source, native = self._planes(way)
-        slab = min(SLAB_BYTES, SLAB_SHARE * self._gathered_bytes(source))
-        rows = max(1, int(slab / (FLOAT_BYTES * self.gathered * source * self._zoom)))
-        rows = min(rows, self.resampling.shape[self.axis])
-        voxels = rows * max(native, source * self._zoom)
-        chunk = max(1, int(min(CHUNK_BYTES, SLAB_SHARE * slab) / (FLOAT_BYTES * voxels)))
-        return rows, min(chunk, self.sweeps[0].sliding.num_classes)
-
-    def _gathered_bytes(self, source: int) -> int:
-        """Means and the sum of their weights."""
-        held = sum((sweep.gathered + 1) * self._held_planes(sweep) for sweep in self.sweeps)
-        return FLOAT_BYTES * held * source
-
-    def _held_planes(self, sweep: Sweep) -> int:
-        keep = _planes_kept(self.resampling, self.axis)
-        return held_planes(sweep.sliding, self.axis, self.resampling.source_shape, keep)
-
-    def _planes(self, way: Sequence[_Division]) -> tuple[int, int]:
-        """Voxels of a plane of the largest block on both grids."""
-        across = [division for axis, division in enumerate(way) if axis != self.axis]
-        return prod(each.longest_source for each in across), prod(each.longest_native for each in across)
-
-    @property
-    def _zoom(self) -> float:
-        """Planes of the source for a plane of the result."""
-        return self.resampling.source_shape[self.axis] / self.resampling.shape[self.axis]
-
-
-def sum_of_parts(parts: Mapping[str, int]) -> int:
-    """Bytes of what is there at the same time: of a slab and of windows in the network the larger."""
-    together = {name: value for name, value in parts.items() if name not in ("slab", "window")}
-    return sum(together.values()) + max(parts["slab"], parts["window"])
-
-
-def seam_bytes(sweep: Sweep, held_voxels: int) -> int:
-    """What counting seams takes: classes and flags of voxels, and what mirrored passes of windows add up to.
-
-    Args:
-        sweep: Which windows are compared; 0 bytes where it counts no seams.
-        held_voxels: Of the prepared grid, at a time.
-    """
-    if not sweep.sliding.count_seams:
-        return 0
-    summed = sweep.sliding.window_batch * prod(sweep.sliding.window) * sweep.gathered
-    return SEAM_BYTES * held_voxels + (FLOAT_BYTES * summed if sweep.sliding.tta_axes else 0)
-
-
-def window_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
-    """Windows at once, in the network and through it, see `network_bytes` and `waiting_bytes`."""
-    return network_bytes(sliding, num_channels, num_features) + waiting_bytes(sliding, num_features)
-
-
-def network_bytes(sliding: SlidingWindow, num_channels: int, num_features: int | None) -> int:
-    """What a network has alive of the windows at once: an estimate, for networks of others a low one."""
-    voxels = FLOAT_BYTES * sliding.window_batch * prod(sliding.window)
-    channels = num_features if num_features is not None else sliding.num_classes
-    kept = KEPT_BLOCKS * channels if voxels * channels < SMALLEST_RETURNED_BYTES else 0
-    if num_features is None:
-        return voxels * (2 * num_channels + 2 * channels + kept)
-    blocked = -(-num_features // CHANNELS_PER_BLOCK) * CHANNELS_PER_BLOCK
-    live = LIVE_ACTIVATIONS * num_features + BLOCKED_ACTIVATIONS * blocked
-    return int(voxels * (2 * num_channels + live + kept))
-
-
-def waiting_bytes(sliding: SlidingWindow, num_features: int | None) -> int:
-    """Of windows that are through the network and wait for their turn, beside those that are in it."""
-    if sliding.threads is None:
-        return 0
-    channels = num_features if num_features is not None else sliding.num_classes
-    return FLOAT_BYTES * sliding.window_batch * prod(sliding.window) * WINDOWS_AHEAD * channels

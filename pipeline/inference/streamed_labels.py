@@ -11,7 +11,7 @@ from pipeline.geometry import Shape3
 from pipeline.inference.planes import Planes, Scores
 from pipeline.inference.prediction_memory import Block, PredictionMemory, plan_prediction_memory
 from pipeline.inference.sliding_window import stream_planes
-from pipeline.inference.window_outputs import Network, num_features
+from pipeline.inference.window_outputs import Network
 from pipeline.inference.windows import SlidingWindow
 from pipeline.preprocessing.score_resampling import ScoreResampling
 from pipeline.slabs.store import slab_ranges
@@ -25,7 +25,7 @@ def plan_label_memory(
         ScoreResampling(shape, shape),
         sliding,
         num_channels=num_channels,
-        num_features=num_features(network),
+        network=network,
         max_bytes=max_bytes,
     )
 

@@ -9,9 +9,9 @@ import torch
 
 from pipeline.allocation import allotted_cpus
 from pipeline.inference.attempts import held_bytes, most_bytes
-from pipeline.inference.prediction_memory import window_bytes
 from pipeline.inference.predictor import Predictor
-from pipeline.inference.window_outputs import WindowOutputs, num_features
+from pipeline.inference.window_memory import window_bytes
+from pipeline.inference.window_outputs import WindowOutputs
 from pipeline.inference.window_threads import WindowThreads, cores_per_window
 from pipeline.log import get_logger
 from pipeline.networks.precision import autocast, free_vram_bytes
@@ -56,8 +56,7 @@ def _fitting_count(predictor: Predictor) -> int:
     """Windows that the host's memory is enough for, by an estimate."""
     sliding, channels = predictor.sliding(1), predictor.plan.num_channels
     each = max(
-        window_bytes(sliding.for_network(member.window, ()), channels, num_features(member.network))
-        for member in predictor.members
+        window_bytes(sliding.for_network(member.window, ()), channels, member.network) for member in predictor.members
     )
     free = most_bytes(predictor.max_ram) - held_bytes()
     return max(1, int(WINDOWS_SHARE * free / each))

@@ -21,6 +21,9 @@ CPU_PROCESS_BYTES = 1 * GIB
 GPU_PROCESS_BYTES = 4 * GIB
 # Measured on labels that are rugged everywhere, where surfaces are most of the volume; smooth ones take a tenth.
 BYTES_PER_EVALUATED_VOXEL = 64
+# Most that a prediction is given for scores: it divides volumes so that it stays within what its job was allotted, and
+# windows of 192 voxels gather 32 features of a CT of 512 x 512 voxels across in half of it.
+MOST_FOR_SCORES = 16 * GIB
 # A CPU computes in float32 what the meter counted in 16 bits.
 CPU_STEP_FACTOR = 2
 
@@ -83,7 +86,7 @@ def train_memory(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool, per_n
         "for the step's tensors": step,
         f"for {workers} data worker(s)": workers * worker_bytes,
         "pinned for offloading (plan.json)": pinned,
-        "for the largest validation case and its scores": _scored_bytes(plan, sizes),
+        "for the largest validation case and its scores": min(_scored_bytes(plan, sizes), MOST_FOR_SCORES),
     }
     each = f", in each of {per_node} processes" if per_node > 1 else ""
     return _sum({f"{name}{each}": per_node * size for name, size in parts.items()})
@@ -94,6 +97,8 @@ def predict_memory(
 ) -> Memory:
     """Of a prediction job: the process, one case from its files, its scores, and on a CPU the window's activations.
 
+    Scores are those of the whole volume where there is room for them, which is fastest; see `MOST_FOR_SCORES`.
+
     Args:
         plan: The plan.
         sizes: Of the largest cases.
@@ -102,13 +107,15 @@ def predict_memory(
         seams: Whether seams are counted.
         mirrors: Whether windows are mirrored.
     """
+    scores = 2 * _scored_bytes(plan, sizes)
+    if seams:
+        scores += _seam_bytes(plan, sizes, cpus=cpus, on_gpu=on_gpu, mirrors=mirrors)
     return _sum(
         {
             "for the process": GPU_PROCESS_BYTES if on_gpu else CPU_PROCESS_BYTES,
             "for a window's tensors": 0 if on_gpu else CPU_STEP_FACTOR * plan.memory.peak_bytes,
             "to prepare the largest case": sizes.preparing_bytes,
-            "for its scores, twice": 2 * _scored_bytes(plan, sizes),
-            "to count seams": _seam_bytes(plan, sizes, cpus=cpus, on_gpu=on_gpu, mirrors=mirrors) if seams else 0,
+            "for its scores" + (" and their seams" if seams else ""): min(scores, MOST_FOR_SCORES),
         }
     )
 
@@ -138,7 +145,7 @@ def _data_workers(plan: Plan, cpus: int, *, on_gpu: bool) -> tuple[int, int]:
 
 def _seam_bytes(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool, mirrors: bool) -> int:
     """What `voxfit predict` reckons with at the most: all of the largest case, as many windows as it takes at once."""
-    from pipeline.inference.prediction_memory import Sweep, seam_bytes
+    from pipeline.inference.prediction_bytes import seam_bytes
     from pipeline.inference.window_batch import LARGEST_BATCH
     from pipeline.inference.windows import SlidingWindow
 
@@ -150,7 +157,8 @@ def _seam_bytes(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool, mirror
         window_batch=LARGEST_BATCH if on_gpu else cpus,
         count_seams=True,
     )
-    return seam_bytes(Sweep(sliding, plan.network.features_per_stage[0]), sizes.stored_voxels)
+    gathered = min(plan.num_classes, plan.network.features_per_stage[0])
+    return seam_bytes(sliding, gathered=gathered, held_voxels=sizes.stored_voxels)
 
 
 def _scored_bytes(plan: Plan, sizes: CaseSizes) -> int:

@@ -50,8 +50,9 @@ class StepMemory:
         host_bytes: Most bytes of host buffers that were live at one time, for what is offloaded.
         pinned_bytes: What these take of pinned memory with a GPU, where blocks are powers of two.
         process_bytes: Most bytes by which the step makes a process on a CPU grow, estimated for one thread and glibc:
-            tensors, host buffers, what convolutions allocate inside themselves (`pipeline.planning.workspace`), and
-            freed blocks that the C library keeps (`pipeline.planning.storages`). None for a GPU.
+            tensors, host buffers, what convolutions allocate inside themselves
+            (`pipeline.networks.convolution_workspace`), and freed blocks that the C library keeps
+            (`pipeline.planning.storages`). None for a GPU.
     """
 
     peak_bytes: int

@@ -13,13 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pipeline.planning.workspace import estimate_cpu_workspace
+from pipeline.networks.convolution_workspace import LARGEST_KEPT_BYTES, estimate_cpu_workspace
 from pipeline.slabs.host import is_allocating_on_host, pinned_bytes
 
 HOST = "host"
-# glibc takes freed blocks up to this size (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits) back into its heap, which does not
-# shrink as long as anything lies behind them; larger ones go back to the system.
-LARGEST_KEPT_BYTES = 32 * 1024**2
 
 
 @dataclass(eq=False, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import yaml
 from pipeline.artifacts import write_artifact
 from pipeline.geometry import Spacing
 from pipeline.networks.unet import UNet
-from pipeline.plan import Plan
+from pipeline.plan import NetworkPlan, Plan
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,6 +29,18 @@ def make_plan(plan_of: Callable[..., Plan]) -> Callable[..., Plan]:
         labels = {"background": 0, "organ_1": 4, "organ_2": 7}
         own = {"labels": labels, "target_spacing": spacing, "patch_size": (12, 16, 8), "precision": "32-true"}
         return plan_of(**{**own, **options})
+
+    return make
+
+
+@pytest.fixture
+def make_network(two_stages: Callable[..., NetworkPlan]) -> Callable[..., UNet]:
+    """An untrained U-Net of two small stages, the lower one halved along two axes; options as in `UNet`."""
+
+    def make(in_channels: int, num_classes: int, *, features: int = 4, seed: int = 0, **options: Any) -> UNet:
+        torch.manual_seed(seed)
+        plan = two_stages(features_per_stage=(features, 6), strides=((1, 1, 1), (2, 2, 1)))
+        return UNet(in_channels, num_classes, plan, **options).eval()
 
     return make
 

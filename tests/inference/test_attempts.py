@@ -17,6 +17,7 @@ from pipeline.inference import attempts
 from pipeline.inference.attempts import Attempt, plan_host_memory, run_attempts
 from pipeline.inference.prediction_memory import PredictionMemory, plan_prediction_memory
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.window_memory import library_bytes
 from pipeline.inference.windows import SlidingWindow
 from pipeline.io.volume import Volume
 from pipeline.plan import Plan
@@ -134,7 +135,9 @@ def test_a_bound_divides_the_volume_at_the_same_label(
     monkeypatch.setattr(attempts, "held_bytes", lambda: 0)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        divided = Predictor(network, make_plan(), max_ram=900_000).predict(volume)
+        predictor = Predictor(network, make_plan())
+        predictor.max_ram = 900_000 + library_bytes(predictor.sliding(1))
+        divided = predictor.predict(volume)
     np.testing.assert_array_equal(divided.array, whole.array)
     assert "in 1 block(s)" not in caplog.text
     with pytest.raises(InputError, match=r"max_ram: this volume takes at least .* GiB.*allowed are 0\.00"):

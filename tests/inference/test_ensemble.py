@@ -13,15 +13,15 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
 from pipeline.geometry import Grid
-from pipeline.inference import prediction_memory
+from pipeline.inference import prediction_bytes
 from pipeline.inference.ensemble import Ensemble, Member
 from pipeline.inference.native_scores import reduce_blocks
 from pipeline.inference.planes import NotFiniteError
-from pipeline.inference.prediction_memory import plan_sweeps
+from pipeline.inference.prediction_memory import PredictionMemory, plan_sweeps
 from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.inference.windows import SlidingWindow
 from pipeline.networks.unet import UNet
-from pipeline.plan import NetworkPlan, Plan
+from pipeline.plan import Plan
 from pipeline.preprocessing.preprocess import PreparedImage
 from pipeline.preprocessing.resample import resample_scores
 from pipeline.preprocessing.restore import NativeScores, ScoreReducer
@@ -87,7 +87,7 @@ def flips(chosen: tuple[int, ...]) -> list[list[int]]:
 
 def reduce(
     prepared: PreparedImage, plan: Plan, ensemble: Ensemble, *, share: float = 1.0
-) -> tuple[np.ndarray, prediction_memory.PredictionMemory]:
+) -> tuple[np.ndarray, PredictionMemory]:
     """All scores on the native grid, in as many blocks as a share of the means takes."""
     native = NativeScores.of(prepared, plan, num_scores=ensemble.num_scores)
     memory = plan_sweeps(native.resampling, ensemble.sweeps())
@@ -135,8 +135,8 @@ def test_streamed_probabilities_are_the_mean_of_whole_softmax_volumes(
     plan, prepared = make_plan(anisotropic_axis=anisotropic_axis), prepare(shape, native)
     ensemble = Ensemble(networks, SlidingWindow(window=(6, 4, 5), num_classes=3), with_variance)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction_memory, "SLAB_BYTES", slab_bytes)
-        patch.setattr(prediction_memory, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(prediction_bytes, "SLAB_BYTES", slab_bytes)
+        patch.setattr(prediction_bytes, "CHUNK_BYTES", chunk_bytes)
         found, _ = reduce(prepared, plan, ensemble, share=share)
     expected = np.mean(whole_probabilities(networks, prepared.array, 3), axis=0)
     np.testing.assert_allclose(found[:3], on_native(expected, prepared, anisotropic_axis), atol=2e-6)
@@ -146,24 +146,14 @@ def test_streamed_probabilities_are_the_mean_of_whole_softmax_volumes(
         np.testing.assert_allclose(found[3:], on_native(variance[None], prepared, anisotropic_axis), atol=2e-6)
 
 
-def unet(seed: int, num_classes: int, features: int) -> UNet:
-    torch.manual_seed(seed)
-    plan = NetworkPlan(
-        features_per_stage=(features, 8),
-        strides=((1, 1, 1), (2, 2, 2)),
-        kernel_sizes=((3, 3, 3),) * 2,
-        num_blocks_per_stage=(1, 1),
-        num_groups=2,
-    )
-    return UNet(1, num_classes, plan).eval()
-
-
 def test_networks_that_gather_features_and_scores_are_combined_as_monai_s_sliding_window_is(
-    make_plan: Callable[..., Plan],
+    make_plan: Callable[..., Plan], make_network: Callable[..., UNet]
 ) -> None:
     # Sizes at which both spread windows alike.
     prepared = prepare((20, 12, 16), (20, 12, 16))
-    networks = [Member(unet(0, 6, 4), (8, 8, 8)), Member(unet(1, 6, 8), (8, 8, 8)), Member(unet(2, 6, 4), (8, 8, 8))]
+    networks = [
+        Member(make_network(1, 6, features=features, seed=seed), (8, 8, 8)) for seed, features in enumerate((4, 8, 4))
+    ]
     plan = make_plan(labels={f"class_{value}": value for value in range(6)})
     found, memory = reduce(prepared, plan, Ensemble(networks, SlidingWindow(window=(8, 8, 8), num_classes=6)))
     assert memory.of_features

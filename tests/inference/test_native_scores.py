@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.geometry import Grid
-from pipeline.inference import prediction_memory
+from pipeline.inference import prediction_bytes
 from pipeline.inference.native_scores import reduce_blocks, stream_block
 from pipeline.inference.planes import NotFiniteError
 from pipeline.inference.prediction_memory import PredictionMemory, plan_prediction_memory
 from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.inference.windows import SlidingWindow
-from pipeline.plan import Plan
+from pipeline.networks.unet import UNet
+from pipeline.plan import NetworkPlan, Plan
 from pipeline.preprocessing.preprocess import PreparedImage
 from pipeline.preprocessing.resample import resample_scores
 from pipeline.preprocessing.restore import LabelReducer, NativeScores, Reducer, ScoreReducer, restore_label
@@ -75,8 +76,8 @@ def test_labels_and_scores_are_those_of_the_whole_volume_bit_by_bit(
     sliding = SlidingWindow(window=(6, 4, 5), num_classes=3)
     labels, scores = LabelReducer(prepared.native_grid.shape, plan), ScoreReducer(prepared.native_grid.shape, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction_memory, "SLAB_BYTES", slab_bytes)
-        patch.setattr(prediction_memory, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(prediction_bytes, "SLAB_BYTES", slab_bytes)
+        patch.setattr(prediction_bytes, "CHUNK_BYTES", chunk_bytes)
         reduce(prepared, plan, sliding, [labels, scores], share=share)
     whole = sliding_window_scores(scores_of, torch.from_numpy(prepared.array), window=(6, 4, 5), num_classes=3).numpy()
     np.testing.assert_array_equal(labels.label, restore_label(whole, prepared, plan))
@@ -120,6 +121,13 @@ def test_a_value_that_is_not_finite_anywhere_ends_the_stream(make_plan: Callable
 
 # ---- what a plan says of memory
 
+TWO_STAGES = NetworkPlan(
+    features_per_stage=(32, 64),
+    strides=((1, 1, 1), (2, 2, 2)),
+    kernel_sizes=((3, 3, 3),) * 2,
+    num_blocks_per_stage=(1, 1),
+)
+
 
 def plan_of(shape: tuple[int, int, int], num_classes: int, **options: object) -> PredictionMemory:
     native = options.pop("native", shape)
@@ -133,7 +141,8 @@ def plan_of(shape: tuple[int, int, int], num_classes: int, **options: object) ->
 def test_the_bound_is_kept_from_one_to_two_hundred_classes(
     num_classes: int, num_features: int | None, gib: float
 ) -> None:
-    memory = plan_of((512, 512, 400), num_classes, num_features=num_features, max_bytes=int(gib * 2**30))
+    network = UNet(1, num_classes, TWO_STAGES) if num_features else None
+    memory = plan_of((512, 512, 400), num_classes, network=network, max_bytes=int(gib * 2**30))
     if memory.parts["window"] < 0.8 * gib * 2**30:
         assert memory.num_bytes <= gib * 2**30
     assert memory.num_windows >= memory.fewest_windows == 7 * 7 * 6

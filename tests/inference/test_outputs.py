@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.inference import prediction_memory
+from pipeline.inference import prediction_bytes
 from pipeline.inference.case_files import predict_files
 from pipeline.inference.ensemble import Member
 from pipeline.inference.export_formats import OutputFormat, output_files
@@ -54,8 +54,8 @@ class Blurred(nn.Module):
 @pytest.fixture(autouse=True)
 def _small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several boxes per volume and several chunks of classes per box."""
-    monkeypatch.setattr(prediction_memory, "SLAB_BYTES", 20_000)
-    monkeypatch.setattr(prediction_memory, "CHUNK_BYTES", 4_000)
+    monkeypatch.setattr(prediction_bytes, "SLAB_BYTES", 20_000)
+    monkeypatch.setattr(prediction_bytes, "CHUNK_BYTES", 4_000)
 
 
 @pytest.fixture

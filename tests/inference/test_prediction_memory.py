@@ -48,9 +48,9 @@ def test_the_peak_of_a_prediction_does_not_grow_with_the_long_axis(
 
 @pytest.mark.slow
 def test_a_bound_is_kept_by_more_blocks(measure: Measure) -> None:
-    shape, allowed = (128, 112, 136), 150 * MIB
+    shape, allowed = (128, 112, 136), 175 * MIB
     free, bounded = (
-        measure(*shape, patch=48, network="logits", num_classes=60, max_extra=bound) for bound in (0, "150MiB")
+        measure(*shape, patch=48, network="logits", num_classes=60, max_extra=bound) for bound in (0, "175MiB")
     )
     assert free["extra_bytes"] > allowed >= bounded["planned_bytes"]
     assert bounded["extra_bytes"] <= allowed
@@ -85,3 +85,12 @@ def test_windows_of_a_u_net_take_no_more_than_was_planned(measure: Measure) -> N
     assert measured["extra_bytes"] < 1.15 * measured["planned_bytes"] + 3 * image_bytes
     # Nor is much more planned than is taken, or what would fit were refused.
     assert measured["planned_bytes"] < 1.3 * measured["extra_bytes"]
+
+
+def test_windows_of_a_narrow_u_net_take_no_more_than_was_planned(measure: Measure) -> None:
+    # 8 features at 48^3 are few enough for torch's own convolution, whose columns are 27 copies of its input.
+    measured = measure(72, 60, 56, patch=48, network="unet", num_classes=40, max_extra=0)
+    image_bytes = 4 * 72 * 60 * 56
+    assert measured["extra_bytes"] < 1.05 * measured["planned_bytes"] + 3 * image_bytes
+    # What freed blocks leave behind differs by half from run to run.
+    assert measured["planned_bytes"] < 2.5 * measured["extra_bytes"]

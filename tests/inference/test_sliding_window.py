@@ -17,7 +17,6 @@ from pipeline.errors import InputError
 from pipeline.inference.sliding_window import sliding_window_scores
 from pipeline.inference.windows import SlidingWindow, gaussian_weights, window_starts
 from pipeline.networks.unet import UNet
-from pipeline.plan import NetworkPlan
 
 torch.set_num_threads(1)
 
@@ -177,16 +176,10 @@ def test_wrong_options_are_one_clear_line(options: dict[str, object], message: s
 
 
 @pytest.mark.parametrize("tta_axes", [(), (0,), (2, 0, 1)])
-def test_logits_taken_by_rows_blend_as_those_of_whole_windows_do(tta_axes: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    plan = NetworkPlan(
-        features_per_stage=(4, 6),
-        strides=((1, 1, 1), (2, 2, 1)),
-        kernel_sizes=((3, 3, 3),) * 2,
-        num_blocks_per_stage=(1, 1),
-        num_groups=2,
-    )
-    network = UNet(2, 3, plan, slab_stages=1).eval()
+def test_logits_taken_by_rows_blend_as_those_of_whole_windows_do(
+    make_network: Callable[..., UNet], tta_axes: tuple[int, ...]
+) -> None:
+    network = make_network(2, 3, slab_stages=1)
     image = random_image(2, (11, 9, 6))
     options: dict[str, Any] = {"window": (8, 6, 4), "num_classes": 3, "tta_axes": tta_axes}
     by_rows = sliding_window_scores(network, image, **options)

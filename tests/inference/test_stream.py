@@ -19,7 +19,6 @@ from pipeline.inference.streamed_labels import plan_label_memory, sliding_window
 from pipeline.inference.window_outputs import ScoreHead, all_flips
 from pipeline.inference.windows import SlidingWindow, gaussian_weights, longest_axis, window_starts
 from pipeline.networks.unet import UNet
-from pipeline.plan import NetworkPlan
 
 torch.set_num_threads(1)
 
@@ -141,28 +140,12 @@ def test_no_more_planes_are_held_than_a_window_has_however_long_the_volume(axis:
             assert planes.means.untyped_storage().nbytes() == 3 * (6 + keep) * 7 * 7 * 4
 
 
-@pytest.fixture
-def make_network() -> Callable[..., UNet]:
-    def make(num_classes: int = 9, **options: Any) -> UNet:
-        torch.manual_seed(0)
-        plan = NetworkPlan(
-            features_per_stage=(4, 6),
-            strides=((1, 1, 1), (2, 2, 1)),
-            kernel_sizes=((3, 3, 3),) * 2,
-            num_blocks_per_stage=(1, 1),
-            num_groups=2,
-        )
-        return UNet(2, num_classes, plan, **options).eval()
-
-    return make
-
-
 @pytest.mark.parametrize("slab_stages", [0, 1])
 @pytest.mark.parametrize("tta_axes", [(), (0, 2)])
 def test_features_gathered_in_place_of_scores_give_the_same_scores(
     make_network: Callable[..., UNet], slab_stages: int, tta_axes: tuple[int, ...]
 ) -> None:
-    network, image = make_network(slab_stages=slab_stages), random_image((13, 9, 21), channels=2)
+    network, image = make_network(2, 9, slab_stages=slab_stages), random_image((13, 9, 21), channels=2)
     sliding = SlidingWindow(window=(8, 6, 4), num_classes=9, tta_axes=tta_axes)
     expected = sliding_window_scores(network, image, window=(8, 6, 4), num_classes=9, tta_axes=tta_axes)
     for planes in stream_planes(network, image, sliding, of_features=True):
@@ -179,7 +162,7 @@ def test_features_gathered_in_place_of_scores_give_the_same_scores(
 def test_labels_of_a_volume_are_its_highest_scores_also_in_blocks(
     make_network: Callable[..., UNet], is_unet: bool
 ) -> None:
-    network, image = make_network(), random_image((13, 9, 21), channels=2)
+    network, image = make_network(2, 9), random_image((13, 9, 21), channels=2)
     network = network if is_unet else nn.Conv3d(2, 9, 3, padding=1)
     sliding = SlidingWindow(window=(8, 6, 4), num_classes=9)
     scores = sliding_window_scores(network, image, window=(8, 6, 4), num_classes=9)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pipeline.inference.predictor import Predictor
-from pipeline.inference.window_batch import set_window_batch
+from pipeline.inference.window_batch import WINDOWS_SHARE, set_window_batch
+from pipeline.inference.window_memory import window_bytes
 from pipeline.networks.unet import UNet
 from pipeline.plan import Plan
 
@@ -45,8 +46,8 @@ def test_memory_for_fewer_windows_is_filled_with_fewer(
     make_predictor: Callable[..., Predictor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.inference.window_batch.held_bytes", lambda: 0)
-    # A window of 12 x 16 x 8 takes (2 + 6.25 times 4 features + 2 times 16) values of 4 bytes a voxel, 0.36 MB.
-    predictor = make_predictor(max_ram=int(2.5 * 362_496 / 0.4))
+    predictor = make_predictor()
+    predictor.max_ram = int(2.5 * window_bytes(predictor.sliding(1), 1, predictor.network) / WINDOWS_SHARE)
     set_window_batch(predictor, "auto")
     assert predictor.window_batch == 2
     assert torch.get_num_threads() == 3

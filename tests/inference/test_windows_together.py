@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.inference import prediction_memory
+from pipeline.inference import prediction_bytes
 from pipeline.inference.case_context import CaseContext, CaseNotes, case_context
 from pipeline.inference.ensemble import Member
 from pipeline.inference.export_formats import OutputFormat
@@ -170,7 +170,7 @@ def test_windows_together_give_what_one_at_a_time_gives(
         together.threads = WindowThreads(2)
     expected = outcome(make(1, 1.0), volume, extra)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction_memory, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(prediction_bytes, "CHUNK_BYTES", chunk_bytes)
         found = outcome(together, volume, extra)
 
     # Passes of a batch are added together, and a mean over windows and passes in another order is rounded otherwise.

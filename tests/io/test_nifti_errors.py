@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +13,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.io.nifti import read_label, read_source, read_volume, write_label, write_volume
 from pipeline.io.volume import Volume
+from tests.conftest import file_size_limit
 
 AFFINE = np.diag([-1.0, 1.5, 2.0, 1.0])
 RNG = np.random.default_rng(3)
@@ -27,17 +26,6 @@ def saved(tmp_path: Path, array: np.ndarray, *, name: str = "a.nii.gz", affine: 
 
 def noise_file(tmp_path: Path, name: str = "a.nii.gz") -> Path:
     return saved(tmp_path, RNG.integers(-9000, 9000, (20, 15, 10)).astype(np.int16), name=name)
-
-
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """The system itself refuses to let any file grow beyond `num_bytes`, as a full disk or quota does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def assert_one_line(read: Callable[[Path], object], path: Path, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Fingerprints of made-up datasets."""
+"""Fingerprints of made-up datasets, and a small network with its loss for the meter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ import pytest
 
 from pipeline.datasets.fingerprint import CaseFingerprint, ChannelStatistics, Fingerprint
 from pipeline.geometry import Shape3, Spacing
+from pipeline.losses.deep_supervision import DeepSupervisionLoss
+from pipeline.losses.dice_ce import DiceCELoss
+from pipeline.plan import NetworkPlan
 
+# What the meter's tests run.
+PATCH = (16, 24, 8)
+TINY = NetworkPlan(
+    features_per_stage=(4, 8, 12),
+    strides=((1, 1, 1), (2, 2, 1), (2, 2, 2)),
+    kernel_sizes=((3, 3, 1), (3, 3, 3), (3, 3, 3)),
+    num_blocks_per_stage=(1, 2, 1),
+)
+OUR_LOSS = DeepSupervisionLoss(DiceCELoss())
 STATISTICS = ChannelStatistics(lower=-950.0, upper=1200.0, mean=90.0, std=250.0, minimum=-1024.0, maximum=3071.0)
 
 

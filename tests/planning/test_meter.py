@@ -15,28 +15,19 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
 from pipeline.errors import InputError
-from pipeline.losses.deep_supervision import DeepSupervisionLoss
-from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.networks.unet import UNet
 from pipeline.plan import GIB, NetworkPlan
 from pipeline.planning.meter import PARTS, StepMemory, count_step, meter_step
 from pipeline.slabs.host import allocate_on_host
 from pipeline.slabs.rows import PendingLogits
+from tests.planning.conftest import OUR_LOSS, PATCH, TINY
 
-PATCH = (16, 24, 8)
-TINY = NetworkPlan(
-    features_per_stage=(4, 8, 12),
-    strides=((1, 1, 1), (2, 2, 1), (2, 2, 2)),
-    kernel_sizes=((3, 3, 1), (3, 3, 3), (3, 3, 3)),
-    num_blocks_per_stage=(1, 2, 1),
-)
 SIX_STAGES = NetworkPlan(
     features_per_stage=(32, 64, 128, 256, 320, 320),
     strides=((1, 1, 1), *((2, 2, 2),) * 5),
     kernel_sizes=((3, 3, 3),) * 6,
     num_blocks_per_stage=(2,) * 6,
 )
-OUR_LOSS = DeepSupervisionLoss(DiceCELoss())
 _monai_loss = MonaiDiceCELoss(softmax=True, to_onehot_y=True)
 
 

@@ -12,22 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import InputError
-from pipeline.losses.deep_supervision import DeepSupervisionLoss
-from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.networks.unet import UNet
-from pipeline.plan import NetworkPlan
 from pipeline.planning import cuda_autocast
 from pipeline.planning.cuda_autocast import cuda_autocast_rules
 from pipeline.planning.meter import StepMemory, count_step, meter_step
+from tests.planning.conftest import OUR_LOSS, PATCH, TINY
 
-PATCH = (16, 24, 8)
-TINY = NetworkPlan(
-    features_per_stage=(4, 8, 12),
-    strides=((1, 1, 1), (2, 2, 1), (2, 2, 2)),
-    kernel_sizes=((3, 3, 1), (3, 3, 3), (3, 3, 3)),
-    num_blocks_per_stage=(1, 2, 1),
-)
-OUR_LOSS = DeepSupervisionLoss(DiceCELoss())
 # Kernels behind the operators that users call, and one that is refused instead of cast.
 NOT_IN_LISTS = {"cudnn_convolution", "cudnn_convolution_transpose", "binary_cross_entropy"}
 

@@ -110,23 +110,25 @@ def _checkpoint(run_dir: Path) -> dict[str, Any]:
     return {**{key: checkpoint[key] for key in keys if key in checkpoint}, **callbacks}
 
 
-def _rows(run_dir: Path) -> list[dict[str, str]]:
+def read_rows(run_dir: Path) -> list[dict[str, str]]:
+    """Of metrics.csv, without times and memory."""
     header, *lines = (line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines())
     rows = [dict(zip(header, line, strict=True)) for line in lines]
     return [{key: value for key, value in row.items() if key not in TIMES_AND_MEMORY} for row in rows]
 
 
-def _assert_equal(found: Any, expected: Any, where: str = "") -> None:
+def assert_equal(found: Any, expected: Any, where: str = "") -> None:
+    """Assert that tensors in dictionaries and lists are the same bit by bit."""
     if isinstance(expected, Tensor):
         assert torch.equal(found, expected), where
     elif isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for key in expected:
-            _assert_equal(found[key], expected[key], f"{where}.{key}")
+            assert_equal(found[key], expected[key], f"{where}.{key}")
     elif isinstance(expected, list | tuple):
         assert len(found) == len(expected), where
         for index, pair in enumerate(zip(found, expected, strict=True)):
-            _assert_equal(*pair, f"{where}[{index}]")
+            assert_equal(*pair, f"{where}[{index}]")
     else:
         assert found == expected, where
 
@@ -134,7 +136,7 @@ def _assert_equal(found: Any, expected: Any, where: str = "") -> None:
 @pytest.fixture(scope="session")
 def rows_of() -> Callable[[Path], list[dict[str, str]]]:
     """Reads the rows of metrics.csv, without times and memory."""
-    return _rows
+    return read_rows
 
 
 @pytest.fixture(scope="session")
@@ -142,10 +144,10 @@ def assert_same_run() -> Callable[[Path, Path], None]:
     """Asserts that two runs came to the same, bit by bit: checkpoint, every epoch's row, best weights."""
 
     def compare(found: Path, expected: Path) -> None:
-        _assert_equal(_checkpoint(found), _checkpoint(expected))
-        assert _rows(found) == _rows(expected)
+        assert_equal(_checkpoint(found), _checkpoint(expected))
+        assert read_rows(found) == read_rows(expected)
         best = [torch.load(run / "checkpoints" / "best.ckpt", weights_only=True) for run in (found, expected)]
-        _assert_equal(*({key: each[key] for key in ("state_dict", "counts")} for each in best))
+        assert_equal(*({key: each[key] for key in ("state_dict", "counts")} for each in best))
 
     return compare
 

@@ -25,8 +25,7 @@ from pipeline.plan import NetworkPlan, Plan
 from pipeline.store import CaseStore, StoreInfo
 from pipeline.training.run_folder import RunFolder, RunRecord
 from pipeline.training.trainer import fit_fold
-
-TIMES_AND_MEMORY = {"seconds", "data_wait_share", "peak_ram_bytes", "validation_seconds"}
+from tests.training.conftest import assert_equal, read_rows
 
 
 class PowerCutError(Exception):
@@ -56,27 +55,6 @@ def state_of(run_dir: Path) -> dict:
     return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "counts")}
 
 
-def rows_of(run_dir: Path) -> list[dict[str, str]]:
-    header, *lines = (line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines())
-    rows = [dict(zip(header, line, strict=True)) for line in lines]
-    return [{key: value for key, value in row.items() if key not in TIMES_AND_MEMORY} for row in rows]
-
-
-def assert_equal(found, expected, where: str = "") -> None:
-    if isinstance(expected, Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
-        for index, pair in enumerate(zip(found, expected, strict=True)):
-            assert_equal(*pair, f"{where}[{index}]")
-    else:
-        assert found == expected, where
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_run_cut_off_again_and_again_ends_bit_by_bit_like_one_that_was_not(
     plan, store, splits, make_config, optimizer
@@ -96,7 +74,7 @@ def test_a_run_cut_off_again_and_again_ends_bit_by_bit_like_one_that_was_not(
             fit_fold(plan, store, splits, config, network=Dropping(plan, fails_at=fails_at))
     cut = fit_fold(plan, store, splits, make_config("cut", **options), network=Dropping(plan))
     assert_equal(state_of(cut.run_dir), state_of(whole.run_dir))
-    assert rows_of(cut.run_dir) == rows_of(whole.run_dir)
+    assert read_rows(cut.run_dir) == read_rows(whole.run_dir)
     assert (cut.best_dice, cut.counts) == (whole.best_dice, whole.counts)
     averages = [torch.load(each.best_checkpoint, weights_only=True)["ema_state_dict"] for each in (cut, whole)]
     assert_equal(*averages)
@@ -132,7 +110,7 @@ def test_a_process_killed_at_random_moments_resumes_to_the_same_end(plan, store,
     killed = fit_fold(plan, store, splits, config)
     assert not list(Path(config.run_dir).rglob("*.partial.*"))
     assert_equal(state_of(killed.run_dir), state_of(whole.run_dir))
-    assert rows_of(killed.run_dir) == rows_of(whole.run_dir)
+    assert read_rows(killed.run_dir) == read_rows(whole.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +140,7 @@ def test_torn_checkpoints_are_named_and_the_newest_whole_one_is_used(
     assert "last.ckpt: is torn" in caplog.text
     assert f"going on from {used}" in caplog.text
     assert_equal(state_of(cut.run_dir), state_of(whole.run_dir))
-    assert rows_of(cut.run_dir) == rows_of(whole.run_dir)
+    assert read_rows(cut.run_dir) == read_rows(whole.run_dir)
 
 
 def test_a_torn_checkpoint_never_becomes_the_one_before(plan, store, splits, make_config):
@@ -189,7 +167,7 @@ def test_saves_within_an_epoch_change_nothing_and_are_gone_on_from(plan, store, 
     assert torch.load(last, weights_only=True)["counts"] == {"epoch": 1, "iteration": 7, "optimizer_step": 4}
     saved = fit_fold(plan, store, splits, make_config("saved", **options), network=Dropping(plan))
     assert_equal(state_of(saved.run_dir), state_of(whole.run_dir))
-    assert rows_of(saved.run_dir) == rows_of(whole.run_dir)
+    assert read_rows(saved.run_dir) == read_rows(whole.run_dir)
 
 
 def test_a_run_killed_after_its_last_epoch_only_writes_its_record(plan, store, splits, make_config):
@@ -197,13 +175,13 @@ def test_a_run_killed_after_its_last_epoch_only_writes_its_record(plan, store, s
     record = whole.run_dir / "run.json"
     finished = record.read_text()
     record.write_text(finished.replace('"finished"', '"running"'))
-    rows, written = rows_of(whole.run_dir), whole.last_checkpoint.stat().st_mtime_ns
+    rows, written = read_rows(whole.run_dir), whole.last_checkpoint.stat().st_mtime_ns
     assert fit_fold(plan, store, splits, make_config()) == whole
     before, after = json.loads(finished), json.loads(record.read_text())
     # This start took time as well.
     assert after.pop("wall_seconds") > before.pop("wall_seconds")
     assert after == before
-    assert rows_of(whole.run_dir) == rows
+    assert read_rows(whole.run_dir) == rows
     assert whole.last_checkpoint.stat().st_mtime_ns == written
 
 
@@ -283,6 +261,6 @@ def test_thick_slices_two_channels_and_deep_supervision_train_and_resume(thick_p
         fit_fold(thick_plan, thick_store, splits, config, network=Dropping(thick_plan, fails_at=20))
     cut = fit_fold(thick_plan, thick_store, splits, config, network=Dropping(thick_plan))
     assert_equal(state_of(cut.run_dir), state_of(whole.run_dir))
-    assert rows_of(cut.run_dir) == rows_of(whole.run_dir)
-    losses = [float(row["train_loss"]) for row in rows_of(whole.run_dir)]
+    assert read_rows(cut.run_dir) == read_rows(whole.run_dir)
+    losses = [float(row["train_loss"]) for row in read_rows(whole.run_dir)]
     assert losses[-1] < 0.8 * losses[0]

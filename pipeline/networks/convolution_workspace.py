@@ -16,9 +16,12 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 aten = torch.ops.aten
+# glibc takes freed blocks up to this size back into its heap, which does not shrink as long as anything lies behind
+# them; larger ones go back to the system. DEFAULT_MMAP_THRESHOLD_MAX on 64 bits, less a page for a block's header.
+LARGEST_KEPT_BYTES = 32 * 1024**2 - 4096
 CHANNELS_PER_BLOCK = 16
 # oneDNN reads tensors with fewer channels, such as images, as they are.
 FEWEST_BLOCKED_CHANNELS = 4
@@ -35,6 +38,36 @@ def estimate_cpu_workspace(func: Any, args: Sequence[Any], result: Any) -> int:
     """
     rule = _RULES.get(func)
     return max(0, rule(args, result)) if rule is not None else 0
+
+
+class Workspace(NamedTuple):
+    """What a layer's forward pass allocates and frees inside.
+
+    Attributes:
+        num_bytes: At their most, beyond input, weights and output.
+        largest_bytes: Of the largest single block.
+    """
+
+    num_bytes: int
+    largest_bytes: int
+
+
+def estimate_layer_workspace(
+    layer: nn.Conv3d | nn.ConvTranspose3d, shape: Sequence[int], out_shape: Sequence[int]
+) -> Workspace:
+    """The workspace of a layer on a CPU in float32, without running it.
+
+    Args:
+        layer: On any device.
+        shape: (B, C, I, J, K) of the input.
+        out_shape: Of the output.
+    """
+    # Only sizes are looked at, so one number stands for a whole tensor.
+    x, weight, y = (torch.empty(1).expand(*size) for size in (shape, layer.weight.shape, out_shape))
+    transposed = isinstance(layer, nn.ConvTranspose3d)
+    geometry = (layer.stride, layer.padding, layer.dilation, transposed, layer.output_padding, layer.groups)
+    conv = _convolution((x, weight, None, *geometry), y)
+    return Workspace(max(0, _forward_bytes(conv)), _largest_block(conv))
 
 
 class _Convolution(NamedTuple):
@@ -65,19 +98,33 @@ class _Convolution(NamedTuple):
         return self.x.is_contiguous(memory_format=_channels_last(self.x)) and self.x.shape[1] > 1
 
 
-def _forward(args: Sequence[Any], y: Tensor) -> int:
+def _convolution(args: Sequence[Any], y: Tensor) -> _Convolution:
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
     backend = torch._C._select_conv_backend(
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, None
     )
-    conv = _Convolution(x, weight, y, stride, transposed, _is_onednn(backend))
+    return _Convolution(x, weight, y, stride, transposed, _is_onednn(backend))
+
+
+def _forward(args: Sequence[Any], y: Tensor) -> int:
+    return _forward_bytes(_convolution(args, y))
+
+
+def _forward_bytes(conv: _Convolution) -> int:
     if not conv.is_onednn:
         return 0 if prod(conv.kernel) == 1 else _column_bytes(conv)
     if conv.keeps_layout:
         return 0
-    if transposed:
-        return 2 * _bytes(y)
-    return _reordered_bytes(x, y, conv.weight_bytes)
+    if conv.transposed:
+        return 2 * _bytes(conv.y)
+    return _reordered_bytes(conv.x, conv.y, conv.weight_bytes)
+
+
+def _largest_block(conv: _Convolution) -> int:
+    """Of what the forward pass allocates inside."""
+    if not conv.is_onednn or conv.keeps_layout:
+        return _forward_bytes(conv)
+    return max(_blocked_bytes(conv.x, is_read=True), _blocked_bytes(conv.y))
 
 
 def _backward(args: Sequence[Any], result: Sequence[Tensor | None]) -> int:
