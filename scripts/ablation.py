@@ -245,7 +245,7 @@ def describe(results: Sequence[Result], names: Sequence[str]) -> str:
             f"{mean(seams):.1%}" if seams else "",
             str(own[0].optimizer_steps),
             f"{median(result.cpu_seconds for result in own):.0f}",
-            f"{median(noise):.1f}" if noise else "",
+            f"{median(noise):.2g}" if noise else "",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
