@@ -19,6 +19,7 @@ from pipeline.inference.case_context import CaseContext, case_context
 from pipeline.inference.case_files import predict_files
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.window_memory import library_bytes
 from pipeline.inference.window_threads import WindowThreads
 from pipeline.inference.windows import Box, window_starts
 from pipeline.io.volume import Volume
@@ -109,7 +110,8 @@ def test_blocks_count_each_voxel_once(make_plan: Callable[..., Plan], monkeypatc
     volume = Volume.from_array(np.random.default_rng(0).normal(size=SHAPE).astype(np.float32), np.eye(4))
     monkeypatch.setattr("pipeline.inference.attempts.held_bytes", lambda: 0)
     found, blocks = [], []
-    for max_ram in (None, 220_000):
+    libraries = library_bytes(Predictor(OfPlace(), plan).sliding(1))
+    for max_ram in (None, libraries + 220_000):
         predictor = Predictor(OfPlace(), plan, max_ram=max_ram)
         predictor.count_seams = True
         prepared, context = predictor.prepare(volume), CaseContext(expect=lambda _: None)
