@@ -190,7 +190,7 @@ def test_every_side_has_a_key_and_a_folder_of_its_own_by_what_it_was_told(load, 
     assert len({a.folder, b.folder, nnunet.folder, unmirrored.folder}) == 4
     make_key = load("peers.sides").make_key
     assert a.key == make_key("voxfit", cases, 2, {"train": {"seed": 1}})
-    assert nnunet.key == make_key("nnunet", cases, 2, "nnUNetTrainer")
+    assert nnunet.key == make_key("nnunet", cases, 2, True)
     assert unmirrored.mirrorings == ("none",)
 
 

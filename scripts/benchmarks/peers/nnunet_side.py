@@ -17,6 +17,7 @@ from pipeline.datasets.splits import Fold
 
 WORKER = Path(__file__).with_name("nnunet_train.py")
 CONFIGURATION = "3d_fullres"
+MODEL = Path("results", DATASET_NAME, f"nnUNetTrainer__nnUNetPlans__{CONFIGURATION}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +44,9 @@ class NnunetSide(KeyedSide):
         return ("none", "mirror") if self.mirrors else ("none",)
 
     @property
-    def trainer(self) -> str:
-        """One of its own classes."""
-        return "nnUNetTrainer" if self.mirrors else "nnUNetTrainerNoMirroring"
-
-    @property
     def choices(self) -> tuple[object, ...]:
-        """Its trainer."""
-        return (self.trainer,)
+        """Whether it mirrors."""
+        return (self.mirrors,)
 
     def prepare(self) -> dict[str, dict[str, float]]:
         """`nnUNetv2_plan_and_preprocess`, with its check of the dataset, as ours has one; then the split file."""
@@ -77,7 +73,7 @@ class NnunetSide(KeyedSide):
             "epochs": schedule.epochs,
             "iterations_per_epoch": schedule.iterations_per_epoch,
             "num_threads": self.runner.num_cpus,
-            "trainer": self.trainer,
+            "mirrors": self.mirrors,
             "out": str(folder / "taken.json"),
         }
         usage = self.runner.run(
@@ -100,7 +96,7 @@ class NnunetSide(KeyedSide):
 
     def predict(self, folder: Path, images: Path, out: Path, mirroring: str) -> Usage:
         """`nnUNetv2_predict_from_modelfolder`."""
-        command = [self._program("nnUNetv2_predict_from_modelfolder"), "-m", folder / self._model(), "-f", str(FOLD)]
+        command = [self._program("nnUNetv2_predict_from_modelfolder"), "-m", folder / MODEL, "-f", str(FOLD)]
         command += ["-i", images, "-o", out, "-chk", "checkpoint_final.pth", "-device", "cpu"]
         command += [] if mirroring == "mirror" else ["--disable_tta"]
         name = f"nnunet-predict-{folder.name}-{mirroring}"
@@ -110,9 +106,6 @@ class NnunetSide(KeyedSide):
     def preprocessed_dataset(self) -> Path:
         """Where its plans, its split file and its cases lie."""
         return self.folder / "preprocessed" / DATASET_NAME
-
-    def _model(self) -> Path:
-        return Path("results", DATASET_NAME, f"{self.trainer}__nnUNetPlans__{CONFIGURATION}")
 
     def _program(self, name: str) -> Path:
         return self.environment / "bin" / name

@@ -1,11 +1,12 @@
 """One training by nnU-Net's own trainer, of a given length; runs in nnU-Net's environment, not in the project's.
 
-    python nnunet_train.py < request.json      keys: epochs, iterations_per_epoch, num_threads, trainer, out
+    python nnunet_train.py < request.json      keys: epochs, iterations_per_epoch, num_threads, mirrors, out
 
-Everything is what `nnUNetv2_train 1 3d_fullres 0 -device cpu -tr TRAINER` does, down to the threads, but three
-attributes of the trainer that are meant to be set: the number of epochs, over which its polynomial learning rate falls,
-the iterations of an epoch, and one validation batch an epoch instead of fifty, which would take most of a short epoch's
-time.
+Everything is what `nnUNetv2_train 1 3d_fullres 0 -device cpu` does, down to the threads, but three attributes of the
+trainer that are meant to be set: the number of epochs, over which its polynomial learning rate falls, the iterations
+of an epoch, and one validation batch an epoch instead of fifty, which would take most of a short epoch's time. Without
+`mirrors` it does what its variant nnUNetTrainerNoMirroring does; that class is not taken by its name, because looking
+for it imports every other variant and what these need.
 """
 
 from __future__ import annotations
@@ -63,6 +64,18 @@ def run_timed(trainer: nnUNetTrainer) -> dict[str, Any]:
     }
 
 
+def leave_mirroring(trainer: nnUNetTrainer) -> None:
+    """No axis to mirror, in training and in predictions with its checkpoints."""
+    configure = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size
+
+    def without_axes() -> tuple[Any, ...]:
+        *others, _ = configure()
+        trainer.inference_allowed_mirroring_axes = None
+        return (*others, None)
+
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size = without_axes
+
+
 def describe(trainer: nnUNetTrainer) -> dict[str, Any]:
     """The settings that the planner and the trainer chose."""
     configuration = trainer.configuration_manager
@@ -79,7 +92,6 @@ def describe(trainer: nnUNetTrainer) -> dict[str, Any]:
         "precision": "float32" if trainer.device.type == "cpu" else "float16",
         "optimizer": f"SGD, Nesterov momentum, rate {trainer.initial_lr}, polynomial by epoch",
         "validation_batches_per_epoch": trainer.num_val_iterations_per_epoch,
-        "trainer": type(trainer).__name__,
         "augmentation_processes": get_allowed_n_proc_DA(),
     }
 
@@ -88,7 +100,9 @@ def main() -> None:
     """Train and write what it took into the file that the request names."""
     request = json.load(sys.stdin)
     torch.set_num_threads(request["num_threads"])
-    trainer = get_trainer_from_args("1", CONFIGURATION, 0, trainer_name=request["trainer"], device=torch.device("cpu"))
+    trainer = get_trainer_from_args("1", CONFIGURATION, 0, device=torch.device("cpu"))
+    if not request["mirrors"]:
+        leave_mirroring(trainer)
     trainer.num_epochs = request["epochs"]
     trainer.num_iterations_per_epoch = request["iterations_per_epoch"]
     trainer.num_val_iterations_per_epoch = 1
