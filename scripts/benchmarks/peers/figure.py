@@ -41,7 +41,10 @@ def draw_accuracy(cells: list[dict[str, Any]], path: Path) -> None:
         for side, (name, color, marker, line) in SIDES.items():
             points = points_of(cells, side)
             if points:
-                axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=name)
+                # A single point has no line that tells it from others.
+                face = "white" if side.endswith(UNMIRRORED) else color
+                style = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": line}
+                axes.plot(*zip(*points, strict=True), **style, label=name)
         axes.set_xlabel("training time on the same CPUs (minutes)")
         axes.set_ylabel("mean Dice of held-out cases")
         axes.set_xlim(left=0)
