@@ -20,7 +20,7 @@ from pipeline.datasets.dicom_cases import (
 from pipeline.datasets.dicom_scan import Scan, is_volume_dataset, scan_folder
 from pipeline.datasets.series_origin import origins_in, with_origins
 from pipeline.errors import InputError
-from pipeline.inference.inputs import find_inputs
+from pipeline.inference.inputs import choose_cases, find_inputs
 from pipeline.inference.loading import read_plan
 from pipeline.io.dicom.headers import is_dicom_file
 from pipeline.io.dicom.reader import LOOK
@@ -86,14 +86,10 @@ def find_dicom_inputs(
         what = f"{len(chosen)} are named, the network takes {len(channel_names)} ({', '.join(channel_names)})"
         raise InputError(what, where="channels", fix="Name one for each, in this order")
     cases = find_dicom_cases(scan, chosen, channel_names=channel_names)
-    found = {case.case_id: case for case in _as_cases(scan, cases, references, allow_tilt=allow_tilt)}
+    found = _as_cases(scan, cases, references, allow_tilt=allow_tilt)
     for problem, count in sorted(Counter(reason for _, reason in scan.unreadable).items()):
         get_logger("predict").warning("%d file(s) of the input: %s", count, problem)
-    missing = sorted(set(case_ids or ()) - set(found))
-    if missing:
-        fix = "Look at the ids with `voxfit inspect`"
-        raise InputError(f"has no case {', '.join(missing)}", where=shown_root(scan), fix=fix)
-    return tuple(found[case_id] for case_id in sorted(found) if case_ids is None or case_id in case_ids)
+    return choose_cases(found, case_ids, where=shown_root(scan), fix="Look at the ids with `voxfit inspect`")
 
 
 def _channels_of(volumes: Sequence[Series], channel_names: Sequence[str]) -> tuple[str, ...]:
@@ -176,4 +172,4 @@ def _find_all(config: PredictConfig, references: Path, case_ids: Collection[str]
     if config.channels or config.allow_tilt:
         raise InputError("channels and allow_tilt are for folders of DICOM series", where=path, fix="Leave them out")
     everything = find_inputs(path)
-    return with_origins(everything if case_ids is None else find_inputs(path, case_ids=case_ids), everything)
+    return with_origins(choose_cases(everything, case_ids, where=path), everything)

@@ -29,10 +29,27 @@ def find_inputs(path: Path, *, case_ids: Collection[str] | None = None) -> tuple
     Raises:
         InputError: Nothing is there, or a wanted case is not.
     """
-    found = {case.case_id: case for case in _find(path)}
+    return choose_cases(_find(path), case_ids, where=path)
+
+
+def choose_cases(
+    cases: Iterable[Case], case_ids: Collection[str] | None, *, where: Path | str, fix: str = ""
+) -> tuple[Case, ...]:
+    """The wanted of the cases, sorted by id.
+
+    Args:
+        cases: That were found.
+        case_ids: Only these; None takes all.
+        where: They were found, for the message.
+        fix: What to do where a wanted case is not among them.
+
+    Raises:
+        InputError: A wanted case is not among them.
+    """
+    found = {case.case_id: case for case in cases}
     missing = sorted(set(case_ids or ()) - set(found))
     if missing:
-        raise InputError(f"has no case {', '.join(missing)}", where=path)
+        raise InputError(f"has no case {', '.join(missing)}", where=where, fix=fix)
     return tuple(found[case_id] for case_id in sorted(found) if case_ids is None or case_id in case_ids)
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 from pipeline.inference.sliding_window import held_planes
-from pipeline.inference.window_memory import FLOAT_BYTES, library_bytes
+from pipeline.inference.window_memory import library_bytes
 from pipeline.inference.window_outputs import Network, gathers_features, num_features
 from pipeline.inference.windows import SlidingWindow
+from pipeline.networks.forward_memory import FLOAT_BYTES
 from pipeline.preprocessing.score_resampling import ScoreResampling
 
 # Of a voxel in which windows are compared: the first one's class in 16 bits, and three flags.

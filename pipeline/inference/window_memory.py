@@ -11,10 +11,9 @@ from pipeline.inference.sliding_window import WINDOWS_AHEAD
 from pipeline.inference.window_outputs import Network, num_features
 from pipeline.inference.windows import SlidingWindow
 from pipeline.networks.convolution_workspace import LARGEST_KEPT_BYTES
-from pipeline.networks.forward_memory import estimate_forward_memory
+from pipeline.networks.forward_memory import FLOAT_BYTES, estimate_forward_memory
 from pipeline.networks.unet import UNet
 
-FLOAT_BYTES = 4
 # Code of torch, oneDNN and MKL that the first window has loaded from their files: 11 to 15 MiB (`RssFile` of
 # /proc/self/status, torch 2.13).
 CODE_BYTES = 14 << 20
