@@ -14,8 +14,8 @@ from pipeline.io.nifti import is_nifti_name, strip_nifti_suffix
 CHANNEL_SUFFIX = re.compile(r"(?P<case_id>.+)_(?P<channel>\d{4})")
 
 
-def find_inputs(path: Path, *, case_ids: Collection[str] | None = None) -> tuple[Case, ...]:
-    """The cases to segment, sorted by id.
+def find_inputs(path: Path) -> tuple[Case, ...]:
+    """The cases that may be segmented, sorted by id; `choose_cases` takes the wanted of them.
 
     Channels of a case are told by the suffixes `_0000`, `_0001`, ... as in nnU-Net. A name without such a suffix is a
     case of its own, in one channel or with the channels as fourth axis; so is `scan_0012` where no `scan_0000` lies
@@ -24,12 +24,11 @@ def find_inputs(path: Path, *, case_ids: Collection[str] | None = None) -> tuple
     Args:
         path: A NIfTI file (with the suffix `_0000` its other channels are found beside it), a folder of NIfTI files,
             or anything that `read_dataset` reads.
-        case_ids: Only these; None takes all.
 
     Raises:
-        InputError: Nothing is there, or a wanted case is not.
+        InputError: Nothing is there, or its channels are not complete.
     """
-    return choose_cases(_find(path), case_ids, where=path)
+    return choose_cases(_find(path), None, where=path)
 
 
 def choose_cases(

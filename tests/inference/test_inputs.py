@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.inference.inputs import find_inputs
+from pipeline.inference.inputs import choose_cases, find_inputs
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset
 
 
@@ -23,8 +23,8 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).write_bytes(b"")
 
 
-def found(path: Path, **options: object) -> dict[str, list[str]]:
-    return {case.case_id: [image.name for image in case.images] for case in find_inputs(path, **options)}  # type: ignore[arg-type]
+def found(path: Path) -> dict[str, list[str]]:
+    return {case.case_id: [image.name for image in case.images] for case in find_inputs(path)}
 
 
 def test_channels_are_grouped_by_their_suffix_in_order(fill: Path) -> None:
@@ -52,9 +52,15 @@ def test_a_dataset_gives_training_and_test_cases(tmp_path: Path) -> None:
     cases = {f"c{seed}": make_synthetic_case(seed, shape=(20, 16, 14), num_classes=2) for seed in range(3)}
     root = write_msd_dataset(tmp_path / "set", {"c0": cases["c0"], "c1": cases["c1"]}, test_cases={"c2": cases["c2"]})
     assert list(found(root)) == ["c0", "c1", "c2"]
-    assert list(found(root, case_ids=["c1"])) == ["c1"]
-    with pytest.raises(InputError, match="has no case c9"):
-        find_inputs(root, case_ids=["c1", "c9"])
+
+
+def test_the_wanted_cases_are_chosen_and_the_missing_named(fill: Path) -> None:
+    touch(fill, "c0.nii.gz", "c1.nii.gz", "c2.nii.gz")
+    cases = find_inputs(fill)
+    assert choose_cases(cases, None, where=fill) == cases
+    assert [case.case_id for case in choose_cases(cases, ["c2", "c0"], where=fill)] == ["c0", "c2"]
+    with pytest.raises(InputError, match="has no case c8, c9"):
+        choose_cases(cases, ["c9", "c1", "c8"], where=fill)
 
 
 def test_a_missing_channel_is_named_with_its_case(fill: Path) -> None:
