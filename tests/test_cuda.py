@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pipeline.inference.case_context import CaseContext, case_context
 from pipeline.inference.predictor import Predictor
-from pipeline.inference.window_batch import LARGEST_BATCH, set_window_batch
+from pipeline.inference.window_batch import MOST_WINDOWS_ON_GPU, set_window_batch
 from pipeline.io.volume import Volume
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.losses.segmentation_loss import make_loss
@@ -304,7 +304,7 @@ def test_windows_in_batches_that_fit_give_the_labels_of_single_windows(precision
     prepared = predictor.prepare(Volume.from_array(torch.randn(90, 100, 110).numpy(), np.eye(4)))
     single = predictor.segment(prepared)
     set_window_batch(predictor, "auto")
-    assert 1 < predictor.window_batch <= LARGEST_BATCH
+    assert 1 < predictor.window_batch <= MOST_WINDOWS_ON_GPU
     predictor.count_seams = predictor.skip_air = True
     context = CaseContext()
     with case_context(context):

@@ -29,7 +29,9 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INSTALL = "Install them: pip install 'voxfit[export]'"
 # What protobuf, and so one ONNX file, can hold.
 MAX_FILE_BYTES = 2**31 - 1
-LARGEST_BATCH, MOST_STEPS = 1024, 4096
+# Upper ends of the axes that stay free in the file: windows in a batch, and multiples of the network's stride along an
+# axis of space. Torch asks for some; nothing that fits memory comes near them.
+LARGEST_FREE_BATCH, MOST_STRIDES = 1024, 4096
 
 
 def check_onnx_packages() -> None:
@@ -125,7 +127,7 @@ def _export(run: ExportableRun, path: Path) -> tuple[onnx.ModelProto, bool]:
 
 
 def _export_axes(run: ExportableRun, *, spatial: bool) -> onnx.ModelProto:
-    axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}
+    axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=LARGEST_FREE_BATCH)}
     size = run.window
     if spatial and run.stride is not None:
         # An example far from 1, of which torch makes a constant, and of unequal sides, which it takes for one.
@@ -149,7 +151,7 @@ def _export_axes(run: ExportableRun, *, spatial: bool) -> onnx.ModelProto:
 
 def _multiple(name: str, step: int) -> Any:
     """A spatial axis whose size is any multiple of `step`."""
-    count = torch.export.Dim(name, min=1, max=MOST_STEPS)
+    count = torch.export.Dim(name, min=1, max=MOST_STRIDES)
     return step * count if step > 1 else count
 
 

@@ -20,7 +20,7 @@ from pipeline.networks.unet import UNet
 # Of what is free, that windows may take at once: scores may take as much, and the volumes are not read yet.
 WINDOWS_SHARE = 0.4
 # Beyond it a GPU is busy with windows of any size, and the last batch of a row is less full.
-LARGEST_BATCH = 8
+MOST_WINDOWS_ON_GPU = 8
 
 
 def set_window_batch(predictor: Predictor, option: int | Literal["auto"]) -> None:
@@ -76,4 +76,4 @@ def _fitting_batch(predictor: Predictor) -> int:
             for _ in outputs.rows(torch.zeros(shape, device="cuda")):
                 pass
         taken = torch.cuda.max_memory_allocated() - before
-    return max(1, min(LARGEST_BATCH, int(WINDOWS_SHARE * free_vram_bytes() / max(1, taken))))
+    return max(1, min(MOST_WINDOWS_ON_GPU, int(WINDOWS_SHARE * free_vram_bytes() / max(1, taken))))

@@ -146,7 +146,7 @@ def _data_workers(plan: Plan, cpus: int, *, on_gpu: bool) -> tuple[int, int]:
 def _seam_bytes(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool, mirrors: bool) -> int:
     """What `voxfit predict` reckons with at the most: all of the largest case, as many windows as it takes at once."""
     from pipeline.inference.prediction_bytes import seam_bytes
-    from pipeline.inference.window_batch import LARGEST_BATCH
+    from pipeline.inference.window_batch import MOST_WINDOWS_ON_GPU
     from pipeline.inference.windows import SlidingWindow
 
     sliding = SlidingWindow(
@@ -154,7 +154,7 @@ def _seam_bytes(plan: Plan, sizes: CaseSizes, *, cpus: int, on_gpu: bool, mirror
         num_classes=plan.num_classes,
         # Which axes the training mirrors is not known yet; the sums of passes are the same for any.
         tta_axes=(0, 1, 2) if mirrors else (),
-        window_batch=LARGEST_BATCH if on_gpu else cpus,
+        window_batch=MOST_WINDOWS_ON_GPU if on_gpu else cpus,
         count_seams=True,
     )
     gathered = min(plan.num_classes, plan.network.features_per_stage[0])

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.inference.prediction_bytes import SEAM_BYTES
 from pipeline.inference.predictor import Predictor
-from pipeline.inference.window_batch import LARGEST_BATCH
+from pipeline.inference.window_batch import MOST_WINDOWS_ON_GPU
 from pipeline.job_scripts.memory import (
     MOST_FOR_SCORES,
     _data_workers,
@@ -88,7 +88,7 @@ def test_counting_seams_is_given_what_voxfit_predict_reckons_with(
     classes = {f"class_{value}": value for value in range(num_classes)}
     plan = replace(PLAN, network=two_stages(), labels=classes, patch_size=(16, 12, 20))
     sizes, cpus = replace(SIZES, stored_voxels=prod(shape)), 6
-    network, at_once = UNet(plan.num_channels, num_classes, plan.network), LARGEST_BATCH if on_gpu else cpus
+    network, at_once = UNet(plan.num_channels, num_classes, plan.network), MOST_WINDOWS_ON_GPU if on_gpu else cpus
     predictor = Predictor(network, plan, tta_axes=tta_axes, window_batch=at_once)
     predictor.count_seams = True
     reckoned = predictor.plan_memory(ScoreResampling(shape, shape)).parts["seams"]
