@@ -155,13 +155,12 @@ def _with_intervals(metrics: Metrics, groups: Sequence[str], seed: int) -> Metri
     return replace(metrics, by_class=by_class, overall_intervals=overall, intervals=method)
 
 
-def pool_metrics(folds: Mapping[str, Metrics], *, patients: Mapping[str, str] | None = None, seed: int = 0) -> Metrics:
+def pool_metrics(folds: Mapping[str, Metrics], *, patients: Mapping[str, str] | None = None) -> Metrics:
     """The scores of all folds of a cross-validation as those of one evaluation, and each fold's own means.
 
     Args:
         folds: By name; every case is in one of them only, and all are scored with the same classes and tolerance.
         patients: As of `make_metrics`.
-        seed: Of the intervals.
     """
     first = next(iter(folds.values()))
     pooled = make_metrics(
@@ -170,7 +169,6 @@ def pool_metrics(folds: Mapping[str, Metrics], *, patients: Mapping[str, str] | 
         tolerance_mm=first.tolerance_mm,
         failures={case: reason for metrics in folds.values() for case, reason in metrics.failures.items()},
         patients=patients,
-        seed=seed,
     )
     return replace(pooled, folds={name: _fold_means(metrics) for name, metrics in folds.items()})
 

@@ -25,19 +25,13 @@ from pipeline.training.probe_step import StepRequest
 
 STEP_MODULE = "pipeline.training.probe_step"
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-# A step takes seconds to minutes; libraries may come from a slow file system.
+# For one step, the start of its process included: seconds to minutes; libraries may come from a slow file system.
 TIMEOUT_SECONDS = 1200.0
 
 logger = get_logger("plan")
 
 
-def probe_plan(
-    plan: Plan,
-    *,
-    budget_bytes: int,
-    device: Literal["cpu", "cuda"] = "cuda",
-    timeout_seconds: float = TIMEOUT_SECONDS,
-) -> Probe:
+def probe_plan(plan: Plan, *, budget_bytes: int, device: Literal["cpu", "cuda"] = "cuda") -> Probe:
     """Run the plan's step, and where it runs out of memory its fallbacks, until the first that fits is found.
 
     After each failure the distance doubles, because memory is seldom predicted far off; then the rungs between the
@@ -48,7 +42,6 @@ def probe_plan(
         plan: Its step and fallbacks are the ladder, largest first.
         budget_bytes: What a step may take; a GPU that has more is limited to it.
         device: "cpu" measures this machine's memory instead, which is not what the plan predicts.
-        timeout_seconds: For one step, the start of its process included.
 
     Returns:
         What came of each rung that was run; see `Probe.fitting`.
@@ -58,7 +51,7 @@ def probe_plan(
 
     def run(number: int) -> ProbeOutcome:
         request = StepRequest(plan=plan, rung=ladder[number], device=device, budget_bytes=budget_bytes)
-        tried.append(_settled(run_apart(request, timeout_seconds=timeout_seconds), request, timeout_seconds))
+        tried.append(_settled(run_apart(request), request))
         logger.info("probe: %s", describe_try(tried[-1]))
         return tried[-1].outcome
 
@@ -92,7 +85,7 @@ def search_ladder(num_rungs: int, run: Callable[[int], ProbeOutcome]) -> int | N
     return fitting if fitting < num_rungs else None
 
 
-def _settled(tried: ProbedRung, request: StepRequest, timeout_seconds: float) -> ProbedRung:
+def _settled(tried: ProbedRung, request: StepRequest) -> ProbedRung:
     """An out-of-memory in place of an error where the step, once it may, runs and takes more than the budget.
 
     Libraries that allocate on their own do not always say what they lack: oneDNN "could not create a primitive", and
@@ -100,7 +93,7 @@ def _settled(tried: ProbedRung, request: StepRequest, timeout_seconds: float) ->
     """
     if tried.outcome != "error" or request.budget_bytes is None:
         return tried
-    freely = run_apart(replace(request, budget_bytes=None), timeout_seconds=timeout_seconds)
+    freely = run_apart(replace(request, budget_bytes=None))
     if freely.outcome != "fits" or freely.measured_bytes <= request.budget_bytes:
         return tried
     message = f"{tried.message}; without the limit it runs and takes {freely.measured_bytes / GIB:.2f} GiB"

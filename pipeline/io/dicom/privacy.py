@@ -163,9 +163,9 @@ def _folded_with_places(text: str) -> tuple[str, list[int]]:
     return "".join(letters), places
 
 
-def pseudonym(uid: str, length: int = 8) -> str:
+def pseudonym(uid: str) -> str:
     """A short name for a UID that is always the same and leads back to nobody without the data themselves.
 
     UIDs are long and carry no name, so that the hash cannot be found by trying, as that of a patient's number can.
     """
-    return hashlib.sha256(uid.encode()).hexdigest()[:length]
+    return hashlib.sha256(uid.encode()).hexdigest()[:8]

@@ -30,6 +30,7 @@ from pipeline.plan import Code, SegmentCode
 
 PRODUCT = OWN_MODEL_NAME
 # Keeps the new series apart from those of the scanner, and its origin readable.
+SERIES_DESCRIPTION = "voxfit segmentation"
 SERIES_NUMBER_OFFSET = 1000
 LARGEST_SERIES_NUMBER = 2**31 - 1
 GOLDEN_RATIO = 0.618034
@@ -42,7 +43,6 @@ def write_segmentation(
     *,
     classes: Mapping[str, int],
     codes: Mapping[str, SegmentCode],
-    series_description: str = "voxfit segmentation",
 ) -> None:
     """Write class values as a BINARY segmentation of the series that `source` came from, atomically.
 
@@ -55,7 +55,6 @@ def write_segmentation(
         source: The series; its `header` is the `Stack` that was read.
         classes: Value by class name; 0 is the background and left out.
         codes: What the classes are; those that are missing get a private code.
-        series_description: Of the new series, at most 64 characters.
 
     Raises:
         InputError: The source is no DICOM series, lacks a UID that the standard needs, or the file cannot be written.
@@ -67,7 +66,7 @@ def write_segmentation(
     names = [name for name, value in numbers.items() if value in present] or list(numbers)
     origin = read_segmentation_source(source.header)
     with errors_named(path, "cannot be made a DICOM segmentation", fix="Write NIfTI instead, and report this"):
-        segmentation = _segmentation(origin, frames, _descriptions(names, codes), series_description)
+        segmentation = _segmentation(origin, frames, _descriptions(names, codes))
         origin.set_references(segmentation)
         with atomic_path(path) as temporary:
             segmentation.save_as(temporary, enforce_file_format=True)
@@ -105,9 +104,7 @@ def _numbered_frames(
     return frames, frozenset(value for value, occurs in zip(values, is_present, strict=True) if occurs)
 
 
-def _segmentation(
-    source: SegmentationSource, frames: NDArray[Any], descriptions: list[Any], series_description: str
-) -> Any:
+def _segmentation(source: SegmentationSource, frames: NDArray[Any], descriptions: list[Any]) -> Any:
     from highdicom import UID
     from highdicom.content import PlanePositionSequence
     from highdicom.seg import Segmentation
@@ -132,7 +129,7 @@ def _segmentation(
         device_serial_number="none",
         content_label="SEGMENTATION",
         content_description="Segmentation by a trained network",
-        series_description=clean_text(series_description),
+        series_description=SERIES_DESCRIPTION,
         # Names of classes and of the patient, in whatever script.
         specific_character_set="ISO_IR 192",
         plane_positions=positions if len(frames) < len(source.headers) else None,

@@ -66,12 +66,10 @@ class ComposedLabel:
         array: (i, j, k) in the smallest integer type that holds the values of all classes.
         overlaps: Voxels that two classes claim, by their names; the second has won over the first. A voxel of three
             classes counts for each of the three pairs.
-        unmatched: Names of the structures that belong to no class, in the order they came.
     """
 
     array: NDArray[Any]
     overlaps: dict[tuple[str, str], int]
-    unmatched: tuple[str, ...]
 
 
 def class_index(structure_name: str, classes: Sequence[LabelClass]) -> int | None:
@@ -99,14 +97,11 @@ def compose_label(
     """
     _check_unique(classes)
     memberships = _Memberships(shape)
-    unmatched: dict[str, None] = {}
     for structure in structures:
         if structure.mask.shape != tuple(shape) or structure.mask.dtype != np.bool_:
             raise ValueError(f"mask is {structure.mask.dtype} {structure.mask.shape}, not bool {tuple(shape)}")
         index = class_index(structure.name, classes)
-        if index is None:
-            unmatched[structure.name] = None
-        else:
+        if index is not None:
             memberships.add(index, structure.mask)
         del structure  # or its mask would stay while the next one is made
     names, sizes = [label_class.name for label_class in classes], memberships.count_classes(len(classes))
@@ -117,7 +112,7 @@ def compose_label(
         under, over = sorted(pair, key=rank.__getitem__)
         overlaps[names[under], names[over]] = count
     label = memberships.label([label_class.value for label_class in classes], rank)
-    return ComposedLabel(label, overlaps, tuple(unmatched))
+    return ComposedLabel(label, overlaps)
 
 
 def _check_unique(classes: Sequence[LabelClass]) -> None:

@@ -68,10 +68,9 @@ def test_structures_of_one_class_are_united_and_do_not_overlap_each_other():
     assert composed.overlaps == {("c0", "c1"): 2 * 5 * 4}
 
 
-def test_what_belongs_to_no_class_is_named_once_and_left_out():
+def test_what_belongs_to_no_class_is_left_out():
     found = [make_structure(name, (n,)) for n, name in enumerate(["couch", "c0_a", "Body", "couch"])]
     composed = compose_label(found, make_classes(1), SHAPE)
-    assert composed.unmatched == ("couch", "Body")
     assert np.unique(np.nonzero(composed.array)[0]).tolist() == [1]
 
 
@@ -111,7 +110,7 @@ def test_no_structures_give_background_only():
     composed = compose_label([], make_classes(2), SHAPE)
     assert composed.array.shape == SHAPE
     assert not composed.array.any()
-    assert (composed.overlaps, composed.unmatched) == ({}, ())
+    assert composed.overlaps == {}
 
 
 def test_masks_are_taken_one_at_a_time_and_memory_does_not_grow_with_classes(monkeypatch: pytest.MonkeyPatch):
