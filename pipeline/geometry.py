@@ -41,13 +41,12 @@ class Grid:
         """Distance between neighbouring voxel centres along i, j, k in millimetres."""
         return spacing_of(self.affine)
 
-    def is_close(self, other: Grid, tolerance_mm: float | None = None) -> bool:
-        """Whether both grids have the same shape, and their corners lie at most `tolerance_mm` apart.
+    def is_close(self, other: Grid) -> bool:
+        """Whether both grids have the same shape, and corners that lie as close as rounded headers leave them.
 
-        By default a tenth of the smallest voxel, at least a hundredth of a millimetre: writers round headers.
+        That is a tenth of the smallest voxel, or a hundredth of a millimetre where that is more.
         """
-        if tolerance_mm is None:
-            tolerance_mm = max(AFFINE_TOLERANCE_MM, AFFINE_TOLERANCE_VOXELS * min(self.spacing))
+        tolerance_mm = max(AFFINE_TOLERANCE_MM, AFFINE_TOLERANCE_VOXELS * min(self.spacing))
         return self.shape == other.shape and self.distance_mm(other) <= tolerance_mm
 
     def distance_mm(self, other: Grid) -> float:

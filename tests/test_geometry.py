@@ -112,9 +112,20 @@ def test_grids_are_compared_where_they_are_furthest_apart():
     turned[0, 0] += 0.01 / (SHAPE[0] - 1)
     near, far = Grid(SHAPE, turned), Grid((400, 5, 4), turned)
     assert Grid(SHAPE, OBLIQUE).distance_mm(near) == pytest.approx(0.01)
-    assert Grid(SHAPE, OBLIQUE).is_close(near, tolerance_mm=0.0101)
+    assert Grid(SHAPE, OBLIQUE).is_close(near)
     assert not Grid((400, 5, 4), OBLIQUE).is_close(far)
     assert not Grid(SHAPE, OBLIQUE).is_close(Grid((7, 5, 3), OBLIQUE))
+
+
+@pytest.mark.parametrize(("voxel_mm", "tolerance_mm"), [(0.8, 0.08), (0.05, 0.01)])
+def test_grids_are_close_within_a_tenth_of_the_smallest_voxel_but_a_hundredth_of_a_millimetre_at_least(
+    voxel_mm: float, tolerance_mm: float
+):
+    affine = np.diag([1.5, voxel_mm, 3.0, 1.0])
+    for share in (0.99, 1.01):
+        moved = affine.copy()
+        moved[2, 3] += share * tolerance_mm
+        assert Grid(SHAPE, affine).is_close(Grid(SHAPE, moved)) == (share < 1)
 
 
 @pytest.mark.parametrize(
