@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -87,32 +87,6 @@ class Predictor:
         self.window_batch, self.max_ram = window_batch, max_ram
         self.members: tuple[Member, ...] = (Member(self.network, plan.patch_size, self.tta_axes),)
         self.postprocessing: tuple[Step, ...] = ()
-
-    @classmethod
-    def from_run(
-        cls,
-        run_dir: Path,
-        *,
-        checkpoint: Literal["best", "last"] = "best",
-        accelerator: Literal["auto", "cpu", "gpu"] = "auto",
-        num_threads: int | Literal["auto"] = "auto",
-        overlap: float = 0.5,
-        tta: Literal["none", "mirror"] = "none",
-        network: nn.Module | None = None,
-        max_ram: int | None = None,
-    ) -> Predictor:
-        """Load one trained run, without post-processing: `from_runs` by single options, with `max_ram` in bytes."""
-        options = PredictOptions(
-            checkpoint=checkpoint,
-            accelerator=accelerator,
-            num_threads=num_threads,
-            overlap=overlap,
-            tta=tta,
-            postprocess="none",
-        )
-        predictor = cls.from_runs([run_dir], options, network=network)
-        predictor.max_ram = max_ram
-        return predictor
 
     @classmethod
     def from_runs(

@@ -25,6 +25,7 @@ from pipeline.inference.inputs import find_inputs
 from pipeline.inference.monai_bundle import write_bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.plan import ChannelPlan, Plan
+from pipeline.predict_config import PredictOptions
 from pipeline.preprocessing.preprocess import prepare_image
 from pipeline.synthetic import make_synthetic_case
 
@@ -36,6 +37,7 @@ MR = ChannelPlan(name="T1", scheme="zscore")
 STRIPPED = ChannelPlan(name="T2", scheme="zscore", use_body_mask=True)
 RAW = ChannelPlan(name="map", scheme="none")
 SHAPE, SPACING = (23, 30, 14), (1.0, 1.2, 2.3)
+ON_CPU = PredictOptions(accelerator="cpu", num_threads=1)
 needs_ignite = pytest.mark.skipif(importlib.util.find_spec("ignite") is None, reason="pytorch-ignite is not installed")
 
 
@@ -120,7 +122,7 @@ def test_the_bundle_segments_as_voxfit_does_on_the_grid_of_the_input(
         plan = replace(plan, patch_size=(32, 32, 32))
     cases = write_inputs(tmp_path / "in", plan.channels)
     run_dir = make_run(plan)
-    predict_files(Predictor.from_run(run_dir, accelerator="cpu", num_threads=1), cases, tmp_path / "ours")
+    predict_files(Predictor.from_runs([run_dir], ON_CPU), cases, tmp_path / "ours")
     bundle = write_bundle(load_exportable(run_dir, "best"), tmp_path / "bundle", overlap=0.5)
     segment(bundle, tmp_path)
     written = sorted((tmp_path / "theirs").iterdir())
@@ -142,9 +144,7 @@ def test_windows_that_lie_alike_are_weighted_alike(tmp_path: Path, make_plan: Ma
     (tmp_path / "in").mkdir()
     nib.save(nib.Nifti1Image(voxels, np.diag([*SPACING, 1.0])), tmp_path / "in" / "case.nii.gz")
     run_dir = make_run(plan)
-    predict_files(
-        Predictor.from_run(run_dir, accelerator="cpu", num_threads=1), find_inputs(tmp_path / "in"), tmp_path / "ours"
-    )
+    predict_files(Predictor.from_runs([run_dir], ON_CPU), find_inputs(tmp_path / "in"), tmp_path / "ours")
     segment(write_bundle(load_exportable(run_dir, "best"), tmp_path / "bundle", overlap=0.5), tmp_path)
     ours, theirs = (
         np.asanyarray(nib.load(path).dataobj)
@@ -244,7 +244,7 @@ def test_the_bundle_works_without_its_transforms_that_load_and_save(
     cases = write_inputs(tmp_path / "in", plan.channels)
     plan = replace(plan, patch_size=(32, 32, 32))
     run_dir = make_run(plan)
-    predict_files(Predictor.from_run(run_dir, accelerator="cpu", num_threads=1), cases, tmp_path / "ours")
+    predict_files(Predictor.from_runs([run_dir], ON_CPU), cases, tmp_path / "ours")
     parser = parse(write_bundle(load_exportable(run_dir, "best"), tmp_path / "bundle", overlap=0.5))
     before, after = (parser.get_parsed_content(name).transforms for name in ("preprocessing", "postprocessing"))
     assert isinstance(after[0], MapTransform)

@@ -26,6 +26,7 @@ from pipeline.synthetic import SyntheticCase, make_synthetic_case
 
 SHAPE, SPACING = (26, 21, 17), (1.0, 1.2, 1.7)
 INTENSITIES = (100.0, 300.0, 500.0)
+ON_CPU = PredictOptions(accelerator="cpu", num_threads=1)
 
 
 class NearestIntensity(nn.Module):
@@ -97,7 +98,7 @@ def test_a_volume_below_the_window_is_segmented(make_plan: Callable[..., Plan]) 
 
 
 def test_a_run_predicts_as_its_network_does(make_plan: Callable[..., Plan], make_run: Callable[..., Path]) -> None:
-    predictor = Predictor.from_run(make_run(make_plan()), accelerator="cpu", num_threads=1)
+    predictor = Predictor.from_runs([make_run(make_plan())], ON_CPU)
     assert not predictor.network.training
     assert next(predictor.network.parameters()).shape[0] == 4
     image = torch.randn(1, 12, 16, 8)
@@ -110,10 +111,10 @@ def test_a_run_that_stepped_down_predicts_with_the_patch_that_it_came_to(
     make_plan: Callable[..., Plan], make_run: Callable[..., Path]
 ) -> None:
     run_dir = make_run(make_plan())
-    whole = Predictor.from_run(run_dir, accelerator="cpu", num_threads=1)
+    whole = Predictor.from_runs([run_dir], ON_CPU)
     rung = {"patch_size": [8, 12, 8], "slab_stages": 1, "offload_stages": 1}
     (run_dir / "run.json").write_text(json.dumps({"patch_size": [8, 12, 8], "step_downs": [{"to_rung": rung}]}))
-    stepped_down = Predictor.from_run(run_dir, accelerator="cpu", num_threads=1)
+    stepped_down = Predictor.from_runs([run_dir], ON_CPU)
     assert whole.plan.patch_size == (12, 16, 8)
     assert (stepped_down.plan.patch_size, stepped_down.plan.slab_stages) == ((8, 12, 8), 1)
     assert (stepped_down.network.slab_stages, stepped_down.network.offload_stages) == (1, 1)
@@ -127,7 +128,7 @@ def test_averaged_weights_are_taken_where_the_checkpoint_has_them(
     content = torch.load(path, weights_only=True)
     averaged = {key.removeprefix("network."): value + 1 for key, value in content["state_dict"].items()}
     torch.save({**content, "ema_state_dict": averaged}, path)
-    predictor = Predictor.from_run(run_dir, accelerator="cpu", num_threads=1)
+    predictor = Predictor.from_runs([run_dir], ON_CPU)
     for key, value in predictor.network.state_dict().items():
         torch.testing.assert_close(value, averaged[key])
 
@@ -138,7 +139,7 @@ def test_a_network_of_the_users_own_is_loaded(make_plan: Callable[..., Plan], ma
     own = nn.Conv3d(1, 3, 1)
     state = {f"network.{key}": torch.full_like(value, 2.0) for key, value in own.state_dict().items()}
     torch.save({"state_dict": state}, run_dir / "checkpoints" / "best.ckpt")
-    predictor = Predictor.from_run(run_dir, accelerator="cpu", num_threads=1, network=own)
+    predictor = Predictor.from_runs([run_dir], ON_CPU, network=own)
     assert predictor.network is own
     assert (own.bias == 2).all()
 
@@ -189,26 +190,26 @@ def test_a_run_without_the_checkpoint_says_which_it_has(
 ) -> None:
     run_dir = make_run(make_plan())
     with pytest.raises(InputError, match=r"no checkpoint last\.ckpt\. Use --checkpoint best"):
-        Predictor.from_run(run_dir, checkpoint="last", accelerator="cpu", num_threads=1)
+        Predictor.from_runs([run_dir], replace(ON_CPU, checkpoint="last"))
     (run_dir / "checkpoints" / "best.ckpt").unlink()
     fold = make_run(make_plan(), name="work/fold_2")
     write_artifact(fold.parent / "plan.json", make_plan())
     with pytest.raises(InputError, match=rf"is a work folder, .*Use {fold}$"):
-        Predictor.from_run(fold.parent, accelerator="cpu", num_threads=1)
+        Predictor.from_runs([fold.parent], ON_CPU)
     with pytest.raises(InputError, match=r"no checkpoint best\.ckpt\. Train the run first"):
-        Predictor.from_run(run_dir, accelerator="cpu", num_threads=1)
+        Predictor.from_runs([run_dir], ON_CPU)
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no run folder"):
-        Predictor.from_run(tmp_path, accelerator="cpu", num_threads=1)
+        Predictor.from_runs([tmp_path], ON_CPU)
 
 
 def test_a_checkpoint_of_other_classes_is_one_clear_line(
     make_plan: Callable[..., Plan], make_run: Callable[..., Path]
 ) -> None:
     with pytest.raises(InputError, match="another number of classes") as caught:
-        Predictor.from_run(make_run(make_plan(), num_classes=5), accelerator="cpu", num_threads=1)
+        Predictor.from_runs([make_run(make_plan(), num_classes=5)], ON_CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -216,20 +217,20 @@ def test_a_checkpoint_of_another_network_names_the_first_difference(
     make_plan: Callable[..., Plan], make_run: Callable[..., Path]
 ) -> None:
     with pytest.raises(InputError, match=r"it lacks bias \(2 missing and \d+ more\)"):
-        Predictor.from_run(make_run(make_plan()), accelerator="cpu", num_threads=1, network=nn.Conv3d(1, 3, 1))
+        Predictor.from_runs([make_run(make_plan())], ON_CPU, network=nn.Conv3d(1, 3, 1))
 
 
 def test_mirroring_follows_what_training_did(make_plan: Callable[..., Plan], make_run: Callable[..., Path]) -> None:
     run_dir = make_run(make_plan(), config={"augmentation": {"mirror_axes": [1, 2]}})
-    mirrored = Predictor.from_run(run_dir, accelerator="cpu", num_threads=1, tta="mirror")
+    mirrored = Predictor.from_runs([run_dir], replace(ON_CPU, tta="mirror"))
     assert mirrored.tta_axes == (1, 2)
-    assert Predictor.from_run(run_dir, accelerator="cpu", num_threads=1).tta_axes == ()
+    assert Predictor.from_runs([run_dir], ON_CPU).tta_axes == ()
     write_artifact(run_dir / "plan.json", replace(make_plan(), mirror_axes=(0,)))
     (run_dir / "config.yaml").write_text("augmentation: {mirror_axes: auto}")
-    assert Predictor.from_run(run_dir, accelerator="cpu", num_threads=1, tta="mirror").tta_axes == (0,)
+    assert Predictor.from_runs([run_dir], replace(ON_CPU, tta="mirror")).tta_axes == (0,)
     (run_dir / "config.yaml").write_text("augmentation: {mirror: 0.0}")
     with pytest.raises(InputError, match="trained without mirroring"):
-        Predictor.from_run(run_dir, accelerator="cpu", num_threads=1, tta="mirror")
+        Predictor.from_runs([run_dir], replace(ON_CPU, tta="mirror"))
 
 
 def test_values_that_overflow_in_16_bits_are_computed_again_in_float32(make_plan: Callable[..., Plan]) -> None:
@@ -250,7 +251,7 @@ def test_a_real_hippocampus_comes_back_on_its_grid(
 ) -> None:
     image = sorted((shared_data / "hippocampus" / "imagesTr").glob("hippocampus_*.nii.gz"))[0]
     plan = make_plan(channels=(ChannelPlan(name="MR", scheme="zscore"),), precision="auto")
-    predictor = Predictor.from_run(make_run(plan), accelerator="cpu", num_threads=1)
+    predictor = Predictor.from_runs([make_run(plan)], ON_CPU)
     (path,) = predict_files(predictor, find_inputs(image), tmp_path / "out")
     source, label = nib.load(image), nib.load(path)
     assert label.shape == source.shape
@@ -265,7 +266,7 @@ def test_scores_and_the_way_back_in_two_steps_give_the_label(
 ) -> None:
     plan = make_plan(spacing=(1.2, 1.0, 1.1))
     runs = [make_run(plan, name=f"run_{number}", seed=number) for number in range(num_runs)]
-    predictor = Predictor.from_runs(runs, PredictOptions(accelerator="cpu", num_threads=1))
+    predictor = Predictor.from_runs(runs, ON_CPU)
     voxels = np.random.default_rng(0).normal(size=(1, 19, 27, 14)).astype(np.float32)
     volume = Volume.from_array(voxels, np.array([[0.9, 0.2, 0, 1], [-0.2, 1.1, 0, 2], [0, 0, 1.4, 3], [0, 0, 0, 1]]))
     prepared = predictor.prepare(volume)

@@ -56,7 +56,7 @@ def expected_label(run_dirs: list[Path], volume: Volume) -> np.ndarray:
     """Softmax volumes of every run in float64, averaged, and only then resampled."""
     probabilities, plan = [], None
     for run_dir in run_dirs:
-        alone = Predictor.from_run(run_dir, accelerator="cpu", num_threads=1)
+        alone = Predictor.from_runs([run_dir], ON_CPU)
         plan = alone.plan
         prepared = prepare_image(volume, plan)
         with torch.inference_mode():
@@ -79,7 +79,7 @@ def test_several_runs_give_the_class_of_the_highest_mean_probability(runs: list[
 
 def test_one_run_in_a_list_is_that_run_bit_by_bit(runs: list[Path]) -> None:
     image = torch.from_numpy(prepare_image(volume_of(), load_runs(runs[:1], ON_CPU).plan).array)
-    alone = Predictor.from_run(runs[0], accelerator="cpu", num_threads=1)
+    alone = Predictor.from_runs([runs[0]], ON_CPU)
     with torch.inference_mode():
         logits = sliding_window_scores(alone.network, image, window=(12, 16, 8), num_classes=3)
     assert torch.equal(api.load_predictor(runs[:1], ON_CPU).predict_scores(image), logits)
