@@ -6,14 +6,13 @@ never passed on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.io.dicom.frames import Vector
+from pipeline.io.dicom.elements import items, number, numbers, text, whole_number
 from pipeline.io.dicom.quiet import errors_named
 from pipeline.io.dicom.seg_placement import Plane
 
@@ -61,7 +60,9 @@ def read_dataset(path: Path, *, with_pixels: bool) -> Any:
 
 def segmentation_type(dataset: Any) -> str:
     """BINARY, FRACTIONAL or LABELMAP."""
-    kind = str(_value(dataset, "SegmentationType"))
+    kind = text(dataset, "SegmentationType")
+    if not kind:
+        raise InputError("has no SegmentationType")
     if kind not in SEGMENTATION_TYPES:
         raise InputError("has a SegmentationType that is none of BINARY, FRACTIONAL and LABELMAP")
     return kind
@@ -69,35 +70,35 @@ def segmentation_type(dataset: Any) -> str:
 
 def background_value(dataset: Any) -> int:
     """The pixel value of a label map that is no segment."""
-    return int(dataset.get("PixelPaddingValue") or 0)
+    return whole_number(dataset, "PixelPaddingValue", 0)
 
 
 def read_segments(dataset: Any) -> list[Segment]:
     """The described segments, in the file's order."""
     is_map = segmentation_type(dataset) == "LABELMAP"
     background = background_value(dataset) if is_map else None
-    segments = [_segment(item, background) for item in _value(dataset, "SegmentSequence")]
+    segments = [_segment(item, background) for item in _needed_items(dataset, "SegmentSequence")]
     if len({segment.number for segment in segments}) < len(segments):
         raise InputError("describes two segments with one number")
     return segments
 
 
 def _segment(item: Any, background: int | None) -> Segment:
-    number = int(_value(item, "SegmentNumber"))
+    own_number = whole_number(item, "SegmentNumber")
     kind = (item.get("SegmentedPropertyTypeCodeSequence") or [{}])[0]
     code = (kind.get("CodeValue"), kind.get("CodingSchemeDesignator"))
-    name = item.get("SegmentLabel") or kind.get("CodeMeaning") or f"segment {number}"
-    return Segment(number, str(name), code == _BACKGROUND_CODE or number == background)
+    name = item.get("SegmentLabel") or kind.get("CodeMeaning") or f"segment {own_number}"
+    return Segment(own_number, str(name), code == _BACKGROUND_CODE or own_number == background)
 
 
 def read_frames(dataset: Any) -> list[SegmentFrame]:
     """All frames, in the file's order."""
-    shared = _first(dataset, "SharedFunctionalGroupsSequence")
-    frames = _value(dataset, "PerFrameFunctionalGroupsSequence")
-    if len(frames) != int(_value(dataset, "NumberOfFrames")):
+    shared = _needed_items(dataset, "SharedFunctionalGroupsSequence")[0]
+    frames = _needed_items(dataset, "PerFrameFunctionalGroupsSequence")
+    if len(frames) != whole_number(dataset, "NumberOfFrames"):
         raise InputError("describes another number of frames than it has")
     is_map = segmentation_type(dataset) == "LABELMAP"
-    size = (int(_value(dataset, "Rows")), int(_value(dataset, "Columns")))
+    size = (whole_number(dataset, "Rows"), whole_number(dataset, "Columns"))
     return [
         SegmentFrame(index, None if is_map else _segment_number(own, shared), _plane(own, shared, size))
         for index, own in enumerate(frames)
@@ -106,44 +107,31 @@ def read_frames(dataset: Any) -> list[SegmentFrame]:
 
 def slice_spacing(dataset: Any) -> float:
     """SpacingBetweenSlices of what all frames share, in mm; 0 where it is not said."""
-    measures = (_first(dataset, "SharedFunctionalGroupsSequence").get("PixelMeasuresSequence") or [{}])[0]
-    return float(measures.get("SpacingBetweenSlices") or 0)
+    for measures in items(_needed_items(dataset, "SharedFunctionalGroupsSequence")[0], "PixelMeasuresSequence")[:1]:
+        return number(measures, "SpacingBetweenSlices", 0)
+    return 0.0
 
 
 def _plane(own: Any, shared: Any, size: tuple[int, int]) -> Plane:
-    position = _numbers(_group(own, shared, "PlanePositionSequence"), "ImagePositionPatient", 3)
-    cosines = _numbers(_group(own, shared, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
-    between_rows, between_columns = _numbers(_group(own, shared, "PixelMeasuresSequence"), "PixelSpacing", 2)
-    return Plane(_vector(position), _vector(cosines[:3]), _vector(cosines[3:]), between_rows, between_columns, *size)
+    x, y, z = numbers(_group(own, shared, "PlanePositionSequence"), "ImagePositionPatient", 3)
+    cosines = numbers(_group(own, shared, "PlaneOrientationSequence"), "ImageOrientationPatient", 6)
+    row_spacing, column_spacing = numbers(_group(own, shared, "PixelMeasuresSequence"), "PixelSpacing", 2)
+    row, column = (cosines[0], cosines[1], cosines[2]), (cosines[3], cosines[4], cosines[5])
+    return Plane((x, y, z), row, column, row_spacing, column_spacing, *size)
 
 
 def _group(own: Any, shared: Any, keyword: str) -> Any:
     """The item of a functional group, which stands with the frame or with what all frames share."""
-    return _first(own if keyword in own else shared, keyword)
+    return _needed_items(own if keyword in own else shared, keyword)[0]
 
 
 def _segment_number(own: Any, shared: Any) -> int:
-    return int(_value(_group(own, shared, "SegmentIdentificationSequence"), "ReferencedSegmentNumber"))
+    return whole_number(_group(own, shared, "SegmentIdentificationSequence"), "ReferencedSegmentNumber")
 
 
-def _value(dataset: Any, keyword: str) -> Any:
-    value = dataset.get(keyword)
-    if value is None or value == "" or (isinstance(value, Sequence) and not len(value)):
-        raise InputError(f"lacks {keyword}")
-    return value
-
-
-def _first(dataset: Any, keyword: str) -> Any:
-    return _value(dataset, keyword)[0]
-
-
-def _numbers(dataset: Any, keyword: str, count: int) -> tuple[float, ...]:
-    values = tuple(float(number) for number in _value(dataset, keyword))
-    if len(values) != count:
-        raise InputError(f"has {len(values)} numbers in {keyword}, {count} are needed")
-    return values
-
-
-def _vector(values: tuple[float, ...]) -> Vector:
-    x, y, z = values
-    return x, y, z
+def _needed_items(dataset: Any, keyword: str) -> tuple[Any, ...]:
+    """The items of a sequence that has to have some."""
+    found = items(dataset, keyword)
+    if not found:
+        raise InputError(f"has no {keyword}")
+    return found
