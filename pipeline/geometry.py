@@ -19,6 +19,8 @@ Affine = NDArray[np.float64]
 Shape3 = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
+# Signs of x, y and z that take DICOM's LPS+ places and directions to RAS+, and back.
+LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 SMALLEST_VOXEL_MM = 1e-4
 AFFINE_TOLERANCE_MM = 1e-2
 AFFINE_TOLERANCE_VOXELS = 0.1

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.geometry import AxisOrder, Grid, spacing_of
+from pipeline.geometry import LPS_TO_RAS, AxisOrder, Grid, spacing_of
 from pipeline.io.volume import Volume
 
-LPS = np.array([-1.0, -1.0, 1.0])
 # Radiological convention: columns run to the left or the back, rows to the back or down, slices along the normal.
 USUAL_ORDERS = {
     0: AxisOrder((2, 0, 1), (False, True, True)),
@@ -49,7 +48,7 @@ class Layout:
     @property
     def orientation(self) -> list[str]:
         """Six direction cosines: along a row, then down a column."""
-        directions = [LPS * self.grid.affine[:3, axis] / self.grid.spacing[axis] for axis in (0, 1)]
+        directions = [LPS_TO_RAS * self.grid.affine[:3, axis] / self.grid.spacing[axis] for axis in (0, 1)]
         return [decimal(value, DIRECTION_DECIMALS) for value in np.concatenate(directions)]
 
     @property
@@ -70,7 +69,7 @@ class Layout:
 
     def position(self, k: int) -> list[str]:
         """Centre of the first pixel of slice `k`, LPS+ mm."""
-        return [decimal(value) for value in LPS * (self.grid.affine[:3, 3] + k * self.grid.affine[:3, 2])]
+        return [decimal(value) for value in LPS_TO_RAS * (self.grid.affine[:3, 3] + k * self.grid.affine[:3, 2])]
 
     def slices(self, channel: NDArray[Any]) -> NDArray[Any]:
         """(I, J, K) in RAS order to a view (slices, rows, columns)."""

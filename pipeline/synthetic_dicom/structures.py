@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from pipeline.synthetic_dicom.layout import LPS, decimal
+from pipeline.geometry import LPS_TO_RAS
+from pipeline.synthetic_dicom.layout import decimal
 from pipeline.synthetic_dicom.modules import save
 from pipeline.synthetic_dicom.objects import make_structure_set
 from pipeline.synthetic_dicom.stored import WrittenSeries
@@ -44,7 +45,7 @@ def label_polygons(series: WrittenSeries, label: NDArray[Any], names: Mapping[in
         for k, mask in enumerate(slices == value):
             for pixels in _outlines(mask):
                 file_indices = np.column_stack([pixels, np.full(len(pixels), float(k))])
-                polygons[name].append(LPS * (file_indices @ affine[:3, :3].T + affine[:3, 3]))
+                polygons[name].append(LPS_TO_RAS * (file_indices @ affine[:3, :3].T + affine[:3, 3]))
     return polygons
 
 
@@ -110,7 +111,7 @@ def _contours(
     origin, normal = series.layout.grid.affine[:3, 3], series.layout.normal
     for points in contours:
         contour = Dataset()
-        k = int(np.rint(normal @ (LPS * points[0] - origin) / series.layout.slice_spacing))
+        k = int(np.rint(normal @ (LPS_TO_RAS * points[0] - origin) / series.layout.slice_spacing))
         if 0 <= k < len(uids):
             contour.ContourImageSequence = [_image(series, uids[k], k)]
         contour.ContourGeometricType = "CLOSED_PLANAR" if len(points) > 1 else "POINT"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.geometry import Grid, check_affine
+from pipeline.geometry import LPS_TO_RAS, Grid, check_affine
 from pipeline.io.dicom.contours import Contours, fill_contours
 from pipeline.io.dicom.rtstruct_file import EXPORT_AGAIN, Roi, read_rois
 from pipeline.io.dicom.structures import Structure
@@ -126,7 +126,7 @@ def _to_voxels(places: NDArray[np.float64], grid: Grid) -> tuple[NDArray[np.floa
     By columns and not by a matrix product, which may round rows differently: equal points must stay equal to the bit.
     """
     inverse = np.linalg.inv(grid.affine)
-    x, y, z = -places[:, 0], -places[:, 1], places[:, 2]
+    x, y, z = (places * LPS_TO_RAS).T
     voxels = np.stack([row[0] * x + row[1] * y + row[2] * z + row[3] for row in inverse[:3]], axis=1)
     return voxels, float(np.linalg.norm(inverse[2, :3]))
 

@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.geometry import AFFINE_TOLERANCE_VOXELS, Grid
+from pipeline.geometry import AFFINE_TOLERANCE_VOXELS, LPS_TO_RAS, Grid
 from pipeline.io.dicom.frames import Vector
 
-_LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 # Cosines of the files are rounded to about six digits.
 _COSINE_TOLERANCE = 1e-3
 
@@ -105,9 +104,9 @@ def place(plane: Plane, grid: Grid) -> Placement:
     """
     _check_usable(plane)
     inverse = np.linalg.inv(grid.affine)
-    origin = inverse[:3, :3] @ (_LPS_TO_RAS * plane.position) + inverse[:3, 3]
-    u = inverse[:3, :3] @ (_LPS_TO_RAS * plane.row_direction) * plane.column_spacing
-    v = inverse[:3, :3] @ (_LPS_TO_RAS * plane.column_direction) * plane.row_spacing
+    origin = inverse[:3, :3] @ (LPS_TO_RAS * plane.position) + inverse[:3, 3]
+    u = inverse[:3, :3] @ (LPS_TO_RAS * plane.row_direction) * plane.column_spacing
+    v = inverse[:3, :3] @ (LPS_TO_RAS * plane.column_direction) * plane.row_spacing
     u_axis = int(np.abs(u).argmax())
     v_axis = max((axis for axis in range(3) if axis != u_axis), key=lambda axis: abs(v[axis]))
     u_sign, v_sign = (1 if u[u_axis] > 0 else -1), (1 if v[v_axis] > 0 else -1)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
-from pipeline.geometry import Grid, check_affine, format_spacing
+from pipeline.geometry import LPS_TO_RAS, Grid, check_affine, format_spacing
 from pipeline.io.dicom.frames import Frame, PixelFormat, Stack
 from pipeline.io.dicom.phases import divide
 
@@ -28,7 +28,6 @@ PLACE_TOLERANCE_SHARE = 0.02
 PLACE_TOLERANCE_MM = 0.0175
 # The steps of a stack may lean this much against the normal: headers are rounded, and the affine follows the lean.
 LARGEST_LEAN_DEGREES = 0.25
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MOST_GAPS_NAMED = 3
 
 
@@ -195,4 +194,4 @@ def _grid(first: Frame, pixels: PixelFormat, origin: NDArray[Any], step: NDArray
     affine[:3, 3] = origin
     rows = first.tile.rows if first.tile else pixels.rows
     columns = first.tile.columns if first.tile else pixels.columns
-    return Grid((columns, rows, num_slices), LPS_TO_RAS @ affine)
+    return Grid((columns, rows, num_slices), np.diag([*LPS_TO_RAS, 1.0]) @ affine)
