@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pipeline.allocation import describe_allocation, resolve_num_workers
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.compare_config import CompareConfig
-from pipeline.config import (
-    EvaluateConfig,
-    InspectConfig,
-    PlanConfig,
-    PreprocessConfig,
-    TrainConfig,
-)
+from pipeline.config import EvaluateConfig, InspectConfig, PlanConfig, PreprocessConfig, TrainConfig
 from pipeline.doctor_config import DoctorConfig
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.export_config import ExportConfig
@@ -32,6 +26,7 @@ from pipeline.plan import Plan
 from pipeline.postprocess_config import PostprocessConfig
 from pipeline.predict_config import PredictConfig, PredictOptions
 from pipeline.rank_place import find_place
+from pipeline.run_files import RunFiles
 from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
@@ -177,7 +172,7 @@ def _train(config: TrainConfig, network: nn.Module | None, ranks: Ranks | None =
     if devices not in ("auto", 1) and not place.launcher:
         return fit_in_processes(config, int(devices), network)
     # The first of several processes speaks for all.
-    with log_to_file(Path(config.run_dir) / "log.txt") if place.is_first else nullcontext():
+    with log_to_file(RunFiles(Path(config.run_dir)).log) if place.is_first else nullcontext():
         get_logger("train").info("%s", describe_allocation())
         return fit_fold(made, Path(config.store), splits, config, network=network, ranks=ranks)
 

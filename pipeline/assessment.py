@@ -16,17 +16,18 @@ from pipeline.evaluation.slices import ReportCase
 from pipeline.evaluation.summary import Metrics
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.loading import read_held_out, read_plan
-from pipeline.inference.postprocess import FILE_NAME, Postprocessing
+from pipeline.inference.postprocess import Postprocessing
 from pipeline.inference.postprocess_choice import choose_postprocessing
 from pipeline.log import get_logger
 from pipeline.plan import Plan
 from pipeline.postprocess_config import PostprocessConfig
 from pipeline.prediction_record import read_records
+from pipeline.run_files import RunFiles
 
 
 def write_evaluation_report(config: EvaluateConfig, metrics: Metrics, facts: Mapping[str, str] | None = None) -> None:
     """Write the report of an evaluation, with slices where its options name the images."""
-    curves = Path(config.run_dir) / "metrics.csv" if config.run_dir else None
+    curves = RunFiles(Path(config.run_dir)).metrics if config.run_dir else None
     facts = {"predictions": Path(config.predictions).name, **(facts or {})}
     cases = _shown_cases(config, metrics) if config.images else []
     title = facts.get("dataset", "Evaluation")
@@ -72,7 +73,7 @@ def postprocess_runs(config: PostprocessConfig) -> Postprocessing:
         num_workers=resolve_num_workers(config.num_workers),
     )
     for run_dir in run_dirs:
-        write_artifact(run_dir / FILE_NAME, chosen)
+        write_artifact(RunFiles(run_dir).postprocessing, chosen)
     return chosen
 
 
@@ -88,7 +89,7 @@ def _own_predictions(run_dirs: Sequence[Path]) -> dict[str, Path]:
     """The predictions in the run folders, of which each case has one."""
     found: dict[str, Path] = {}
     for run_dir in run_dirs:
-        for case_id, path in list_volumes(run_dir / "validation").items():
+        for case_id, path in list_volumes(RunFiles(run_dir).held_out_predictions).items():
             if case_id in found:
                 what = f"{case_id} is predicted in {found[case_id].parent} as well"
                 raise InputError(what, where=path.parent, fix="Give a folder of predictions with --predictions")

@@ -16,6 +16,7 @@ from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
 from pipeline.predict_config import PredictConfig
 from pipeline.rank_place import find_place
+from pipeline.run_files import RunFiles, WorkFiles
 from pipeline.saved_config import find_changes, write_config
 
 if TYPE_CHECKING:
@@ -51,12 +52,12 @@ def run(config: RunConfig, *, network: nn.Module | None = None) -> RunResult:
     if find_place().num_ranks > 1:
         fix = "Start it once, with --train.hardware.devices, or use the separate commands"
         raise InputError("run starts the processes of its training itself", fix=fix)
-    work_dir = Path(config.work_dir)
+    work = WorkFiles(Path(config.work_dir))
     folds = range(config.train.num_folds) if config.fold == "all" else [config.fold]
     _check_training(config, folds, network)
-    _keep_config(work_dir / "config.yaml", config)
-    with log_to_file(work_dir / "log.txt"):
-        failures = _prepare(config, work_dir, lambda: _check_training(config, folds, network))
+    _keep_config(work, config)
+    with log_to_file(work.log):
+        failures = _prepare(config, work, lambda: _check_training(config, folds, network))
         results: dict[int, RunResult] = {}
         for fold in folds:
             if len(folds) > 1:
@@ -71,10 +72,10 @@ def run(config: RunConfig, *, network: nn.Module | None = None) -> RunResult:
 
 def _run_fold(config: RunConfig, network: nn.Module | None) -> tuple[RunResult, dict[str, str]]:
     """Train one fold and score what it held out; with the cases that failed."""
-    work_dir = Path(config.work_dir)
-    paths = {"plan": str(work_dir / "plan.json"), "store": str(work_dir / "store")}
-    options = {**_values(config.train), **paths, "fold": config.fold, "max_epochs": config.max_epochs}
-    fit = api.train(TrainConfig(**options, run_dir=str(work_dir / f"fold_{config.fold}")), network=network)
+    work, fold = WorkFiles(Path(config.work_dir)), int(config.fold)
+    paths = {"plan": str(work.plan), "store": str(work.store), "run_dir": str(work.run(fold).path)}
+    options = {**_values(config.train), **paths, "fold": fold, "max_epochs": config.max_epochs}
+    fit = api.train(TrainConfig(**options), network=network)
     return _assess(config, fit, network)
 
 
@@ -97,44 +98,43 @@ def _check_training(config: RunConfig, folds: Iterable[int], network: nn.Module 
     from pipeline.training.trackers import check_tracker
 
     check_tracker(config.train.tracking)
-    folders = [RunFolder(Path(config.work_dir) / f"fold_{fold}") for fold in folds]
+    work = WorkFiles(Path(config.work_dir))
+    folders = [RunFolder(work.run(fold).path) for fold in folds]
     new = [folder for folder in folders if not folder.has_checkpoint]
     if config.train.init_from and new:
         from pipeline.training.initial_source import find_source
         from pipeline.training.initial_weights import check_beginning
 
         find_source(config.train.init_from)
-        plan = Path(config.work_dir) / "plan.json"
-        if plan.is_file():
-            check_beginning(new[0], read_artifact(plan, Plan), config.train, network)
+        if work.plan.is_file():
+            check_beginning(new[0], read_artifact(work.plan, Plan), config.train, network)
 
 
-def _keep_config(path: Path, config: RunConfig) -> None:
+def _keep_config(work: WorkFiles, config: RunConfig) -> None:
     """Save the options, or refuse to continue a folder in which a plan was made with others."""
     changes = []
-    if path.is_file() and path.with_name("plan.json").is_file():
-        changes = find_changes(path, config, harmless=FREE_TO_CHANGE)
+    if work.config.is_file() and work.plan.is_file():
+        changes = find_changes(work.config, config, harmless=FREE_TO_CHANGE)
     if changes:
         fix = "Put them back to continue, or give another --work_dir"
-        raise InputError(f"was made with other options: {'; '.join(changes)}", where=path.parent, fix=fix)
-    write_config(path, config)
+        raise InputError(f"was made with other options: {'; '.join(changes)}", where=work.path, fix=fix)
+    write_config(work.config, config)
 
 
-def _prepare(config: RunConfig, work_dir: Path, check: Callable[[], None]) -> dict[str, str]:
+def _prepare(config: RunConfig, work: WorkFiles, check: Callable[[], None]) -> dict[str, str]:
     """The plan, unless it is there already (and perhaps edited), and the store; reasons of cases left out.
 
     A plan that is made is checked before the store is.
     """
-    plan_path = work_dir / "plan.json"
     common: dict[str, Any] = {name: getattr(config, name) for name in ("dataset", "num_workers", "skip_bad_cases")}
     left_out: dict[str, str] = {}
-    if not plan_path.is_file():
+    if not work.plan.is_file():
         optim: dict[str, Any] = {"optimizer": config.train.optim.name, "ema": config.train.optim.ema_decay > 0}
         plan = {**_values(config.plan), **({"probe": "off"} if config.train.hardware.accelerator == "cpu" else {})}
-        options = PlanConfig(**plan, **common, **optim, out=str(plan_path), vram=config.vram)
+        options = PlanConfig(**plan, **common, **optim, out=str(work.plan), vram=config.vram)
         _, left_out = _collect(api.plan, options)
         check()
-    preprocessing = PreprocessConfig(**common, plan=str(plan_path), store=str(work_dir / "store"))
+    preprocessing = PreprocessConfig(**common, plan=str(work.plan), store=str(work.store))
     _, failures = _collect(api.preprocess, preprocessing)
     return {**left_out, **failures}
 
@@ -143,13 +143,12 @@ def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tup
     """Predict the held-out cases on their own grids, score them, write the report; with the cases that failed."""
     from pipeline.datasets.splits import Splits
 
-    run_dir, hardware = fit.run_dir, config.train.hardware
-    held_out = read_artifact(run_dir / "splits.json", Splits).folds[int(config.fold)].validation
-    predictions, report = run_dir / "validation", run_dir / "report.html"
+    files, hardware = RunFiles(fit.run_dir), config.train.hardware
+    held_out = read_artifact(files.splits, Splits).folds[int(config.fold)].validation
     prediction = PredictConfig(
-        run_dir=str(run_dir),
+        run_dir=str(files.path),
         input=config.dataset,
-        output=str(predictions),
+        output=str(files.held_out_predictions),
         tta=config.tta,
         seams=True,
         # Post-processing is chosen by these predictions.
@@ -158,19 +157,19 @@ def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tup
         num_threads=hardware.num_threads,
     )
     evaluation = EvaluateConfig(
-        predictions=str(predictions),
+        predictions=str(files.held_out_predictions),
         labels=config.dataset,
         images=config.dataset,
-        out=str(predictions / "metrics.json"),
-        report=str(report),
-        run_dir=str(run_dir),
+        out=str(files.held_out_scores),
+        report=str(files.report),
+        run_dir=str(files.path),
         patient_pattern=config.train.patient_pattern,
         num_workers=config.num_workers,
     )
     _, failed = _collect(api.predict, prediction, network=network, case_ids=held_out)
-    facts = _facts(config, run_dir)
+    facts = _facts(config, files)
     metrics, not_scored = _collect(api.evaluate, evaluation, case_ids=held_out, facts=facts)
-    return RunResult(metrics, report), {**not_scored, **failed}
+    return RunResult(metrics, files.report), {**not_scored, **failed}
 
 
 def _pool(config: RunConfig, results: Mapping[int, RunResult]) -> RunResult:
@@ -185,15 +184,15 @@ def _pool(config: RunConfig, results: Mapping[int, RunResult]) -> RunResult:
     from pipeline.evaluation.pooling import gather_predictions
     from pipeline.evaluation.summary import pool_metrics, write_metrics
 
-    work_dir = Path(config.work_dir)
-    run_dirs = [work_dir / f"fold_{fold}" for fold in results]
-    splits = [read_artifact(run_dir / "splits.json", Splits) for run_dir in run_dirs]
-    others = [str(run_dir.name) for run_dir, each in zip(run_dirs, splits, strict=True) if each != splits[0]]
+    work = WorkFiles(Path(config.work_dir))
+    runs = [work.run(fold) for fold in results]
+    splits = [read_artifact(run.splits, Splits) for run in runs]
+    others = [run.path.name for run, each in zip(runs, splits, strict=True) if each != splits[0]]
     if others:
         fix = "Delete these and run again: they were trained with other cases held out"
-        raise InputError(f"other folds than fold_0: {', '.join(others)}", where=work_dir, fix=fix)
-    folder = work_dir / "cross_validation"
-    gather_predictions([run_dir / "validation" for run_dir in run_dirs], folder / "predictions")
+        raise InputError(f"other folds than fold_0: {', '.join(others)}", where=work.path, fix=fix)
+    folder = work.cross_validation
+    gather_predictions([run.held_out_predictions for run in runs], folder / "predictions")
     by_fold = {f"fold {fold}": result.metrics for fold, result in results.items()}
     scored = [case.case_id for metrics in by_fold.values() for case in metrics.cases]
     patients = find_references(Path(config.dataset)).patients_of(scored, config.train.patient_pattern)
@@ -206,7 +205,7 @@ def _pool(config: RunConfig, results: Mapping[int, RunResult]) -> RunResult:
         report=str(folder / "report.html"),
     )
     write_metrics(Path(evaluation.out), metrics)
-    facts = {**_facts(config, run_dirs[0]), "fold": f"all {len(run_dirs)}, each case by the fold that held it out"}
+    facts = {**_facts(config, runs[0]), "fold": f"all {len(runs)}, each case by the fold that held it out"}
     write_evaluation_report(evaluation, metrics, facts)
     return RunResult(metrics, Path(evaluation.report))
 
@@ -221,11 +220,11 @@ def _collect(command: Callable[..., Result], config: Any, **options: Any) -> tup
         return cast(Result, error.result), error.failures
 
 
-def _facts(config: RunConfig, run_dir: Path) -> dict[str, str]:
+def _facts(config: RunConfig, files: RunFiles) -> dict[str, str]:
     """What the report says of data, plan and run."""
     from pipeline.geometry import format_shape, format_spacing
 
-    made, record = read_artifact(run_dir / "plan.json", Plan), json.loads((run_dir / "run.json").read_text())
+    made, record = read_artifact(files.plan, Plan), json.loads(files.record.read_text())
     return {
         "dataset": made.dataset_name,
         "fold": f"{config.fold} of {config.train.num_folds}",

@@ -16,12 +16,12 @@ from pipeline.artifacts import read_artifact, to_json
 from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.plan import GIB, Record
+from pipeline.run_files import RunFiles
 from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEARTBEAT_NAME = "heartbeat.json"
 HEARTBEAT_SECONDS = 15.0
 # Silent for so long, or for so many optimiser steps, is gone: a beat waits for a window or a pass to end.
 STALE_SECONDS, STALE_STEPS = 120.0, 5
@@ -114,13 +114,14 @@ def read_status(config: StatusConfig) -> WorkStatus:
 
 
 def _holds_run(folder: Path) -> bool:
-    return (folder / HEARTBEAT_NAME).is_file() or (folder / "run.json").is_file()
+    files = RunFiles(folder)
+    return files.heartbeat.is_file() or files.record.is_file()
 
 
 def _status_of(folder: Path) -> RunStatus:
-    name, record, beat = folder.resolve().name, folder / "run.json", folder / HEARTBEAT_NAME
-    heartbeat = read_artifact(beat, Heartbeat) if beat.is_file() else None
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("status") == "finished":
+    name, files = folder.resolve().name, RunFiles(folder)
+    heartbeat = read_artifact(files.heartbeat, Heartbeat) if files.heartbeat.is_file() else None
+    if files.record.is_file() and json.loads(files.record.read_text(encoding="utf-8")).get("status") == "finished":
         return RunStatus(name, "finished", heartbeat)
     return RunStatus(name, _state_of(heartbeat) if heartbeat is not None else "not started", heartbeat)
 

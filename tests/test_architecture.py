@@ -28,6 +28,7 @@ LAYERS = [
         "doctor_config",
         "predict_config",
         "rungs",
+        "run_files",
         "plan",
         "allocation",
         "rank_place",

@@ -15,9 +15,10 @@ from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.cli import main
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import InputError
-from pipeline.inference.postprocess import FILE_NAME, Postprocessing
+from pipeline.inference.postprocess import Postprocessing
 from pipeline.plan import Plan
 from pipeline.postprocess_config import PostprocessConfig
+from pipeline.run_files import RunFiles
 
 AFFINE = np.array([[1.0, 0.1, 0.0, 4.0], [-0.1, 1.19, 0.1, -3.0], [0.0, -0.1, 1.497, 8.0], [0, 0, 0, 1]])
 CASES = [f"case_{number}" for number in range(6)]
@@ -63,14 +64,14 @@ def test_one_choice_by_the_held_out_cases_of_all_folds_goes_into_every_run(runs:
     chosen = api.postprocess(options(runs, predictions=folder))
     assert chosen.case_ids == tuple(CASES)
     assert [step.kind for step in chosen.steps] == ["keep_largest"]
-    assert {read_artifact(run_dir / FILE_NAME, Postprocessing) for run_dir in runs} == {chosen}
+    assert {read_artifact(RunFiles(run_dir).postprocessing, Postprocessing) for run_dir in runs} == {chosen}
 
 
 def test_the_command_takes_several_folders(runs: list[Path], tmp_path: Path) -> None:
     words = ["--run_dir", *map(str, runs[:2]), "--labels", str(tmp_path / "labels"), "--num_workers", "1"]
     assert main(["postprocess", *words, "--predictions", str(tmp_path / "predictions")]) == 0
-    assert read_artifact(runs[1] / FILE_NAME, Postprocessing).case_ids == tuple(CASES[:4])
-    assert not (runs[2] / FILE_NAME).exists()
+    assert read_artifact(RunFiles(runs[1]).postprocessing, Postprocessing).case_ids == tuple(CASES[:4])
+    assert not RunFiles(runs[2]).postprocessing.exists()
 
 
 def test_too_few_cases_of_one_fold_are_enough_of_all(runs: list[Path]) -> None:
@@ -88,7 +89,7 @@ def test_runs_of_other_classes_or_with_the_same_case_twice_are_refused(
     write_artifact(runs[1] / "plan.json", plan_of(labels={"background": 0, "tumour": 1}))
     with pytest.raises(InputError, match=r"fold_1: has other classes than .*fold_0"):
         api.postprocess(options(runs))
-    assert not any((run_dir / FILE_NAME).exists() for run_dir in runs)
+    assert not any(RunFiles(run_dir).postprocessing.exists() for run_dir in runs)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
@@ -96,4 +97,4 @@ def test_where_one_folder_cannot_be_written_none_is(runs: list[Path]) -> None:
     runs[2].chmod(0o555)
     with pytest.raises(InputError, match="fold_2: cannot be written to"):
         api.postprocess(options(runs))
-    assert not any((run_dir / FILE_NAME).exists() for run_dir in runs)
+    assert not any(RunFiles(run_dir).postprocessing.exists() for run_dir in runs)

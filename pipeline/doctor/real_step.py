@@ -17,7 +17,7 @@ from pipeline.doctor.facts import in_words
 from pipeline.doctor.parts import ANSWER, PARTS, Part, ReadRequest, TrainRequest, WholeJob
 from pipeline.errors import InputError
 from pipeline.log import get_logger
-from pipeline.status import HEARTBEAT_NAME
+from pipeline.run_files import RunFiles
 from pipeline.store import CaseStore
 
 READING_SECONDS, TRAINING_SECONDS = 1800.0, 6 * 3600.0
@@ -131,7 +131,7 @@ def _failed(folder: Path, problem: str) -> Iterator[Part]:
 
 def _heartbeat(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / HEARTBEAT_NAME).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(RunFiles(folder).heartbeat.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found
@@ -139,7 +139,7 @@ def _heartbeat(folder: Path) -> dict[str, Any]:
 
 def _finished_epochs(folder: Path) -> int:
     try:
-        return len((folder / "metrics.csv").read_text(encoding="utf-8").splitlines()) - 1
+        return len(RunFiles(folder).metrics.read_text(encoding="utf-8").splitlines()) - 1
     except OSError:
         return 0
 

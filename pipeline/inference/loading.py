@@ -16,6 +16,7 @@ from pipeline.datasets.splits import Splits
 from pipeline.errors import InputError
 from pipeline.option_groups import AugmentationConfig
 from pipeline.plan import Plan, Precision
+from pipeline.run_files import RunFiles
 
 PLAN_FIX = "Put back the plan.json that the run was trained with, or pass the network it was trained with"
 
@@ -26,7 +27,7 @@ def read_plan(run_dir: Path) -> Plan:
     Raises:
         InputError: The folder is no run, or its plan cannot be read.
     """
-    path = run_dir / "plan.json"
+    path = RunFiles(run_dir).plan
     if not path.is_file():
         raise InputError("is no run folder: it has no plan.json", where=run_dir, fix="Give the folder of a training")
     return read_artifact(path, Plan)
@@ -38,7 +39,8 @@ def read_held_out(run_dir: Path) -> tuple[str, ...]:
     Raises:
         InputError: The run has no `splits.json` or no options, or held out nothing.
     """
-    splits, fold = read_artifact(run_dir / "splits.json", Splits), _read_config(run_dir / "config.yaml").get("fold")
+    files = RunFiles(run_dir)
+    splits, fold = read_artifact(files.splits, Splits), _read_config(files.config).get("fold")
     if not isinstance(fold, int) or not 0 <= fold < len(splits.folds):
         raise InputError(f"the run held out no fold (fold: {fold})", where=run_dir, fix="Use --cases all")
     return splits.folds[fold].validation
@@ -63,7 +65,7 @@ def as_trained(plan: Plan, run_dir: Path) -> Plan:
     Windows of the training patch see group statistics as training did. Runs without a readable record keep the plan's.
     """
     try:
-        record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        record = json.loads(RunFiles(run_dir).record.read_text(encoding="utf-8"))
         patch = record.get("patch_size") or plan.patch_size
         reached = [each["to_rung"] for each in record.get("step_downs", ())][-1:]
         stages = {name: rung[name] for rung in reached for name in ("slab_stages", "offload_stages")}
@@ -75,7 +77,7 @@ def as_trained(plan: Plan, run_dir: Path) -> Plan:
 def read_precision(run_dir: Path) -> Precision | None:
     """The precision that the run was trained in, from its `run.json`; None where it does not say."""
     try:
-        precision = json.loads((run_dir / "run.json").read_text(encoding="utf-8")).get("precision")
+        precision = json.loads(RunFiles(run_dir).record.read_text(encoding="utf-8")).get("precision")
     except (OSError, ValueError, AttributeError):
         return None
     return next((known for known in get_args(Precision) if known == precision), None)
@@ -87,12 +89,12 @@ def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
     Raises:
         InputError: The run has no such checkpoint (the message names what it has).
     """
-    folder = run_dir / "checkpoints"
+    folder = RunFiles(run_dir).checkpoints
     path = folder / f"{checkpoint}.ckpt"
     if path.is_file():
         return path
     others = sorted(item.stem for item in folder.glob("*.ckpt"))
-    folds = sorted(str(item.parent.parent) for item in run_dir.glob(f"fold_*/checkpoints/{path.name}"))
+    folds = sorted(str(item.parent.parent) for item in run_dir.glob(f"fold_*/{folder.name}/{path.name}"))
     if folds:
         what = "is a work folder, whose runs are the folders of its folds"
         raise InputError(what, where=run_dir, fix=f"Use {' '.join(folds)}")
@@ -134,7 +136,7 @@ def read_mirror_axes(run_dir: Path) -> tuple[int, ...]:
 
 def trained_mirror_axes(run_dir: Path) -> tuple[int, ...]:
     """The axes that training mirrored, from the run's `config.yaml`, or its plan where that leaves them to it."""
-    group = _read_augmentation(run_dir / "config.yaml")
+    group = _read_augmentation(RunFiles(run_dir).config)
     known = {name: group[name] for name in ("enabled", "mirror", "mirror_axes") if name in group}
     return tuple(AugmentationConfig(**known).mirrored_axes(read_plan(run_dir).mirror_axes))
 

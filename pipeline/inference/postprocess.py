@@ -22,11 +22,11 @@ from pipeline.artifacts import read_artifact
 from pipeline.errors import InputError
 from pipeline.geometry import Spacing
 from pipeline.plan import Plan, Record
+from pipeline.run_files import RunFiles
 
 StepKind = Literal["keep_largest", "remove_small", "fill_holes"]
 Mask = NDArray[np.bool_]
 
-FILE_NAME = "postprocessing.json"
 NEIGHBOURS = np.ones((3, 3, 3), bool)
 # Volumes are products of rounded voxel sizes: a component of exactly the least volume stays.
 VOLUME_SLACK = 1e-6
@@ -106,10 +106,10 @@ def read_postprocessing(run_dir: Path, plan: Plan) -> Postprocessing:
     Raises:
         InputError: None was chosen, the file cannot be read, or a step's class is not one of the plan's.
     """
-    path = run_dir / FILE_NAME
+    path = RunFiles(run_dir).postprocessing
     if not path.is_file():
         raise InputError(
-            f"the run has no {FILE_NAME}", where=run_dir, fix="Choose one with `voxfit postprocess`, or leave it out"
+            f"the run has no {path.name}", where=run_dir, fix="Choose one with `voxfit postprocess`, or leave it out"
         )
     found = read_artifact(path, Postprocessing)
     for step in found.steps:

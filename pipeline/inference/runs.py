@@ -22,13 +22,14 @@ from pipeline.inference.loading import (
     read_precision,
     trained_mirror_axes,
 )
-from pipeline.inference.postprocess import FILE_NAME, Step, read_postprocessing
+from pipeline.inference.postprocess import Step, read_postprocessing
 from pipeline.log import get_logger
 from pipeline.networks.precision import DeviceType, PrecisionChoice, choose_device_type, choose_precision
 from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights
 from pipeline.plan import GIB, Plan, Precision
 from pipeline.predict_config import PredictOptions
+from pipeline.run_files import RunFiles
 
 ONE_PLAN = "Combine runs of one plan, as the folds of a cross-validation are"
 
@@ -130,20 +131,19 @@ def common_postprocessing(plans: Mapping[Path, Plan]) -> tuple[Step, ...]:
     Raises:
         InputError: A run's `postprocessing.json` cannot be read.
     """
-    with_choice = {run_dir: plan for run_dir, plan in plans.items() if (run_dir / FILE_NAME).is_file()}
+    with_choice = {run_dir: plan for run_dir, plan in plans.items() if RunFiles(run_dir).postprocessing.is_file()}
     chosen = {run_dir: read_postprocessing(run_dir, plan).steps for run_dir, plan in with_choice.items()}
     if not chosen:
         return ()
     if len(chosen) == len(plans) and len(set(chosen.values())) == 1:
         steps = next(iter(chosen.values()))
-        get_logger("predict").info("%d step(s) of post-processing from %s", len(steps), FILE_NAME)
+        get_logger("predict").info("%d step(s) of post-processing from postprocessing.json", len(steps))
         return steps
     lacking = [str(run_dir) for run_dir in plans if run_dir not in chosen]
     why = f"{', '.join(lacking)} without" if lacking else "they differ"
     get_logger("predict").warning(
-        "no post-processing: %s was not chosen for all runs together (%s); `voxfit postprocess` with all of them as "
-        "--run_dir does that",
-        FILE_NAME,
+        "no post-processing: postprocessing.json was not chosen for all runs together (%s); `voxfit postprocess` with "
+        "all of them as --run_dir does that",
         why,
     )
     return ()

@@ -201,9 +201,8 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
 
 def _read_scores(folder: RunFolder, record: RunRecord) -> dict[ScoreSource, ScoreTable]:
     scores: dict[ScoreSource, ScoreTable] = {}
-    final = folder.path / "validation" / "metrics.json"
-    if final.is_file():
-        metrics = read_artifact(final, Metrics)
+    if folder.held_out_scores.is_file():
+        metrics = read_artifact(folder.held_out_scores, Metrics)
         scores["final"] = {
             metric: {
                 case.case_id: {name: float(getattr(score, metric)) for name, score in case.classes.items()}

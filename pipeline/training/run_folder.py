@@ -1,11 +1,10 @@
-"""The run's own folder: what lies in it, and whether a command may go on with what it finds there."""
+"""The run's own folder: what its record says, and whether a command may go on with what it finds there."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pipeline.artifacts import content_hash, read_artifact, to_json, write_artifact
@@ -14,8 +13,8 @@ from pipeline.datasets.splits import Splits
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3
 from pipeline.plan import Plan, Record, Rung
+from pipeline.run_files import RunFiles
 from pipeline.saved_config import find_changes, write_config
-from pipeline.status import HEARTBEAT_NAME
 
 # Parts of a plan that no training depends on; what was measured is not the same in two plannings.
 SAID_ONLY = ("candidates", "memory", "notes", "probe", "segment_codes")
@@ -153,65 +152,8 @@ class RunRecord(Record):
     measured_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """Names of everything in a run folder.
-
-    Attributes:
-        path: The folder.
-    """
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The options of the run."""
-        return self.path / "config.yaml"
-
-    @property
-    def plan(self) -> Path:
-        """The plan as it was when the run began."""
-        return self.path / "plan.json"
-
-    @property
-    def splits(self) -> Path:
-        """The folds."""
-        return self.path / "splits.json"
-
-    @property
-    def record(self) -> Path:
-        """What ran and what came of it."""
-        return self.path / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One row an epoch."""
-        return self.path / "metrics.csv"
-
-    @property
-    def last_checkpoint(self) -> Path:
-        """Everything that is needed to go on, as of the newest finished epoch, or of a later optimiser step."""
-        return self.path / "checkpoints" / "last.ckpt"
-
-    @property
-    def previous_checkpoint(self) -> Path:
-        """The `last` before the newest one, in case that is torn, until a run is finished; only where links are."""
-        return self.path / "checkpoints" / "previous.ckpt"
-
-    @property
-    def heartbeat(self) -> Path:
-        """How far the training is; written while it runs."""
-        return self.path / HEARTBEAT_NAME
-
-    @property
-    def validation_progress(self) -> Path:
-        """Which cases of the newest validation are scored, until a run is finished."""
-        return self.path / "validation_progress.json"
-
-    @property
-    def best_checkpoint(self) -> Path:
-        """The same after the epoch with the best validation."""
-        return self.path / "checkpoints" / "best.ckpt"
+class RunFolder(RunFiles):
+    """The folder of one training: its names, and what it takes to begin in it or to go on."""
 
     @property
     def has_checkpoint(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.artifacts import read_artifact
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Splits, check_splits, make_splits, patients_by_pattern
+from pipeline.run_files import RunFiles
 from pipeline.store import CaseStore
 
 
@@ -20,7 +21,7 @@ def splits_of_run(store: CaseStore, config: TrainConfig) -> Splits:
         patients = patients_by_pattern(store.case_ids, config.patient_pattern)
     else:
         patients = {case_id: store.record(case_id).patient or case_id for case_id in store.case_ids}
-    saved = Path(config.run_dir) / "splits.json"
+    saved = RunFiles(Path(config.run_dir)).splits
     if saved.is_file():
         splits = read_artifact(saved, Splits)
     else:

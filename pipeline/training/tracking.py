@@ -20,12 +20,12 @@ from pipeline.log import get_logger
 from pipeline.networks.out_of_memory import first_line
 from pipeline.option_groups import TrackingConfig
 from pipeline.plan import Plan, Record
+from pipeline.run_files import RunFiles
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.run_folder import WHERE_ONLY, RunRecord
 from pipeline.training.trackers import Outcome, TrackerRun, open_tracker
 
 logger = get_logger("train")
-STATE_NAME = "tracking.json"
 # Paths stay on this machine, as does everything in which a patient's name could stand.
 NOT_SENT = (*WHERE_ONLY, "init_from", "patient_pattern", "tracking")
 OF_PLAN = (
@@ -76,7 +76,7 @@ class Tracking(pl.Callback):
 
     def __init__(self, config: TrackingConfig, run_dir: Path, table: MetricsTable) -> None:
         self.config, self.run_dir, self.table = config, run_dir, table
-        self._path = run_dir / STATE_NAME
+        self._path = RunFiles(run_dir).tracking
         self._run: TrackerRun | None = None
         self._state = TrackerState(name=config.name, uri=config.uri, experiment=config.experiment)
 

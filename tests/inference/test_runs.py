@@ -19,7 +19,7 @@ from pipeline.artifacts import write_artifact
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import InputError
 from pipeline.inference.loading import read_held_out_by_all
-from pipeline.inference.postprocess import FILE_NAME, Postprocessing, Step, apply_postprocessing
+from pipeline.inference.postprocess import Postprocessing, Step, apply_postprocessing
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.runs import load_runs
 from pipeline.inference.sliding_window import sliding_window_scores
@@ -30,6 +30,7 @@ from pipeline.plan import ChannelPlan, Plan
 from pipeline.predict_config import PredictConfig, PredictOptions
 from pipeline.preprocessing.preprocess import prepare_image
 from pipeline.preprocessing.restore import restore_label
+from pipeline.run_files import RunFiles
 
 MakePlan, MakeRun = Callable[..., Plan], Callable[..., Path]
 ON_CPU = PredictOptions(accelerator="cpu", num_threads=1)
@@ -196,7 +197,7 @@ FILL = (Step(class_name="organ_2", value=7, kind="fill_holes"),)
 
 def choose(run_dirs: list[Path], steps: tuple[Step, ...]) -> None:
     for run_dir in run_dirs:
-        write_artifact(run_dir / FILE_NAME, Postprocessing(steps=steps, min_gain=0.0, case_ids=()))
+        write_artifact(RunFiles(run_dir).postprocessing, Postprocessing(steps=steps, min_gain=0.0, case_ids=()))
 
 
 def test_what_was_chosen_for_all_runs_is_done_to_the_segmentation_unless_switched_off(runs: list[Path]) -> None:
@@ -229,7 +230,7 @@ def test_what_was_not_chosen_for_all_runs_is_left_out_with_a_warning(
 
 def test_a_broken_choice_ends_the_prediction_before_it_begins(runs: list[Path]) -> None:
     choose(runs, KEEP)
-    (runs[2] / FILE_NAME).write_text("{")
+    RunFiles(runs[2]).postprocessing.write_text("{")
     with pytest.raises(InputError, match=r"postprocessing\.json: is not valid JSON"):
         load_runs(runs, ON_CPU)
     assert load_runs(runs, replace(ON_CPU, postprocess="none")).postprocessing == ()
