@@ -55,10 +55,9 @@ def files_of(folder: Path) -> dict[str, int]:
 # ---- reading
 
 
-@pytest.mark.parametrize("memory_map", [False, True])
-def test_a_patch_is_the_cut_of_the_zero_padded_volume_wherever_it_lies(store: CaseStore, memory_map: bool) -> None:
+def test_a_patch_is_the_cut_of_the_zero_padded_volume_wherever_it_lies(store: CaseStore) -> None:
     image, label = make_arrays()
-    reader = CaseStore(store.folder, memory_map=memory_map)
+    reader = CaseStore(store.folder)
     rng, margin = np.random.default_rng(1), 30
     padded_image = np.pad(image, [(0, 0)] + [(margin, margin)] * 3)
     padded_label = np.pad(label, margin)
@@ -152,13 +151,12 @@ def test_a_class_that_a_case_lacks_has_no_voxels(tmp_path: Path) -> None:
 # ---- processes and handles
 
 
-@pytest.mark.parametrize("memory_map", [False, True])
-def test_reading_many_cases_keeps_no_file_open(tmp_path: Path, memory_map: bool) -> None:
+def test_reading_many_cases_keeps_no_file_open(tmp_path: Path) -> None:
     store = CaseStore.create(tmp_path / "store", INFO)
     image, label = make_arrays(shape=(5, 6, 7))
     for index in range(60):
         store.write_case(f"case_{index:02}", image, label, native_grid=Grid((5, 6, 7), OBLIQUE))
-    reader = CaseStore(store.folder, memory_map=memory_map)
+    reader = CaseStore(store.folder)
     reader.read_case("case_00")
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for case_id in reader.case_ids:
@@ -376,4 +374,4 @@ def test_a_patch_reads_less_than_the_file(tmp_path: Path) -> None:
     damaged[size // 2 : size // 2 + 1000] = bytes(1000)
     (tmp_path / "a.b2nd").write_bytes(damaged)
     part = (slice(None), slice(0, 20), slice(0, 20), slice(0, 20))
-    np.testing.assert_array_equal(read_array(tmp_path / "a.b2nd", part, memory_map=False), array[part])
+    np.testing.assert_array_equal(read_array(tmp_path / "a.b2nd", part), array[part])

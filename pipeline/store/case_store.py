@@ -53,16 +53,14 @@ class CaseStore:
         folder: A folder with `store.json`.
         mode: "r" writes nothing; "a" allows cases to be written and removed; "shared" as well, beside other processes
             that do: a case's data files then stay when another version of it takes their place.
-        memory_map: Map data files instead of reading them: faster for large volumes, but a file that is cut short
-            while it is mapped ends the process.
 
     Raises:
         InputError: The folder is no store, or one of another version.
     """
 
-    def __init__(self, folder: Path, *, mode: Mode = "r", memory_map: bool = False) -> None:
-        self.folder, self.mode, self.memory_map = Path(folder), mode, memory_map
-        path = self.folder / "store.json"
+    def __init__(self, folder: Path, *, mode: Mode = "r") -> None:
+        self.folder, self.mode = Path(folder), mode
+        path = info_path(self.folder)
         if not path.is_file():
             raise InputError("is no store (there is no store.json in it)", where=folder, fix=MAKE_FIX)
         try:
@@ -89,9 +87,9 @@ class CaseStore:
                 written.
         """
         folder = Path(folder)
-        if not (folder / "store.json").is_file():
+        if not info_path(folder).is_file():
             refuse_foreign_folder(folder)
-            write_artifact(folder / "store.json", info)
+            write_artifact(info_path(folder), info)
         store = cls(folder, mode=mode)
         if differences := store.info.differences(info):
             if mode == "shared":
@@ -100,7 +98,7 @@ class CaseStore:
             store._remove_all("; ".join(differences))
         # As text, because equal dictionaries may differ in their order, which numbers the classes.
         if to_json(store.info) != to_json(info):
-            write_artifact(folder / "store.json", info)
+            write_artifact(info_path(folder), info)
             store.info = info
         return store
 
@@ -318,7 +316,7 @@ class CaseStore:
     def _read(self, case_id: str, kind: str, part: Any) -> NDArray[Any]:
         path = self.data_file(case_id, kind)
         try:
-            return read_array(path, part, memory_map=self.memory_map)
+            return read_array(path, part)
         except (RuntimeError, OSError, ValueError) as error:
             raise InputError(f"the {kind} of case {case_id} is damaged", where=path, fix=REDO_FIX) from error
 
@@ -367,13 +365,18 @@ class CaseStore:
         return self._cases / f"{case_id}.{key}.{kind}.b2nd"
 
 
+def info_path(folder: Path) -> Path:
+    """The file that makes a folder a store."""
+    return folder / "store.json"
+
+
 def refuse_foreign_folder(folder: Path) -> None:
     """Raise `InputError` when `folder` holds files but no store."""
-    if (folder / "store.json").is_file() or not folder.exists():
+    if info_path(folder).is_file() or not folder.exists():
         return
     names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else {""}
     # Another process may have made it a store since it was looked for.
-    if names and "store.json" not in names:
+    if names and info_path(folder).name not in names:
         raise InputError("holds files but is no store", where=folder, fix="Give a new or an empty folder")
 
 

@@ -72,12 +72,12 @@ def write_array(
     return WrittenFile(len(frame), zlib.crc32(frame))
 
 
-def read_array(path: Path, part: Any, *, memory_map: bool) -> NDArray[Any]:
+def read_array(path: Path, part: Any) -> NDArray[Any]:
     """Read `part` (slices) of a file, decompressing only the blocks it touches, in the calling thread.
 
     Raises:
         RuntimeError, OSError: The file is no blosc2 array or is damaged.
     """
-    handle = blosc2.open(str(path), mode="r", mmap_mode="r" if memory_map else None, dparams={"nthreads": 1})
+    handle = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
     voxels: NDArray[Any] = handle[part]
     return voxels

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 from pipeline.log import get_logger
-from pipeline.store.case_store import CaseStore, refuse_foreign_folder
+from pipeline.store.case_store import CaseStore, info_path, refuse_foreign_folder
 from pipeline.store.records import StoreInfo
 
 
@@ -68,7 +68,7 @@ def lock_store(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def _refuse_other_dataset(folder: Path, known_ids: Collection[str]) -> None:
-    held = CaseStore(folder).case_ids if (folder / "store.json").is_file() else ()
+    held = CaseStore(folder).case_ids if info_path(folder).is_file() else ()
     if held and not set(held) & set(known_ids):
         shown = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
         raise InputError(

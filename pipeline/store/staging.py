@@ -18,7 +18,7 @@ from time import perf_counter, time_ns
 from pipeline.artifacts import atomic_path, content_hash, to_json, write_artifact, write_text
 from pipeline.errors import InputError
 from pipeline.log import get_logger, track
-from pipeline.store.case_store import DATA_KINDS, CaseStore
+from pipeline.store.case_store import DATA_KINDS, CaseStore, info_path
 from pipeline.store.records import CaseRecord
 
 BLOCK_BYTES = 8 << 20
@@ -111,8 +111,8 @@ def stage_cases(source: Path, case_ids: Sequence[str], folder: Path) -> Path:
         if lacking:
             _check_room(target, num_bytes)
             logger.info("copying %d case(s), %s, to %s", len(lacking), _shown(num_bytes), target)
-        if not (target / "store.json").is_file():
-            write_artifact(target / "store.json", store.info)
+        if not info_path(target).is_file():
+            write_artifact(info_path(target), store.info)
         for case in track(lacking, description="copying", total=len(lacking)):
             for file in case.files:
                 _copy(file)
