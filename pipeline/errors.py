@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+# Of what another library says: some put a page into a line.
+LONGEST_REASON = 500
+
 
 class VoxfitError(Exception):
     """One short message: what is wrong, where (file, case, key), and what to do.
@@ -76,3 +79,15 @@ class TrainingDivergedError(VoxfitError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its type where it says nothing."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    return line if isinstance(error, VoxfitError) else line[:LONGEST_REASON]
+
+
+def in_words(error: BaseException) -> str:
+    """The type of an error and what it says in its first line, as a reason within a message."""
+    line, name = first_line(error), type(error).__name__
+    return line if line == name else f"{name}: {line}"

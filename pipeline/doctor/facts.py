@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pipeline.durations import format_duration
+from pipeline.errors import in_words
 from pipeline.plan import GIB, Record
 
 MIB = 2**20
@@ -50,12 +51,6 @@ def _found(name: str, finder: Finder) -> Iterator[Fact]:
     # Nothing that goes wrong here is a reason to say less about the rest.
     except Exception as error:
         yield Fact(name=name, text=f"could not be found out ({in_words(error)})")
-
-
-def in_words(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return ": ".join([type(error).__name__, *(line.strip() for line in lines[:1])])
 
 
 def in_seconds(seconds: float) -> str:

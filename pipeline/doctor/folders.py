@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from pipeline.doctor.facts import MIB, Fact, in_gib, in_words
+from pipeline.doctor.facts import MIB, Fact, in_gib
+from pipeline.errors import in_words
 from pipeline.plan import GIB
 
 BLOCK_BYTES = 4 * MIB

@@ -13,9 +13,8 @@ from pipeline.artifacts import to_json
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Splits
 from pipeline.doctor.apart import ApartError, run_apart
-from pipeline.doctor.facts import in_words
 from pipeline.doctor.parts import ANSWER, PARTS, Part, ReadRequest, TrainRequest, WholeJob
-from pipeline.errors import InputError
+from pipeline.errors import InputError, in_words
 from pipeline.log import get_logger
 from pipeline.run_files import RunFiles
 from pipeline.store import CaseStore

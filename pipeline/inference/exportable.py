@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import to_json
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.geometry import Shape3
 from pipeline.inference.loading import as_trained, find_checkpoint, load_weights, read_plan
 from pipeline.inference.window_outputs import full_resolution
@@ -137,9 +137,9 @@ def check_same_outputs(
         try:
             difference = (exported(image) - expected).abs().max().item()
         except Exception as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"the exported network does not run on {list(shape)} ({line}); nothing was written", where=where
+                f"the exported network does not run on {list(shape)} ({first_line(error)}); nothing was written",
+                where=where,
             ) from error
         scale = expected.abs().max().item()
         relative = difference / scale if scale > 0 else difference

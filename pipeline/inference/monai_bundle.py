@@ -14,7 +14,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import torch
 
 from pipeline.artifacts import atomic_folder, atomic_path
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.inference.export_target import BUNDLE_KEY
 from pipeline.inference.exportable import ExportableRun, check_same_outputs, voxfit_version
 from pipeline.inference.monai_config import DIFFERENCES, inference_config
@@ -78,8 +78,7 @@ def _write_torchscript(path: Path, run: ExportableRun, configs: Mapping[str, Any
         try:
             traced = torch.jit.trace(run.plain, example, check_trace=False)
         except Exception as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"the network cannot be traced ({line})", where=where) from error
+            raise InputError(f"the network cannot be traced ({first_line(error)})", where=where) from error
         save_net_with_metadata(
             traced,
             str(path),

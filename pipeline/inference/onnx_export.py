@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts import atomic_path
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.inference.exportable import ExportableRun, check_same_outputs, voxfit_version
 from pipeline.log import get_logger
 
@@ -115,12 +115,12 @@ def _export(run: ExportableRun, path: Path) -> tuple[onnx.ModelProto, bool]:
             return _export_axes(run, spatial=True), True
         except Exception as error:
             # Torch's reasoning about sizes differs from version to version; the window itself always works.
-            get_logger("export").warning("only windows of the patch size: %s", _last_line(error))
+            get_logger("export").warning("only windows of the patch size: %s", _innermost_reason(error))
     try:
         return _export_axes(run, spatial=False), False
     except Exception as error:
         raise InputError(
-            f"the network cannot be exported to ONNX ({_last_line(error)})",
+            f"the network cannot be exported to ONNX ({_innermost_reason(error)})",
             where=path,
             fix="torch.export has to understand it: no data-dependent control flow, no own autograd functions",
         ) from error
@@ -184,9 +184,8 @@ def _session(path: Path) -> Any:
     return run
 
 
-def _last_line(error: Exception) -> str:
+def _innermost_reason(error: Exception) -> str:
     """The innermost reason of an exporter's many-layered error."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)

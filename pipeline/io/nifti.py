@@ -24,7 +24,7 @@ from nibabel.volumeutils import array_from_file
 from numpy.typing import DTypeLike, NDArray
 
 from pipeline.artifacts import atomic_path
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.geometry import AxisOrder, Grid, Shape3, check_affine, format_shape
 from pipeline.io.volume import SourceGrid, Volume
 
@@ -170,7 +170,7 @@ def write_channels(
     try:
         header.set_data_shape((*source.grid.shape, num_channels))
     except HeaderDataError as error:
-        raise InputError(f"cannot have {num_channels} channels ({_first_line(error)})", where=path) from error
+        raise InputError(f"cannot have {num_channels} channels ({first_line(error)})", where=path) from error
     header.set_slope_inter(slope, 0)
     header["vox_offset"] = header.single_vox_offset
     dtype = np.dtype(np.uint16).newbyteorder(header.endianness)
@@ -223,16 +223,12 @@ def _errors_named(path: Path) -> Iterator[None]:
     except ImageFileError as error:
         raise InputError("is not a NIfTI file, or its beginning is damaged", where=path, fix=fix) from error
     except HeaderDataError as error:
-        raise InputError(f"has an unusable header ({_first_line(error)})", where=path, fix=fix) from error
+        raise InputError(f"has an unusable header ({first_line(error)})", where=path, fix=fix) from error
     except (EOFError, zlib.error, ValueError, OverflowError) as error:
-        raise InputError(f"is truncated or corrupt ({_first_line(error)})", where=path, fix=fix) from error
+        raise InputError(f"is truncated or corrupt ({first_line(error)})", where=path, fix=fix) from error
     except OSError as error:
         what = f"cannot be read ({error.strerror})" if error.errno else "is truncated or corrupt"
-        raise InputError(what if error.errno else f"{what} ({_first_line(error)})", where=path, fix=fix) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(what if error.errno else f"{what} ({first_line(error)})", where=path, fix=fix) from error
 
 
 def _open(path: Path) -> tuple[Any, SourceGrid]:

@@ -44,8 +44,6 @@ SHORT_SHARE_OF_GPU = 0.1
 _IN_WORKER = "in DataLoader worker process"
 _WORKER_ERROR = re.compile(rf"^Caught \w*MemoryError {_IN_WORKER}")
 
-MAX_ERROR_LENGTH = 300
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is a true out-of-memory of the GPU or of the host, or was raised from one.
@@ -102,12 +100,6 @@ def is_worker_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is what the training process gets when a data worker runs out of host memory."""
     text = str(error)
     return _IN_WORKER in text and bool(_WORKER_ERROR.search(text) or _IS_SIGN.search(text))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip()[:MAX_ERROR_LENGTH] if lines else type(error).__name__
 
 
 def let_go(error: BaseException) -> None:

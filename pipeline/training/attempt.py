@@ -11,10 +11,10 @@ from torch import nn
 from pipeline.artifacts import write_artifact
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold, Splits
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.log import get_logger
 from pipeline.losses.segmentation_loss import make_loss
-from pipeline.networks.out_of_memory import first_line, is_out_of_memory, let_go
+from pipeline.networks.out_of_memory import is_out_of_memory, let_go
 from pipeline.plan import Plan
 from pipeline.stop_signals import StopRequest
 from pipeline.training.assembly import (

@@ -25,7 +25,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from pipeline.artifacts import atomic_path
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.log import get_logger
 from pipeline.networks.out_of_memory import is_out_of_memory
 from pipeline.training.divergence import DivergenceGuard
@@ -282,5 +282,4 @@ def check_sums(path: Path) -> None:
 
 
 def _first_sentence(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].rstrip(" .")
+    return first_line(error).rstrip(" .")

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.errors import StoppedError, VoxfitError
-from pipeline.networks.out_of_memory import first_line
+from pipeline.errors import StoppedError, VoxfitError, first_line, in_words
 from pipeline.training.run_folder import Counts, Phase
 
 GOES_ON = "The same command goes on"
@@ -90,7 +89,7 @@ def departure_of(error: BaseException) -> Departure:
         return Departure(kind="stop", message=what, exit_code=StoppedError.exit_code, signal=number)
     if isinstance(error, VoxfitError):
         return Departure(kind="error", message=text, exit_code=error.exit_code)
-    return Departure(kind="error", message=f"{type(error).__name__}: {text}")
+    return Departure(kind="error", message=in_words(error))
 
 
 def own_or_theirs(error: BaseException, cause: Departure) -> BaseException:

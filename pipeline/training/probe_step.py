@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from pipeline.artifacts import to_json
+from pipeline.errors import in_words
 from pipeline.inference.streamed_labels import plan_label_memory, sliding_window_labels
 from pipeline.inference.windows import SlidingWindow
 from pipeline.losses.segmentation_loss import make_loss
@@ -34,7 +35,6 @@ from pipeline.training.processes import keep_freed_memory
 NUM_OPTIMIZER_STEPS = 2
 # More passes of an accumulation only repeat the second.
 MOST_PASSES = 2
-MAX_MESSAGE_LENGTH = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def probe_step(request: StepRequest) -> ProbedRung:
     except Exception as error:
         # No step was run yet: a GPU without room for a context is held by others.
         is_busy = is_out_of_memory(error) or "busy or unavailable" in str(error)
-        return ProbedRung(rung=rung, outcome="busy" if is_busy else "error", message=_in_words(error))
+        return ProbedRung(rung=rung, outcome="busy" if is_busy else "error", message=in_words(error))
     where = ""
     try:
         for where in run_step(request.plan, rung, request.device):  # noqa: B007
@@ -118,7 +118,7 @@ def _tiny(plan: Plan) -> Plan:
 
 
 def _failed(error: Exception, where: str, rung: Rung, memory: DeviceMemory) -> ProbedRung:
-    message = f"{where}: {_in_words(error)}"
+    message = f"{where}: {in_words(error)}"
     # It holds the step's tensors.
     let_go(error)
     if not is_out_of_memory(error):
@@ -144,11 +144,6 @@ def _ran(request: StepRequest, memory: DeviceMemory) -> ProbedRung:
         allocated_bytes=memory.allocated_bytes(),
         message=message,
     )
-
-
-def _in_words(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return ": ".join([type(error).__name__, *(line.strip() for line in lines[:1])])[:MAX_MESSAGE_LENGTH]
 
 
 def run_step(plan: Plan, rung: Rung, device: Literal["cpu", "cuda"]) -> Iterator[str]:

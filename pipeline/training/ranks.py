@@ -22,9 +22,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import InputError, VoxfitError
+from pipeline.errors import InputError, VoxfitError, first_line
 from pipeline.log import get_logger
-from pipeline.networks.out_of_memory import first_line
 from pipeline.rank_place import RankPlace, find_place
 from pipeline.training.departures import (
     Departure,

@@ -16,8 +16,8 @@ import pytorch_lightning as pl
 
 from pipeline.artifacts import read_artifact, to_json, write_artifact
 from pipeline.config import TrainConfig, to_dict
+from pipeline.errors import first_line, in_words
 from pipeline.log import get_logger
-from pipeline.networks.out_of_memory import first_line
 from pipeline.option_groups import TrackingConfig
 from pipeline.plan import Plan, Record
 from pipeline.run_files import RunFiles
@@ -104,10 +104,9 @@ class Tracking(pl.Callback):
             # A tracker's libraries have errors of all kinds, and none is worth a training.
             run, self._run = self._run, None
             logger.warning(
-                "%s failed (%s: %s); the training goes on without it, and the next start sends what is missing",
+                "%s failed (%s); the training goes on without it, and the next start sends what is missing",
                 self.config.name,
-                type(error).__name__,
-                first_line(error),
+                in_words(error),
             )
             _give_up(run)
 
