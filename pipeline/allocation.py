@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.rank_place import entry_of_this_node, find_place, tasks_on_this_node, variable_number
+from pipeline.sizes import GIB
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC_CGROUP = Path("/proc/self/cgroup")
@@ -38,7 +39,7 @@ def describe_allocation() -> str:
     cpus, memory, machine = _tightest(cpu_limits()), _tightest(memory_limits()), _machine_memory()
     return (
         f"allotted {max(1, int(cpus.amount))} CPU(s) (by {cpus.source}; the machine has {os.cpu_count() or 1}) and"
-        f" {memory.amount / 2**30:.1f} GiB of memory (by {memory.source}; the machine has {machine / 2**30:.1f})"
+        f" {memory.amount / GIB:.1f} GiB of memory (by {memory.source}; the machine has {machine / GIB:.1f})"
         f"{f', shared by {_sharers()} processes' if _sharers() > 1 else ''}"
     )
 

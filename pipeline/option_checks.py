@@ -6,12 +6,9 @@ import re
 from typing import Literal
 
 from pipeline.errors import InputError
+from pipeline.sizes import parse_bytes
 
 Auto = Literal["auto"]
-
-# Vendors print "24GB" on a card that holds 24 GiB, so both spellings mean the binary unit.
-_UNITS = {"": 1 << 30, "G": 1 << 30, "GB": 1 << 30, "GIB": 1 << 30, "M": 1 << 20, "MB": 1 << 20, "MIB": 1 << 20}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 class Checked:
@@ -55,16 +52,6 @@ def repeated(config: object, name: str) -> list[str]:
         return [f"{name}: must not be empty"]
     twice = sorted({word for word in words if words.count(word) > 1})
     return [f"{name}: stands more than once: {', '.join(twice)}"] if twice else []
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from an amount of memory such as "24GiB", "24GB", "24" or "512 MiB"; 0 where the text is none.
-
-    A number without a unit counts GiB, and GB means GiB, as it does on a graphics card's box.
-    """
-    match = _AMOUNT.fullmatch(text)
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    return int(float(match.group(1)) * unit) if match and unit else 0
 
 
 def vram_problems(vram: str) -> list[str]:

@@ -10,7 +10,6 @@ from pipeline.geometry import Shape3, Spacing
 from pipeline.rungs import BlockName, Execution, NetworkPlan, NormName, Probe, ProbedRung, ProbeOutcome, Record, Rung
 
 __all__ = [
-    "GIB",
     "BlockName",
     "ChannelPlan",
     "Code",
@@ -28,8 +27,6 @@ __all__ = [
     "Rung",
     "SegmentCode",
 ]
-
-GIB = 1024**3
 
 Precision = Literal["bf16-mixed", "16-mixed", "32-true"]
 NormalizationScheme = Literal["ct", "zscore", "none"]

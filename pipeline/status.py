@@ -15,8 +15,9 @@ import psutil
 from pipeline.artifacts import read_artifact, to_json
 from pipeline.durations import format_duration
 from pipeline.errors import InputError
-from pipeline.plan import GIB, Record
+from pipeline.plan import Record
 from pipeline.run_files import RunFiles
+from pipeline.sizes import GIB
 from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:

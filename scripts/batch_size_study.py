@@ -33,7 +33,7 @@ from pipeline import api
 from pipeline.cli import parse
 from pipeline.compare_config import CompareConfig
 from pipeline.evaluation.comparison import ComparedRun
-from pipeline.plan import GIB
+from pipeline.sizes import GIB
 
 SPEC = re.compile(r"([1-9]\d*)(?:x([1-9]\d*))?")
 DEFAULT_LR = {"sgd": 0.01, "adamw": 0.001}

@@ -19,10 +19,11 @@ from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.norms import GroupNorm
 from pipeline.networks.unet import UNet
 from pipeline.option_groups import AugmentationConfig
-from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NetworkPlan, Plan, Rung
+from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan, Rung
 from pipeline.planning.meter import meter_step
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.intensity import ChannelParameters, change_intensity
+from pipeline.sizes import GIB
 from pipeline.slabs import store as slab_store
 from pipeline.training.probe import probe_plan
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.doctor import gpu, machine, slurm_job, software
-from pipeline.doctor.facts import Section, find, in_gib
+from pipeline.doctor.facts import Section, find
 from pipeline.doctor.folders import find_in_folder, find_in_store
 from pipeline.doctor.parts import WholeJob
 from pipeline.doctor.real_step import NOT_REACHED, RealStep
 from pipeline.doctor_config import DoctorConfig
 from pipeline.durations import format_duration, parse_duration
+from pipeline.sizes import format_bytes
 
 # Peaks vary with the patch and with what a library caches.
 SAFE_SHARE_OF_MEMORY = 0.9
@@ -89,16 +90,17 @@ def _memory_advice(step: RealStep, values: dict[str, Any]) -> Iterator[str]:
     allotted = min(filter(None, (values.get(name) for name in ("memory", "memory granted"))), default=0)
     peak = max(part.peak_ram_bytes for part in step.parts)
     if allotted and peak > SAFE_SHARE_OF_MEMORY * allotted:
-        yield f"the step took {in_gib(peak)} of memory, {in_gib(allotted)} are allotted; ask for more (SLURM: --mem)"
+        sizes = f"{format_bytes(peak)} of memory, {format_bytes(allotted)} are allotted"
+        yield f"the step took {sizes}; ask for more (SLURM: --mem)"
     gpu, took = values.get("GPU 0"), parts["train"].figures.get("measured_bytes")
     if gpu and took and took > SAFE_SHARE_OF_MEMORY * gpu["total_bytes"]:
-        total = in_gib(gpu["total_bytes"])
-        yield f"the step took {in_gib(took)} of the GPU's {total}; plan with a smaller --vram to be safe"
+        total = format_bytes(gpu["total_bytes"])
+        yield f"the step took {format_bytes(took)} of the GPU's {total}; plan with a smaller --vram to be safe"
     shared, free = parts["sample"].figures.get("shared_bytes"), values.get(str(machine.SHARED_MEMORY))
     if shared and free is not None and shared > free:
         yield (
-            f"patches of the data workers may take {in_gib(shared)} of {machine.SHARED_MEMORY}, which has"
-            f" {in_gib(free)} free; give the container more, or use fewer --hardware.num_workers"
+            f"patches of the data workers may take {format_bytes(shared)} of {machine.SHARED_MEMORY}, which has"
+            f" {format_bytes(free)} free; give the container more, or use fewer --hardware.num_workers"
         )
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import to_json
 from pipeline.doctor.examination import Examination
-from pipeline.doctor.facts import Section, in_gib
+from pipeline.doctor.facts import Section
 from pipeline.doctor.parts import Part
+from pipeline.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -56,8 +57,8 @@ def _step(found: Examination) -> Iterator[Table]:
 def _cells(part: Part) -> tuple[str, ...]:
     if part.problem:
         return (part.name, f"! {part.problem}")
-    vram = f", {in_gib(part.peak_vram_bytes)}" if part.peak_vram_bytes else ""
-    memory = f"{in_gib(part.peak_ram_bytes)}{vram}" if part.peak_ram_bytes else ""
+    vram = f", {format_bytes(part.peak_vram_bytes)}" if part.peak_vram_bytes else ""
+    memory = f"{format_bytes(part.peak_ram_bytes)}{vram}" if part.peak_ram_bytes else ""
     return (part.name, part.what, "" if part.seconds is None else f"{part.seconds:.3g} s", part.rate, memory)
 
 

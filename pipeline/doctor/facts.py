@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from pipeline.durations import format_duration
 from pipeline.errors import in_words
-from pipeline.plan import GIB, Record
-
-MIB = 2**20
+from pipeline.plan import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +54,3 @@ def _found(name: str, finder: Finder) -> Iterator[Fact]:
 def in_seconds(seconds: float) -> str:
     """A time as people say it, also a short one."""
     return f"{seconds:.2g} s" if seconds < 60 else format_duration(seconds)
-
-
-def in_gib(num_bytes: float) -> str:
-    """Memory as people say it."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / MIB:.0f} MiB"

@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from pipeline.doctor.facts import MIB, Fact, in_gib
+from pipeline.doctor.facts import Fact
 from pipeline.errors import in_words
-from pipeline.plan import GIB
+from pipeline.sizes import GIB, MIB, format_bytes
 
 BLOCK_BYTES = 4 * MIB
 FILE_BYTES = 128 * MIB
@@ -26,10 +26,10 @@ LEAST_TIMED_BYTES = 8 * MIB
 def find_in_folder(folder: Path, *, timed: bool) -> Iterator[Fact]:
     """Of a folder that is written to: free space, locks, and, by a file that is removed again, its speed."""
     free = shutil.disk_usage(folder).free
-    advice = f"{folder} has {in_gib(free)} free; checkpoints need several times their size"
+    advice = f"{folder} has {format_bytes(free)} free; checkpoints need several times their size"
     yield Fact(
         name="work folder",
-        text=f"{folder}: {in_gib(free)} free",
+        text=f"{folder}: {format_bytes(free)} free",
         value=free,
         advice=advice if free < LEAST_FREE_BYTES else "",
     )
@@ -60,7 +60,7 @@ def _locks(folder: Path) -> Fact:
 def find_in_store(folder: Path) -> Iterator[Fact]:
     """Of a store, which is only read: free space, and the speed at which files in it are read."""
     free = shutil.disk_usage(folder).free
-    yield Fact(name="store", text=f"{folder}: {in_gib(free)} free", value=free)
+    yield Fact(name="store", text=f"{folder}: {format_bytes(free)} free", value=free)
     yield _rate("store reading", *_read(sorted((folder / "cases").glob("*.image.b2nd"))))
 
 

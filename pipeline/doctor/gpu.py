@@ -17,7 +17,8 @@ from typing import TextIO
 from pydantic import TypeAdapter
 
 from pipeline.doctor.apart import ApartError, answering, run_apart
-from pipeline.doctor.facts import Fact, find, in_gib
+from pipeline.doctor.facts import Fact, find
+from pipeline.sizes import format_bytes
 
 DRIVER = Path("/proc/driver/nvidia/version")
 # Loading torch from a slow file system and starting a GPU that sleeps both take their time.
@@ -88,10 +89,11 @@ def find_devices() -> Iterator[Fact]:
         capability = f"{device.major}.{device.minor}"
         advice = ""
         if free < 0.8 * total:
-            advice = f"GPU {number} has {in_gib(free)} free of {in_gib(total)}: others use it; plan for what is free"
+            sizes = f"{format_bytes(free)} free of {format_bytes(total)}"
+            advice = f"GPU {number} has {sizes}: others use it; plan for what is free"
         torch.ones(8, device=f"cuda:{number}").sum().item()
         facts = {"name": device.name, "total_bytes": total, "free_bytes": free, "compute_capability": capability}
-        text = f"{device.name}, {in_gib(free)} free of {in_gib(total)}, compute capability {capability}"
+        text = f"{device.name}, {format_bytes(free)} free of {format_bytes(total)}, compute capability {capability}"
         yield Fact(name=f"GPU {number}", text=text, value=facts, advice=advice)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from pipeline.allocation import Limit, allotted_cpus, allotted_memory_bytes, cpu_limits, memory_limits
-from pipeline.doctor.facts import MIB, Fact, in_gib
-from pipeline.plan import GIB
+from pipeline.doctor.facts import Fact
+from pipeline.sizes import GIB, MIB, format_bytes
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 SHARED_MEMORY = Path("/dev/shm")
@@ -38,14 +38,15 @@ def find_memory() -> Iterator[Fact]:
     limit = min(limits, key=lambda each: each.amount)
     advice = ""
     if allotted < LEAST_MEMORY_BYTES:
-        advice = f"{in_gib(allotted)} of memory is little for a training; ask for more (SLURM: --mem)"
-    text = f"{in_gib(allotted)} (by {limit.source})" + _others(limits, limit, "GiB")
+        advice = f"{format_bytes(allotted)} of memory is little for a training; ask for more (SLURM: --mem)"
+    text = f"{format_bytes(allotted)} (by {limit.source})" + _others(limits, limit, "GiB")
     yield Fact(name="memory", text=text, value=allotted, advice=advice)
     free = psutil.virtual_memory().available
     advice = ""
     if free < 0.5 * allotted:
-        advice = f"other processes hold much of the memory: {in_gib(free)} are free of the {in_gib(allotted)} allotted"
-    yield Fact(name="memory free now", text=f"{in_gib(free)} (on the whole machine)", value=free, advice=advice)
+        sizes = f"{format_bytes(free)} are free of the {format_bytes(allotted)} allotted"
+        advice = f"other processes hold much of the memory: {sizes}"
+    yield Fact(name="memory free now", text=f"{format_bytes(free)} (on the whole machine)", value=free, advice=advice)
 
 
 def _others(limits: list[Limit], tightest: Limit, unit: str) -> str:
@@ -53,7 +54,7 @@ def _others(limits: list[Limit], tightest: Limit, unit: str) -> str:
     seen: dict[str, None] = {}
     for limit in limits:
         if limit is not tightest and limit.amount < 2**60:
-            amount = in_gib(limit.amount) if unit == "GiB" else f"{limit.amount:g}"
+            amount = format_bytes(limit.amount) if unit == "GiB" else f"{limit.amount:g}"
             seen[f"{limit.source} {amount}"] = None
     return f"; {', '.join(seen)}" if seen else ""
 
@@ -87,7 +88,7 @@ def find_limits() -> Iterator[Fact]:
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         advice = "a GPU reserves far more addresses than memory, and then fails to start; `ulimit -v unlimited`"
-        yield Fact(name="address space", text=in_gib(soft), value=soft, advice=advice)
+        yield Fact(name="address space", text=format_bytes(soft), value=soft, advice=advice)
 
 
 def _limit(number: int) -> str:
@@ -109,10 +110,10 @@ def find_shared_memory() -> Iterator[Fact]:
     advice = ""
     if usage.free < LEAST_SHARED_BYTES:
         advice = (
-            f"{SHARED_MEMORY} has {in_gib(usage.free)} free, and data workers hand on patches through it; start the "
-            "container with more (docker --shm-size 8g, or --ipc host), or use --hardware.num_workers 0"
+            f"{SHARED_MEMORY} has {format_bytes(usage.free)} free, and data workers hand on patches through it; start "
+            "the container with more (docker --shm-size 8g, or --ipc host), or use --hardware.num_workers 0"
         )
-    text = f"{in_gib(usage.free)} free of {in_gib(usage.total)}"
+    text = f"{format_bytes(usage.free)} free of {format_bytes(usage.total)}"
     yield Fact(name=str(SHARED_MEMORY), text=text, value=usage.free, advice=advice)
 
 
@@ -121,8 +122,10 @@ def find_temporary_folder() -> Iterator[Fact]:
     folder = Path(tempfile.gettempdir())
     usage, advice = shutil.disk_usage(folder), ""
     if usage.free < LEAST_FREE_BYTES:
-        advice = f"{folder} has {in_gib(usage.free)} free; set TMPDIR to a folder with more"
-    yield Fact(name="temporary folder", text=f"{folder}: {in_gib(usage.free)} free", value=usage.free, advice=advice)
+        advice = f"{folder} has {format_bytes(usage.free)} free; set TMPDIR to a folder with more"
+    yield Fact(
+        name="temporary folder", text=f"{folder}: {format_bytes(usage.free)} free", value=usage.free, advice=advice
+    )
 
 
 def find_terminal() -> Iterator[Fact]:

@@ -11,10 +11,10 @@ from typing import TextIO
 from pydantic import TypeAdapter
 
 from pipeline.doctor.apart import answering
-from pipeline.doctor.facts import MIB
 from pipeline.doctor.folders import empty_cache
 from pipeline.doctor.parts import ANSWER, Part, ReadRequest
 from pipeline.geometry import format_shape
+from pipeline.sizes import MIB
 from pipeline.store import CaseStore
 
 

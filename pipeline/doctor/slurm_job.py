@@ -10,9 +10,10 @@ from datetime import datetime
 from time import time
 
 from pipeline.allocation import allotted_memory_bytes
-from pipeline.doctor.facts import Fact, in_gib
+from pipeline.doctor.facts import Fact
 from pipeline.durations import format_duration, parse_duration
 from pipeline.requeue import ask_scontrol, slurm_job_id
+from pipeline.sizes import format_bytes
 
 _MEMORY = re.compile(r"\bTRES=\S*?\bmem=([\d.]+)([KMGT])")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -54,10 +55,11 @@ def _memory(said: str) -> Iterator[Fact]:
     allotted, advice = allotted_memory_bytes(), ""
     if granted < allotted:
         advice = (
-            f"SLURM granted {in_gib(granted)} of memory, which neither a variable nor a cgroup says here, so workers"
-            f" are counted by {in_gib(allotted)}; submit with sbatch, or export SLURM_MEM_PER_NODE={granted >> 20}"
+            f"SLURM granted {format_bytes(granted)} of memory, which neither a variable nor a cgroup says here, so"
+            f" workers are counted by {format_bytes(allotted)}; submit with sbatch, or export"
+            f" SLURM_MEM_PER_NODE={granted >> 20}"
         )
-    yield Fact(name="memory granted", text=in_gib(granted), value=granted, advice=advice)
+    yield Fact(name="memory granted", text=format_bytes(granted), value=granted, advice=advice)
 
 
 def _limit(said: str) -> Fact:

@@ -19,11 +19,12 @@ from pipeline.artifacts import read_artifact
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold
 from pipeline.doctor.apart import answering
-from pipeline.doctor.facts import MIB, in_seconds
+from pipeline.doctor.facts import in_seconds
 from pipeline.doctor.parts import ANSWER, Part, TrainRequest, WholeJob
 from pipeline.durations import parse_duration
 from pipeline.geometry import format_shape
 from pipeline.plan import Plan
+from pipeline.sizes import MIB
 from pipeline.training.assembly import make_data
 from pipeline.training.datamodule import PatchDataModule
 from pipeline.training.epoch_report import peak_ram_bytes

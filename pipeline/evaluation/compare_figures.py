@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pipeline.evaluation.comparison import MEAN_ROW, ComparedRun, Difference
 from pipeline.evaluation.figures import INK, STYLE, to_svg
-from pipeline.plan import GIB
+from pipeline.sizes import GIB
 
 # What curves may be looked at over: column, name on the button, name at the axis.
 AXES = (

@@ -16,7 +16,7 @@ from pipeline.evaluation.comparison import MEAN_ROW, ComparedRun, Comparison, Di
 from pipeline.evaluation.figures import class_colors
 from pipeline.evaluation.metrics import NAN
 from pipeline.evaluation.page import Cell, number_cell, render_page
-from pipeline.plan import GIB
+from pipeline.sizes import GIB
 
 # Heading, digits after the point, whether more is better.
 METRICS = {"dice": ("Dice", 3, True), "nsd": ("NSD", 3, True), "hd95_mm": ("HD95 (mm)", 2, False)}

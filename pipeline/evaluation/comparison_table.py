@@ -10,7 +10,7 @@ from rich.text import Text
 
 from pipeline.durations import format_duration
 from pipeline.evaluation.comparison import ComparedRun, Comparison, RunPair
-from pipeline.plan import GIB
+from pipeline.sizes import GIB
 
 
 def describe_comparison(comparison: Comparison) -> Group:

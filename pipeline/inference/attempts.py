@@ -17,7 +17,8 @@ from pipeline.inference.prediction_memory import PredictionMemory
 from pipeline.log import get_logger
 from pipeline.networks.out_of_memory import is_out_of_memory, let_go
 from pipeline.networks.precision import DeviceType
-from pipeline.plan import GIB, Precision
+from pipeline.plan import Precision
+from pipeline.sizes import GIB
 
 # What may be taken of the allotted memory, and of what the machine has free, unless a bound is given.
 AUTO_SHARE = 0.8

@@ -20,8 +20,8 @@ from pipeline.inference.prediction_bytes import Division, Need, Sweep, planes_ke
 from pipeline.inference.window_memory import network_bytes, waiting_bytes
 from pipeline.inference.window_outputs import Network
 from pipeline.inference.windows import Box, SlidingWindow, longest_axis
-from pipeline.plan import GIB
 from pipeline.preprocessing.score_resampling import ScoreResampling
+from pipeline.sizes import GIB
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ from pipeline.log import get_logger
 from pipeline.networks.precision import DeviceType, PrecisionChoice, choose_device_type, choose_precision
 from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights
-from pipeline.plan import GIB, Plan, Precision
+from pipeline.plan import Plan, Precision
 from pipeline.predict_config import PredictOptions
 from pipeline.run_files import RunFiles
+from pipeline.sizes import GIB
 
 ONE_PLAN = "Combine runs of one plan, as the folds of a cross-validation are"
 

@@ -11,8 +11,9 @@ from math import ceil
 from typing import NamedTuple
 
 from pipeline.datasets.dataset import Dataset
-from pipeline.plan import GIB, Plan
+from pipeline.plan import Plan
 from pipeline.preprocessing.workers import PROCESS_BYTES, estimate_case_bytes, largest_case_voxels
+from pipeline.sizes import GIB
 
 USABLE_SHARE = 0.8
 # Resident sizes of a training process beside what is counted: torch and Lightning (0.5 GiB measured on a CPU), and with

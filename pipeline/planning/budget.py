@@ -5,8 +5,7 @@ from __future__ import annotations
 from math import ceil, floor
 
 from pipeline.errors import InputError
-from pipeline.option_checks import parse_bytes
-from pipeline.plan import GIB
+from pipeline.sizes import GIB, parse_bytes
 
 DEFAULT_BUDGET_BYTES = 8 * GIB
 

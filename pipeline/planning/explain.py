@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.geometry import format_shape, format_spacing
-from pipeline.plan import GIB, Plan, Rung
+from pipeline.plan import Plan, Rung
+from pipeline.sizes import GIB
 
 
 def describe_plan(plan: Plan) -> Group:

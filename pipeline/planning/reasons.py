@@ -9,10 +9,11 @@ from math import prod
 from pipeline.config import PlanConfig
 from pipeline.datasets.class_order import ClassOrder
 from pipeline.geometry import Shape3, format_shape
-from pipeline.plan import GIB, ChannelPlan, Rung
+from pipeline.plan import ChannelPlan, Rung
 from pipeline.planning.budget import format_need
 from pipeline.planning.executions import OFFLOAD_TIME_FACTOR, RECOMPUTE_TIME_FACTOR, SLAB_TIME_FACTORS
 from pipeline.planning.spacing import TargetGrid
+from pipeline.sizes import GIB
 
 AXIS_WORDS = ("left-right", "back-front", "down-up")
 TOWARDS = ("right", "to the front", "up")

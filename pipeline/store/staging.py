@@ -18,11 +18,11 @@ from time import perf_counter, time_ns
 from pipeline.artifacts import atomic_path, content_hash, to_json, write_artifact, write_text
 from pipeline.errors import InputError
 from pipeline.log import get_logger, track
+from pipeline.sizes import MIB, format_bytes
 from pipeline.store.case_store import DATA_KINDS, CaseStore, info_path
 from pipeline.store.records import CaseRecord
 
 BLOCK_BYTES = 8 << 20
-MIB = 1 << 20
 # What file systems keep for themselves, and other writers may take meanwhile.
 SPARE_BYTES = 16 * MIB
 
@@ -110,7 +110,7 @@ def stage_cases(source: Path, case_ids: Sequence[str], folder: Path) -> Path:
         num_bytes = sum(case.num_bytes() for case in lacking)
         if lacking:
             _check_room(target, num_bytes)
-            logger.info("copying %d case(s), %s, to %s", len(lacking), _shown(num_bytes), target)
+            logger.info("copying %d case(s), %s, to %s", len(lacking), format_bytes(num_bytes), target)
         if not info_path(target).is_file():
             write_artifact(info_path(target), store.info)
         for case in track(lacking, description="copying", total=len(lacking)):
@@ -118,7 +118,7 @@ def stage_cases(source: Path, case_ids: Sequence[str], folder: Path) -> Path:
                 _copy(file)
             write_text(case.record, case.text)
     seconds = perf_counter() - started
-    speed = f" in {seconds:.1f} s ({_shown(num_bytes / seconds)}/s)" if lacking else ""
+    speed = f" in {seconds:.1f} s ({format_bytes(num_bytes / seconds)}/s)" if lacking else ""
     kept = len(cases) - len(lacking)
     logger.info("%s: %d case(s) copied%s, %d were there already", target, len(lacking), speed, kept)
     return target
@@ -181,7 +181,7 @@ def _check_room(target: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(target).free
     if num_bytes + SPARE_BYTES > free:
         raise InputError(
-            f"{_shown(num_bytes)} of the store are to be copied here and {_shown(free)} are free",
+            f"{format_bytes(num_bytes)} of the store are to be copied here and {format_bytes(free)} are free",
             where=target,
             fix="Give --stage_to a larger disk, or leave it out to read from the store",
         )
@@ -212,8 +212,3 @@ def _blocks(path: Path) -> Iterator[bytes]:
                 yield block
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", where=path, fix="Run the same command again") from error
-
-
-def _shown(num_bytes: float) -> str:
-    gib = num_bytes / (1024 * MIB)
-    return f"{gib:.1f} GiB" if gib >= 1 else f"{num_bytes / MIB:.1f} MiB"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.log import get_logger
-from pipeline.plan import GIB
+from pipeline.sizes import GIB
 from pipeline.training.datamodule import WaitClock
 from pipeline.training.gradient_exchange import GradientExchange
 from pipeline.training.gradient_noise import GradientNoise

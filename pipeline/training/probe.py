@@ -20,7 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.artifacts import to_json
 from pipeline.log import get_logger
-from pipeline.plan import GIB, Plan, Probe, ProbedRung, ProbeOutcome, Rung
+from pipeline.plan import Plan, Probe, ProbedRung, ProbeOutcome, Rung
+from pipeline.sizes import GIB
 from pipeline.training.probe_step import StepRequest
 
 STEP_MODULE = "pipeline.training.probe_step"

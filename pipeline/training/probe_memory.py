@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from pipeline.plan import GIB
 from pipeline.planning.budget import CONTEXT_BYTES
+from pipeline.sizes import GIB
 
 # A fresh process that uses more than this of a GPU before its step is not alone there.
 MOST_CONTEXT_BYTES = 2 * CONTEXT_BYTES

@@ -27,7 +27,8 @@ from pipeline.networks.out_of_memory import is_out_of_memory, let_go
 from pipeline.networks.precision import autocast, choose_precision
 from pipeline.networks.unet import UNet
 from pipeline.option_groups import OptimConfig
-from pipeline.plan import GIB, Plan, Precision, ProbedRung, Record, Rung
+from pipeline.plan import Plan, Precision, ProbedRung, Record, Rung
+from pipeline.sizes import GIB
 from pipeline.training.optim import make_optimizer
 from pipeline.training.probe_memory import DeviceMemory, hold_to
 from pipeline.training.processes import keep_freed_memory

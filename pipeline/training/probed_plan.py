@@ -9,8 +9,9 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.log import get_logger
-from pipeline.plan import GIB, Plan, Probe, ProbedRung
+from pipeline.plan import Plan, Probe, ProbedRung
 from pipeline.planning.rung_meter import RungMeter
+from pipeline.sizes import GIB
 from pipeline.training.probe import describe_try, probe_plan
 
 NO_GPU = "Not probed: no GPU here."

@@ -14,7 +14,8 @@ from pipeline.artifacts import write_artifact
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError
 from pipeline.log import get_logger
-from pipeline.plan import GIB, Plan
+from pipeline.plan import Plan
+from pipeline.sizes import GIB
 from pipeline.slabs.host import release_host_buffers
 from pipeline.training.processes import give_freed_memory_back
 from pipeline.training.run_folder import Counts, Phase, RunFolder, StepDown

@@ -38,8 +38,9 @@ from rungs import FEATURES, StepKind, make_plan, meter_kind
 from step import Variant, make_step
 
 from pipeline.geometry import Shape3
-from pipeline.plan import GIB, Execution
+from pipeline.plan import Execution
 from pipeline.planning.budget import estimate_overhead_bytes
+from pipeline.sizes import GIB
 
 LAST = len(FEATURES)
 PATCHES: tuple[Shape3, ...] = ((96, 96, 96), (128, 128, 128), (160, 192, 96), (192, 192, 192))

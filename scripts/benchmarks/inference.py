@@ -32,7 +32,8 @@ from pipeline.geometry import Shape3, format_shape
 from pipeline.inference.streamed_labels import plan_label_memory, sliding_window_labels
 from pipeline.inference.windows import SlidingWindow
 from pipeline.networks.unet import UNet
-from pipeline.plan import GIB, NetworkPlan
+from pipeline.plan import NetworkPlan
+from pipeline.sizes import GIB
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 NUM_STAGES = 4

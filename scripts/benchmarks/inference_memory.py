@@ -37,8 +37,8 @@ from pipeline.inference.predictor import Predictor
 from pipeline.io.volume import Volume
 from pipeline.networks.blocks import Head
 from pipeline.networks.unet import UNet
-from pipeline.option_checks import parse_bytes
 from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.sizes import parse_bytes
 from pipeline.slabs.rows import PendingLogits, WholeRows
 
 NARROW = NetworkPlan(

@@ -33,8 +33,8 @@ from run_facts import write_results
 from rungs import FEATURES, StepKind, make_plan, meter_kind, step_kinds
 
 from pipeline.geometry import Shape3
-from pipeline.plan import GIB
 from pipeline.planning.meter import StepMemory, meter_step
+from pipeline.sizes import GIB
 
 SIZES: tuple[Shape3, ...] = (*((edge,) * 3 for edge in (128, 192, 256, 320)), (512, 512, 256), (512,) * 3)
 QUICK_SIZES: tuple[Shape3, ...] = ((128,) * 3, (256,) * 3, (512, 512, 256))

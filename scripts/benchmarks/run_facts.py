@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from places import PROJECT
 
-from pipeline.plan import GIB
+from pipeline.sizes import GIB
 
 # Options that take a folder, and what stands for it in the command that is kept.
 PATH_OPTIONS = {"--peers": "PEERS", "--out": "RESULTS", "--store": "STORE", "--images": "IMAGES"}

@@ -12,7 +12,8 @@ from pathlib import Path
 from pipeline.artifacts import write_text
 from pipeline.job_scripts.memory import CaseSizes
 from pipeline.job_scripts.writing import render_scripts
-from pipeline.plan import GIB, ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.sizes import GIB
 from pipeline.slurm_config import SlurmConfig
 
 FOLDER = Path(__file__).resolve().parent

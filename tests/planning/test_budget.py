@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.plan import GIB
 from pipeline.planning.budget import (
     CONTEXT_BYTES,
     budget_from_device,
@@ -12,6 +11,7 @@ from pipeline.planning.budget import (
     format_need,
     parse_vram,
 )
+from pipeline.sizes import GIB
 
 
 @pytest.mark.parametrize("text", ["24GiB", "24GB", "24", "24 gib", " 24.0 G ", "24576MiB"])

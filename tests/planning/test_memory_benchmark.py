@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from monai.losses import DiceCELoss
 from torch import nn
 
-from pipeline.plan import GIB, Execution
+from pipeline.plan import Execution
 from pipeline.planning.executions import execution_families
 from pipeline.planning.meter import StepMemory
+from pipeline.sizes import GIB
 
 MODULES = ("memory", "gpu_memory", "rungs", "run_facts", "step", "peers.dynunet", "peers.nnunet")
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from pipeline.errors import InputError
 from pipeline.networks.unet import UNet
-from pipeline.plan import GIB, NetworkPlan
+from pipeline.plan import NetworkPlan
 from pipeline.planning.meter import PARTS, StepMemory, count_step, meter_step
+from pipeline.sizes import GIB
 from pipeline.slabs.host import allocate_on_host
 from pipeline.slabs.rows import PendingLogits
 from tests.planning.conftest import OUR_LOSS, PATCH, TINY

@@ -24,8 +24,9 @@ from pipeline.losses.deep_supervision import DeepSupervisionLoss
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.networks.convolution_workspace import estimate_cpu_workspace
 from pipeline.networks.unet import UNet
-from pipeline.plan import GIB, NetworkPlan
+from pipeline.plan import NetworkPlan
 from pipeline.planning.meter import count_step, meter_step
+from pipeline.sizes import GIB
 
 aten = torch.ops.aten
 CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -14,8 +14,9 @@ from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.errors import InputError
 from pipeline.io.dicom.segment_codes import suggest_segment_codes
 from pipeline.networks.unet import UNet
-from pipeline.plan import GIB, ChannelPlan, Execution, MemoryPlan, NormName, Plan, Rung
+from pipeline.plan import ChannelPlan, Execution, MemoryPlan, NormName, Plan, Rung
 from pipeline.planning.topology import make_topology
+from pipeline.sizes import GIB
 
 NETWORK = make_topology((40, 56, 40), (1.0, 1.0, 1.0))
 PLAN = Plan(

@@ -15,13 +15,14 @@ from pipeline.config import PlanConfig
 from pipeline.datasets.class_order import ClassOrder
 from pipeline.datasets.fingerprint import Fingerprint
 from pipeline.errors import InputError
-from pipeline.plan import GIB, Execution, Plan
+from pipeline.plan import Execution, Plan
 from pipeline.planning.budget import CONTEXT_BYTES, estimate_overhead_bytes
 from pipeline.planning.candidates import patch_candidates
 from pipeline.planning.explain import describe_plan
 from pipeline.planning.planner import make_plan, normalization_scheme
 from pipeline.planning.rung_meter import RungMeter
 from pipeline.planning.topology import round_up_patch
+from pipeline.sizes import GIB
 
 MIB = 1024**2
 FingerprintOf = Callable[..., Fingerprint]

@@ -22,8 +22,8 @@ from pipeline.job_scripts.memory import (
     train_memory,
 )
 from pipeline.networks.unet import UNet
-from pipeline.plan import GIB
 from pipeline.preprocessing.score_resampling import ScoreResampling
+from pipeline.sizes import GIB
 from tests.slurm.conftest import JOBS, PLAN, SIZES, directives, gib, scripts
 
 

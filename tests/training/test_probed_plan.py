@@ -15,10 +15,11 @@ from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.config import PlanConfig
 from pipeline.datasets.fingerprint import CaseFingerprint, ChannelStatistics, Fingerprint
 from pipeline.errors import InputError
-from pipeline.plan import GIB, Plan, Probe, ProbedRung, ProbeOutcome
+from pipeline.plan import Plan, Probe, ProbedRung, ProbeOutcome
 from pipeline.planning.explain import describe_plan
 from pipeline.planning.planner import make_plan
 from pipeline.planning.rung_meter import RungMeter
+from pipeline.sizes import GIB
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset
 from pipeline.training.probed_plan import NO_GPU, probed, with_probe, without_probe
 
