@@ -78,7 +78,7 @@ def plan(config: PlanConfig) -> Plan:
     """
     from pipeline.datasets.dataset import read_dataset
     from pipeline.datasets.examination import examine_cases
-    from pipeline.datasets.fingerprint import make_fingerprint
+    from pipeline.datasets.fingerprint import fingerprint_path, make_fingerprint
     from pipeline.datasets.inspection import find_bad_cases
     from pipeline.planning.budget import find_budget
     from pipeline.planning.planner import make_plan
@@ -91,7 +91,7 @@ def plan(config: PlanConfig) -> Plan:
     fingerprint = make_fingerprint(dataset, num_workers=num_workers, leave_out=left_out, examined=examined)
     made = make_plan(fingerprint, config, budget_bytes=budget[0], budget_note=budget[1])
     made = _probed(made, config)
-    write_artifact(Path(config.out).with_name("fingerprint.json"), fingerprint)
+    write_artifact(fingerprint_path(Path(config.out)), fingerprint)
     write_artifact(Path(config.out), made)
     return _finish(made, left_out, done=f"{config.out} was written")
 

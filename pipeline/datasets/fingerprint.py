@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -103,6 +104,11 @@ def make_fingerprint(
         class_orders=class_orders([one.class_centers for one in measured], list(dataset.labels)),
         left_out=reasons,
     )
+
+
+def fingerprint_path(plan: Path) -> Path:
+    """Where the fingerprint that a plan was made from is looked for: beside it."""
+    return plan.with_name("fingerprint.json")
 
 
 def _reason(one: Examined) -> str:

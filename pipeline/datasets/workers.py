@@ -9,9 +9,10 @@ from pathlib import Path
 from pipeline.allocation import allotted_memory_bytes
 from pipeline.errors import InputError
 from pipeline.io.image_file import read_layout, size_on_disk
+from pipeline.sizes import MIB
 
 # So little is read in one process before others have imported what they need.
-FEW_BYTES = 64 * 2**20
+FEW_BYTES = 64 * MIB
 # The voxels of the file, their float32 copy, the label and masks.
 BYTES_PER_VOXEL = 16
 

@@ -8,7 +8,7 @@ from pipeline.allocation import resolve_num_workers
 from pipeline.artifacts import content_hash, read_artifact, to_json
 from pipeline.config import PreprocessConfig
 from pipeline.datasets.dataset import Dataset
-from pipeline.datasets.fingerprint import Fingerprint
+from pipeline.datasets.fingerprint import Fingerprint, fingerprint_path
 from pipeline.datasets.inspection import find_bad_cases
 from pipeline.log import get_logger
 from pipeline.plan import Plan
@@ -20,7 +20,7 @@ def left_out_by_plan(made: Plan, dataset: Dataset, config: PreprocessConfig) -> 
     Raises:
         InputError: The dataset has problems and `skip_bad_cases` is off.
     """
-    path = Path(config.plan).with_name("fingerprint.json")
+    path = fingerprint_path(Path(config.plan))
     if path.is_file():
         fingerprint = read_artifact(path, Fingerprint)
         if content_hash(to_json(fingerprint)) == made.fingerprint_hash:

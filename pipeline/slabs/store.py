@@ -12,12 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.sizes import MIB
 from pipeline.slabs.backward import ONE_PASS
 from pipeline.slabs.host import allocate_on_host
 
 # Temporaries of a slab come to about four times its bytes; more slabs than this save little and cost a call each. Above
 # 32 MiB the C library gives a block on a CPU back at once: with smaller slabs a process took up to a third more.
-SLAB_BYTES = 48 * 1024**2
+SLAB_BYTES = 48 * MIB
 MAX_SLABS = 24
 SMALLEST_SLAB_ROWS = 4
 # Slabs end where strides of 2 do, so that rows of two resolutions correspond.

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.sizes import MIB
 from pipeline.training.ema import WeightAverage
 from pipeline.training.gradient_noise import GradientNoise
 from pipeline.training.loop_state import Pace
 from pipeline.training.ranks import Ranks
 
-BUCKET_BYTES = 32 * 1024**2
+BUCKET_BYTES = 32 * MIB
 
 
 class GradientExchange(pl.Callback):

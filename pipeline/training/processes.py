@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 
 from pipeline.allocation import allotted_cpus, resolve_num_workers
+from pipeline.sizes import MIB
 from pipeline.stop_signals import STOP_SIGNALS, end_with
 
 CPUS_PER_WORKER = 4
 MAX_WORKERS = 16
 PREFETCH_FACTOR = 2
-WORKER_BYTES = 300 * 1024**2
+WORKER_BYTES = 300 * MIB
 COPIES_PER_PATCH = 4
 # Options of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
