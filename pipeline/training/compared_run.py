@@ -51,14 +51,31 @@ def read_compared_runs(folders: Sequence[str]) -> list[ComparedRun]:
     return [_read_run(path, name) for path, name in zip(paths, _short_names(resolved), strict=True)]
 
 
-def check_page_place(out: Path) -> None:
-    """Refuse to write a page, and JSON of its name, among the files of a run.
+def check_page_place(out: Path, *, with_json: bool = False) -> None:
+    """Refuse to write a page, and JSON of its name, among the files of a run or over a file that is something else.
+
+    Args:
+        out: The page.
+        with_json: Whether there is to be a JSON file beside it.
 
     Raises:
-        InputError: They would lie in a run folder.
+        InputError: They would lie in a run folder, at any depth, or a JSON file of that name is no comparison.
     """
-    if RunFolder(out.parent).record.is_file():
+    if any(RunFolder(folder).record.is_file() for folder in out.resolve().parents):
         raise InputError("lies in a run folder", where=f"out {out}", fix="Give a place outside of it")
+    beside = out.with_suffix(".json")
+    if with_json and beside.exists() and not _is_comparison(beside):
+        fix = "Give --out another name: the JSON takes that of the page"
+        raise InputError("is there already and is no comparison", where=beside, fix=fix)
+
+
+def _is_comparison(path: Path) -> bool:
+    """Whether `voxfit compare` wrote it, in this version or another."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"runs", "pairs", "source_note"} <= content.keys()
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

@@ -301,3 +301,23 @@ def test_a_comparison_does_not_wait_for_torch(write_run, make_dice, tmp_path):
         "print(code, sorted({'torch', 'monai', 'pytorch_lightning'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1] == "0 []"
+
+
+def test_neither_the_scores_of_a_run_nor_other_json_is_lost_to_a_comparison_of_its_name(
+    write_run, make_dice, write_final_scores, tmp_path, capsys
+):
+    run = write_run("a", dice=make_dice())
+    write_final_scores(run, make_dice())
+    scores, plan = run / "validation" / "metrics.json", tmp_path / "plan.json"
+    plan.write_bytes((run / "plan.json").read_bytes())
+    before = {path: path.read_bytes() for path in (scores, plan)}
+    assert main(["compare", str(run), "--out", str(scores.with_suffix(".html")), "--json"]) == 2
+    assert "lies in a run folder" in capsys.readouterr().err
+    assert main(["compare", str(run), "--out", str(plan.with_suffix(".html")), "--json"]) == 2
+    assert "plan.json: is there already and is no comparison" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(tmp_path.rglob("*.html"))
+    # Without JSON nothing of that name is written, and what is a comparison gives way to the next.
+    assert main(["compare", str(run), "--out", str(plan.with_suffix(".html"))]) == 0
+    for _ in range(2):
+        assert main(["compare", str(run), "--out", str(tmp_path / "c.html"), "--json"]) == 0
