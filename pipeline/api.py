@@ -367,7 +367,7 @@ def compare(config: CompareConfig) -> Comparison:
     """Put runs side by side, finished or not, on one page; nothing in their folders is touched.
 
     Raises:
-        InputError: A folder holds no run or cannot be read, or the page would lie among the files of a run or on another file.
+        InputError: A folder holds no run or cannot be read, or the page would take the place of other files.
     """
     from pipeline.evaluation.compare import compare_runs
     from pipeline.evaluation.compare_page import write_comparison
