@@ -89,7 +89,7 @@ def describe_run(result: RunResult) -> Group:
 
 
 def _check_training(config: RunConfig, folds: Iterable[int], network: nn.Module | None) -> None:
-    """Find out what would end the trainings at their start, long before: what they begin with, and the tracker.
+    """Find out what would end the trainings at their start, long before: plan, what they begin with, the tracker.
 
     As far as it can be told: how the weights fit is known once there is a plan.
     """
@@ -98,15 +98,19 @@ def _check_training(config: RunConfig, folds: Iterable[int], network: nn.Module 
 
     check_tracker(config.train.tracking)
     folders = [RunFolder(Path(config.work_dir) / f"fold_{fold}") for fold in folds]
+    plan_path = Path(config.work_dir) / "plan.json"
+    plan = read_artifact(plan_path, Plan) if plan_path.is_file() else None
+    for folder in folders if plan is not None else ():
+        # The store is made anew for a plan that was edited, which would be in vain.
+        folder.check_plan(plan)
     new = [folder for folder in folders if not folder.has_checkpoint]
     if config.train.init_from and new:
         from pipeline.training.initial_source import find_source
         from pipeline.training.initial_weights import check_beginning
 
         find_source(config.train.init_from)
-        plan = Path(config.work_dir) / "plan.json"
-        if plan.is_file():
-            check_beginning(new[0], read_artifact(plan, Plan), config.train, network)
+        if plan is not None:
+            check_beginning(new[0], plan, config.train, network)
 
 
 def _keep_config(path: Path, config: RunConfig) -> None:
