@@ -136,6 +136,15 @@ def test_the_same_name_for_data_that_was_measured_differently_is_warned_of(write
     assert "cases pair by name alone" in found.pairs[0].warning
 
 
+def test_what_is_to_be_minded_of_a_pairing_is_said_on_the_terminal_as_well(
+    write_run, make_dice, make_plan, tmp_path, capsys
+):
+    other = make_plan(fingerprint_hash="1" * 16)
+    runs = [write_run("a", dice=make_dice()), write_run("b", dice=make_dice(), plan=other)]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "c.html")]) == 0
+    assert "Mind: their plans were made from different measurements" in " ".join(capsys.readouterr().out.split())
+
+
 def test_runs_without_validation_and_unfinished_ones_are_shown_as_what_they_are(write_run, make_dice, compare):
     whole = write_run("whole", fold="all")
     begun = write_run("begun", is_finished=False, epochs=0)
