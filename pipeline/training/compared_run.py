@@ -96,7 +96,7 @@ def _read_run(path: Path, name: str) -> ComparedRun:
     plan = read_artifact(folder.plan, Plan)
     options = _read_options(folder.config)
     curves = _with_axes(read_curves(folder.metrics), record) if folder.metrics.is_file() else {}
-    scores = _read_scores(folder, record)
+    scores, tolerance_mm = _read_scores(folder, record)
     return ComparedRun(
         name=name,
         folder=str(path),
@@ -120,6 +120,7 @@ def _read_run(path: Path, name: str) -> ComparedRun:
         curves={key: tuple(map(float, values)) for key, values in curves.items()},
         scores=scores,
         patients=_patients(options, {case for table in scores.values() for case in table["dice"]}),
+        tolerance_mm=tolerance_mm,
     )
 
 
@@ -216,11 +217,14 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _read_scores(folder: RunFolder, record: RunRecord) -> dict[ScoreSource, ScoreTable]:
+def _read_scores(folder: RunFolder, record: RunRecord) -> tuple[dict[ScoreSource, ScoreTable], float | None]:
+    """Scores by where they are from, and the tolerance of the final NSD."""
     scores: dict[ScoreSource, ScoreTable] = {}
+    tolerance_mm = None
     final = folder.path / "validation" / "metrics.json"
     if final.is_file():
         metrics = read_artifact(final, Metrics)
+        tolerance_mm = metrics.tolerance_mm
         scores["final"] = {
             metric: {
                 case.case_id: {name: float(getattr(score, metric)) for name, score in case.classes.items()}
@@ -235,7 +239,7 @@ def _read_scores(folder: RunFolder, record: RunRecord) -> dict[ScoreSource, Scor
                 for case, classes in record.validation.items()
             }
         }
-    return scores
+    return scores, tolerance_mm
 
 
 def _patients(options: Mapping[str, Any], cases: set[str]) -> dict[str, str]:

@@ -186,6 +186,21 @@ def test_final_scores_are_taken_where_every_run_has_them_and_never_mixed_with_th
         compare(*runs, scores="final")
 
 
+def test_nsd_at_two_tolerances_is_not_compared_and_said_to_be_two(write_run, make_dice, write_final_scores, compare):
+    runs = [write_run(name, dice=make_dice()) for name in ("a", "b", "c")]
+    for run, tolerance in zip(runs, (1.0, 2.5, 1.0), strict=True):
+        write_final_scores(run, make_dice(), tolerance_mm=tolerance)
+    found = compare(*runs)
+    other, same = found.pairs
+    assert set(other.metrics) == {"dice", "hd95_mm"}
+    assert other.warning == "NSD is not compared, it was scored at 2.5 mm and 1 mm"
+    assert set(same.metrics) == {"dice", "nsd", "hd95_mm"}
+    assert same.warning == ""
+    assert found.source_note.endswith("; NSD at 1 mm in a, 2.5 mm in b, 1 mm in c")
+    # What was scored in training has no NSD to mind.
+    assert compare(*runs[:2], scores="training").pairs[0].warning == ""
+
+
 def test_only_settings_that_differ_are_listed_and_paths_are_none(write_run, make_plan, compare):
     wider = make_plan(network=replace(make_plan().network, features_per_stage=(8, 16)))
     first = write_run("a", optim=OptimConfig(lr=0.01))
