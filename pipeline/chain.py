@@ -100,9 +100,10 @@ def _check_training(config: RunConfig, folds: Iterable[int], network: nn.Module 
     folders = [RunFolder(Path(config.work_dir) / f"fold_{fold}") for fold in folds]
     plan_path = Path(config.work_dir) / "plan.json"
     plan = read_artifact(plan_path, Plan) if plan_path.is_file() else None
-    for folder in folders if plan is not None else ():
-        # The store is made anew for a plan that was edited, which would be in vain.
-        folder.check_plan(plan)
+    if plan is not None:
+        for folder in folders:
+            # The store is made anew for a plan that was edited, which would be in vain.
+            folder.check_plan(plan)
     new = [folder for folder in folders if not folder.has_checkpoint]
     if config.train.init_from and new:
         from pipeline.training.initial_source import find_source
