@@ -362,14 +362,14 @@ def compare(config: CompareConfig) -> Comparison:
     """Put runs side by side, finished or not, on one page; nothing in their folders is touched.
 
     Raises:
-        InputError: A folder holds no run or cannot be read, or the page would lie among the files of a run.
+        InputError: A folder holds no run or cannot be read, or the page would take the place of other files.
     """
     from pipeline.evaluation.compare import compare_runs
     from pipeline.evaluation.compare_page import write_comparison
     from pipeline.training.compared_run import check_page_place, read_compared_runs
 
     out = Path(config.out)
-    check_page_place(out)
+    check_page_place(out, with_json=config.json)
     found = compare_runs(read_compared_runs(config.runs), scores=config.scores, seed=config.seed)
     write_comparison(out, found)
     if config.json:

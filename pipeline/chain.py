@@ -90,7 +90,7 @@ def describe_run(result: RunResult) -> Group:
 
 
 def _check_training(config: RunConfig, folds: Iterable[int], network: nn.Module | None) -> None:
-    """Find out what would end the trainings at their start, long before: what they begin with, and the tracker.
+    """Find out what would end the trainings at their start, long before: plan, what they begin with, the tracker.
 
     As far as it can be told: how the weights fit is known once there is a plan.
     """
@@ -100,14 +100,19 @@ def _check_training(config: RunConfig, folds: Iterable[int], network: nn.Module 
     check_tracker(config.train.tracking)
     work = WorkFiles(Path(config.work_dir))
     folders = [RunFolder(work.run(fold).path) for fold in folds]
+    plan = read_artifact(work.plan, Plan) if work.plan.is_file() else None
+    if plan is not None:
+        for folder in folders:
+            # The store is made anew for a plan that was edited, which would be in vain.
+            folder.check_plan(plan)
     new = [folder for folder in folders if not folder.has_checkpoint]
     if config.train.init_from and new:
         from pipeline.training.initial_source import find_source
         from pipeline.training.initial_weights import check_beginning
 
         find_source(config.train.init_from)
-        if work.plan.is_file():
-            check_beginning(new[0], read_artifact(work.plan, Plan), config.train, network)
+        if plan is not None:
+            check_beginning(new[0], plan, config.train, network)
 
 
 def _keep_config(work: WorkFiles, config: RunConfig) -> None:

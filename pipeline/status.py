@@ -149,12 +149,14 @@ def _is_running(beat: Heartbeat) -> bool:
 def describe_status(status: WorkStatus) -> Table | str:
     """A table with a line per training, or JSON."""
     from rich.table import Table
+    from rich.text import Text
 
     if status.as_json:
         return to_json(list(status.runs)).rstrip()
     table = Table("run", "state", "doing", "epoch", "optimiser step", "s/step", "left", "RAM, VRAM", "where", "said")
     for run in status.runs:
-        table.add_row(run.run, run.state, *(_cells(run.heartbeat) if run.heartbeat is not None else ()))
+        # As plain text: a folder's name may look like markup.
+        table.add_row(Text(run.run), run.state, *(_cells(run.heartbeat) if run.heartbeat is not None else ()))
     return table
 
 

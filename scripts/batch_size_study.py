@@ -36,6 +36,14 @@ from pipeline.evaluation.comparison import ComparedRun
 from pipeline.sizes import GIB
 
 SPEC = re.compile(r"([1-9]\d*)(?:x([1-9]\d*))?")
+# What the study decides itself, and by which of its own options.
+DECIDED = {
+    "run_dir": "--out_dir",
+    "max_epochs": "--epochs",
+    "batch_size": "--batches",
+    "effective_batch": "--batches",
+    "iterations_per_epoch": "--samples",
+}
 DEFAULT_LR = {"sgd": 0.01, "adamw": 0.001}
 
 
@@ -74,6 +82,12 @@ def scaled_rate(rate: float, batch: Batch, first: Batch, rule: str) -> float:
     """The learning rate of a batch, from that of the first one."""
     ratio = batch.effective / first.effective
     return rate * {"none": 1.0, "linear": ratio, "sqrt": sqrt(ratio)}[rule]
+
+
+def decided_options(rest: list[str]) -> str:
+    """What to say of options of the training that the study decides itself; "" where there are none."""
+    given = [word[2:].split("=", 1)[0] for word in rest if word.startswith("--")]
+    return ", ".join(f"--{name} follows from {DECIDED[name]}" for name in given if name in DECIDED)
 
 
 def train_command(batch: Batch, per_epoch: int, options: argparse.Namespace, rest: list[str]) -> list[str]:
@@ -132,6 +146,8 @@ def main() -> int:
     options, rest = parser.parse_known_args()
     if len(set(options.batches)) < len(options.batches) or min(options.samples, options.epochs) < 1:
         parser.error("give every batch once, and positive samples and epochs")
+    if decided := decided_options(rest):
+        parser.error(f"leave out what the study decides itself: {decided}")
     per_epoch = samples_per_epoch(options.samples, options.epochs, options.batches)
     print(f"{per_epoch} patches an epoch, {per_epoch * options.epochs} in all, for every batch")
     commands = [train_command(batch, per_epoch, options, rest) for batch in options.batches]

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import nibabel
 import numpy as np
@@ -314,6 +315,24 @@ def test_another_fold_goes_into_the_same_work_folder(dataset: Path, finished: Pa
     chain.run(run_config(dataset, work_dir, fold=1, max_epochs=2))
     assert (work_dir / "fold_1" / "report.html").is_file()
     assert state_of(work_dir / "fold_0") == before
+
+
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_a_plan_that_was_edited_after_a_training_is_refused_before_the_store_is_made_anew(
+    dataset: Path, finished: Path, tmp_path: Path, fold: int | Literal["all"]
+) -> None:
+    work_dir = tmp_path / "work"
+    shutil.copytree(finished, work_dir)
+    plan = json.loads((work_dir / "plan.json").read_text()) | {"target_spacing": [1.5, 1.5, 1.5]}
+    (work_dir / "plan.json").write_text(json.dumps(plan))
+    before = state_of(work_dir)
+    with pytest.raises(InputError, match=r"fold_0: was begun with another plan: .*target_spacing"):
+        chain.run(run_config(dataset, work_dir, fold=fold))
+    assert state_of(work_dir) == before
+    # As the message says.
+    shutil.copy(work_dir / "fold_0" / "plan.json", work_dir / "plan.json")
+    chain.run(run_config(dataset, work_dir))
+    assert state_of(work_dir) == before
 
 
 def test_all_folds_are_run_one_after_the_other_and_pooled(dataset: Path, finished: Path, tmp_path: Path) -> None:

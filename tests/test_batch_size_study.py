@@ -86,3 +86,20 @@ def test_a_wrong_option_of_the_training_is_told_before_anything_is_trained(tmp_p
     assert done.returncode == 2
     assert "did you mean optim.lr?" in done.stderr
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--max_epochs", "3"), "--max_epochs follows from --epochs"),
+        (("--run_dir=elsewhere",), "--run_dir follows from --out_dir"),
+        (("--batch_size", "2"), "--batch_size follows from --batches"),
+    ],
+)
+def test_options_that_the_study_decides_itself_are_refused_and_neither_ignored_nor_followed(tmp_path, given, said):
+    command = [sys.executable, str(SCRIPT), "--plan", "p", "--store", "s", "--out_dir", str(tmp_path / "o")]
+    command += ["--batches", "1", "--samples", "8", *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "o").exists()

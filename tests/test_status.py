@@ -84,3 +84,10 @@ def test_a_work_folder_with_several_folds_is_shown_with_a_line_for_each(tmp_path
 def test_a_folder_without_a_training_is_an_error(tmp_path):
     with pytest.raises(InputError, match="holds no training"):
         read_status(StatusConfig(path=str(tmp_path / "nowhere")))
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path, capsys):
+    (tmp_path / "lr [red]").mkdir()
+    beat(tmp_path / "lr [red]", phase="finished")
+    assert main(["status", str(tmp_path)]) == 0
+    assert "[red]" in capsys.readouterr().out

@@ -65,12 +65,21 @@ def _choose_source(runs: Sequence[ComparedRun], wanted: str) -> tuple[ScoreSourc
         )
     scored = [run for run in runs if run.scores]
     if wanted != "training" and scored and all("final" in run.scores for run in scored):
-        return "final", "predictions of the held-out cases on their own grids (validation/metrics.json)"
+        text = "predictions of the held-out cases on their own grids (validation/metrics.json)"
+        return "final", text + _tolerances(runs)
     text = "the validation of the best weights on the grid of the store (run.json)"
     lacking = [run.name for run in scored if "final" not in run.scores]
     if wanted == "auto" and len(lacking) < len(scored):
         text += f"; final scores are missing in {', '.join(lacking)}"
     return "training", text
+
+
+def _tolerances(runs: Sequence[ComparedRun]) -> str:
+    """What to say where surfaces were not held against the same distance; "" where they were."""
+    known = {run.name: run.tolerance_mm for run in runs if run.tolerance_mm is not None}
+    if len(set(known.values())) < 2:
+        return ""
+    return "; NSD at " + ", ".join(f"{tolerance:g} mm in {name}" for name, tolerance in known.items())
 
 
 def _different_settings(runs: Sequence[ComparedRun]) -> dict[str, tuple[str | None, ...]]:
@@ -130,18 +139,25 @@ def _paired(pair: RunPair, first: ComparedRun, second: ComparedRun, source: Scor
         return replace(pair, not_paired="no class is common to both")
     groups = _groups(common, {**second.patients, **first.patients})
     metrics = {}
-    for metric in (name for name in tables[0] if name in tables[1]):
+    # NSD at two tolerances are two metrics.
+    left_out = ("nsd",) if first.tolerance_mm != second.tolerance_mm else ()
+    for metric in (name for name in tables[0] if name in tables[1] and name not in left_out):
         sides = [_array(table[metric], common, classes) for table in tables]
         metrics[metric] = _differences(sides[0], sides[1], classes, groups, seed)
-    return replace(pair, warning=_warning(first, second), intervals=interval_method(groups, seed=seed), metrics=metrics)
+    return replace(
+        pair, warning=_warning(first, second, source), intervals=interval_method(groups, seed=seed), metrics=metrics
+    )
 
 
-def _warning(first: ComparedRun, second: ComparedRun) -> str:
+def _warning(first: ComparedRun, second: ComparedRun, source: ScoreSource) -> str:
     found = []
     if first.fingerprint_hash != second.fingerprint_hash:
         found.append("their plans were made from different measurements of the data: cases pair by name alone")
     if set(first.class_names) != set(second.class_names):
         found.append("only classes of both are compared")
+    if source == "final" and first.tolerance_mm != second.tolerance_mm:
+        tolerances = f"{second.tolerance_mm:g} mm and {first.tolerance_mm:g} mm"
+        found.append(f"NSD is not compared, it was scored at {tolerances}")
     return "; ".join(found)
 
 

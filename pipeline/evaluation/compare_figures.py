@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.comparison import MEAN_ROW, ComparedRun, Difference
-from pipeline.evaluation.figures import INK, STYLE, to_svg
+from pipeline.evaluation.figures import INK, STYLE, plain, to_svg
 from pipeline.sizes import GIB
 
 # What curves may be looked at over: column, name on the button, name at the axis.
@@ -85,7 +85,7 @@ def _draw_panel(
         marker = "o" if len(x) < 30 else None
         style = "-" if run.state == "finished" else "--"
         axes.plot(x, y / unit, style, color=colors[run.name], marker=marker, markersize=3, linewidth=1.4)
-    axes.set_title(title)
+    axes.set_title(plain(title))
     if is_log and smallest > 0:
         axes.set_yscale("log")
     if column == "lr":
@@ -119,8 +119,8 @@ def draw_differences(
                 axes.plot([row.interval.low, row.interval.high], [height, height], color=INK, linewidth=2)
             if not np.isnan(row.difference):
                 axes.plot([row.difference], [height], "D", color=INK, markersize=5, zorder=4)
-        axes.set(xlabel=label, yticks=range(len(shown)), ylim=(len(shown) - 0.4, -0.6))
-        axes.set_yticklabels([row.name for row in shown], fontweight="normal")
+        axes.set(xlabel=plain(label), yticks=range(len(shown)), ylim=(len(shown) - 0.4, -0.6))
+        axes.set_yticklabels([plain(row.name) for row in shown], fontweight="normal")
         for tick, row in zip(axes.get_yticklabels(), shown, strict=True):
             tick.set_fontweight("bold" if row.name == MEAN_ROW else "normal")
         axes.grid(axis="y", visible=False)

@@ -43,6 +43,7 @@ class ComparedRun(Record):
         curves: Columns over epochs; besides those of `metrics.csv` `samples` and, summed up, `hours`.
         scores: By where they are from.
         patients: Patient by case, where that is known.
+        tolerance_mm: Of the final NSD; None without final scores.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ComparedRun(Record):
     curves: dict[str, tuple[Score, ...]] = field(default_factory=dict)
     scores: dict[ScoreSource, ScoreTable] = field(default_factory=dict)
     patients: dict[str, str] = field(default_factory=dict)
+    tolerance_mm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

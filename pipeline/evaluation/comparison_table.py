@@ -48,7 +48,7 @@ def _run_cells(run: ComparedRun) -> tuple[str, ...]:
 
 
 def _pair_lines(pair: RunPair) -> list[str]:
-    return [_pair_line(pair), *([f"  Mind: {pair.doubt}."] if pair.doubt else [])]
+    return [_pair_line(pair), *(f"  Mind: {text}." for text in (pair.warning, pair.doubt) if text)]
 
 
 def _pair_line(pair: RunPair) -> str:

@@ -68,6 +68,11 @@ def to_svg(figure: Figure) -> str:
     return data_uri(buffer.getvalue(), "image/svg+xml")
 
 
+def plain(text: str) -> str:
+    """A name as matplotlib draws it letter by letter: what stands between two dollar signs would be a formula."""
+    return text.replace("$", r"\$")
+
+
 def read_curves(path: Path) -> Curves:
     """The numeric columns of a run's `metrics.csv`; empty or other fields are NaN.
 
@@ -103,7 +108,7 @@ def draw_curves(curves: Curves, colors: Mapping[str, str]) -> str:
         _plot(loss, curves, "val_loss", label="validation", color="#d55e00")
         loss.set(title="Loss", xlabel="epoch")
         for name, color in list(colors.items())[:MOST_LEGEND_ENTRIES]:
-            _plot(val_dice, curves, f"val_dice_{name}", label=name, color=color, linewidth=1.2)
+            _plot(val_dice, curves, f"val_dice_{name}", label=plain(name), color=color, linewidth=1.2)
         _plot(val_dice, curves, "val_dice_mean", label="mean", color=INK, linewidth=2)
         val_dice.set(title="Validation Dice", xlabel="epoch")
         _plot(rate, curves, "lr", label="", color=INK)
@@ -133,7 +138,8 @@ def draw_distributions(metrics: Metrics, colors: Mapping[str, str]) -> str:
         for axes, (metric, title) in zip(figure.subplots(1, 3, sharey=True), DISTRIBUTIONS, strict=True):
             values = [[getattr(case.classes[name], metric) for case in metrics.cases] for name in names]
             _draw_rows(axes, [np.array(row)[~np.isnan(row)] for row in values], [colors[name] for name in names])
-            axes.set(title=title, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+            axes.set(title=title, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+            axes.set_yticklabels([plain(name) for name in names])
             axes.grid(axis="y", visible=False)
             axes.set_xlim(*((None, 1.01) if metric != "hd95_mm" else (0, None)))
         return to_svg(figure)

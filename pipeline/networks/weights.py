@@ -38,18 +38,27 @@ def weights_of(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Tensor
     Raises:
         InputError: It holds no network of ours.
     """
-    averaged = content.get(EMA_KEY)
-    if averaged:
-        return dict(averaged)
+    if has_averaged(content):
+        return dict(content[EMA_KEY])
     state = content.get("state_dict")
+    # Files of other programs have all kinds of things under this name.
+    items = state.items() if isinstance(state, Mapping) else ()
     weights = {
-        key[len(NETWORK_PREFIX) :]: value for key, value in (state or {}).items() if key.startswith(NETWORK_PREFIX)
+        key[len(NETWORK_PREFIX) :]: value
+        for key, value in items
+        if isinstance(key, str) and key.startswith(NETWORK_PREFIX)
     }
     if not weights:
         raise InputError(
             "holds no network weights", where=checkpoint, fix="Give a checkpoint written by `voxfit train`"
         )
     return weights
+
+
+def has_averaged(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint that was read has averaged weights."""
+    averaged = content.get(EMA_KEY)
+    return isinstance(averaged, Mapping) and len(averaged) > 0
 
 
 def load_checkpoint(checkpoint: Path) -> dict[str, Any]:

@@ -51,14 +51,31 @@ def read_compared_runs(folders: Sequence[str]) -> list[ComparedRun]:
     return [_read_run(path, name) for path, name in zip(paths, _short_names(resolved), strict=True)]
 
 
-def check_page_place(out: Path) -> None:
-    """Refuse to write a page, and JSON of its name, among the files of a run.
+def check_page_place(out: Path, *, with_json: bool = False) -> None:
+    """Refuse to write a page, and JSON of its name, among the files of a run or over a file that is something else.
+
+    Args:
+        out: The page.
+        with_json: Whether there is to be a JSON file beside it.
 
     Raises:
-        InputError: They would lie in a run folder.
+        InputError: They would lie in a run folder, at any depth, or a JSON file of that name is no comparison.
     """
-    if RunFolder(out.parent).record.is_file():
+    if any(RunFolder(folder).record.is_file() for folder in out.resolve().parents):
         raise InputError("lies in a run folder", where=f"out {out}", fix="Give a place outside of it")
+    beside = out.with_suffix(".json")
+    if with_json and beside.exists() and not _is_comparison(beside):
+        fix = "Give --out another name: the JSON takes that of the page"
+        raise InputError("is there already and is no comparison", where=beside, fix=fix)
+
+
+def _is_comparison(path: Path) -> bool:
+    """Whether `voxfit compare` wrote it, in this version or another."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"runs", "pairs", "source_note"} <= content.keys()
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -79,7 +96,7 @@ def _read_run(path: Path, name: str) -> ComparedRun:
     plan = read_artifact(folder.plan, Plan)
     options = _read_options(folder.config)
     curves = _with_axes(read_curves(folder.metrics), record) if folder.metrics.is_file() else {}
-    scores = _read_scores(folder, record)
+    scores, tolerance_mm = _read_scores(folder, record)
     return ComparedRun(
         name=name,
         folder=str(path),
@@ -103,6 +120,7 @@ def _read_run(path: Path, name: str) -> ComparedRun:
         curves={key: tuple(map(float, values)) for key, values in curves.items()},
         scores=scores,
         patients=_patients(options, {case for table in scores.values() for case in table["dice"]}),
+        tolerance_mm=tolerance_mm,
     )
 
 
@@ -199,10 +217,13 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _read_scores(folder: RunFolder, record: RunRecord) -> dict[ScoreSource, ScoreTable]:
+def _read_scores(folder: RunFolder, record: RunRecord) -> tuple[dict[ScoreSource, ScoreTable], float | None]:
+    """Scores by where they are from, and the tolerance of the final NSD."""
     scores: dict[ScoreSource, ScoreTable] = {}
+    tolerance_mm = None
     if folder.held_out_scores.is_file():
         metrics = read_artifact(folder.held_out_scores, Metrics)
+        tolerance_mm = metrics.tolerance_mm
         scores["final"] = {
             metric: {
                 case.case_id: {name: float(getattr(score, metric)) for name, score in case.classes.items()}
@@ -217,7 +238,7 @@ def _read_scores(folder: RunFolder, record: RunRecord) -> dict[ScoreSource, Scor
                 for case, classes in record.validation.items()
             }
         }
-    return scores
+    return scores, tolerance_mm
 
 
 def _patients(options: Mapping[str, Any], cases: set[str]) -> dict[str, str]:

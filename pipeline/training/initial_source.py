@@ -15,7 +15,7 @@ from pipeline.artifacts import read_artifact
 from pipeline.datasets.splits import Splits
 from pipeline.errors import InputError
 from pipeline.geometry import format_spacing
-from pipeline.networks.weights import EMA_KEY, load_checkpoint, weights_of
+from pipeline.networks.weights import has_averaged, load_checkpoint, weights_of
 from pipeline.plan import ChannelPlan, NetworkPlan, Plan
 from pipeline.planning.topology import make_topology
 from pipeline.training.checkpoints import COUNTS_KEY, check_sums
@@ -60,27 +60,36 @@ def read_source(init_from: str) -> Source:
     """Read the best checkpoint of a run folder, or the checkpoint itself.
 
     Raises:
-        InputError: There is none, or it is torn, damaged, or was not written by voxfit.
+        InputError: There is none, or it is torn, damaged, was not written by voxfit, or its weights are no numbers.
     """
     checkpoint = find_source(init_from)
     content = load_checkpoint(checkpoint)
-    weights = weights_of(content, checkpoint)
+    weights = {key: value for key, value in weights_of(content, checkpoint).items() if isinstance(value, Tensor)}
     try:
         check_sums(checkpoint)
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(
             f"is damaged ({error})", where=checkpoint, fix="Use the other checkpoint of the run"
         ) from error
+    _check_finite(weights, checkpoint)
     run = RunFolder(checkpoint.parent.parent)
     is_in_run = checkpoint.parent == run.best_checkpoint.parent and run.plan.is_file()
     return Source(
         checkpoint=checkpoint,
         weights=weights,
-        averaged=bool(content.get(EMA_KEY)),
+        averaged=has_averaged(content),
         epoch=_epoch_of(content),
         plan=read_artifact(run.plan, Plan) if is_in_run else None,
         trained_on=_trained_on(run) if is_in_run else frozenset(),
     )
+
+
+def _check_finite(weights: Mapping[str, Tensor], checkpoint: Path) -> None:
+    # The first loss would be NaN, and blamed on a case or the rate.
+    broken = [key for key, value in weights.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        what = f"{len(broken)} of {len(weights)} tensors hold NaN or infinity, the first is {broken[0]}"
+        raise InputError(what, where=checkpoint, fix="Give a checkpoint from before its training diverged")
 
 
 def find_source(init_from: str) -> Path:
@@ -108,7 +117,8 @@ def find_source(init_from: str) -> Path:
 
 def _epoch_of(content: Mapping[str, object]) -> int:
     counts = content.get(COUNTS_KEY)
-    return int(counts.get("epoch", 0)) if isinstance(counts, dict) else 0
+    epoch = counts.get("epoch") if isinstance(counts, dict) else None
+    return epoch if isinstance(epoch, int) else 0
 
 
 def _trained_on(run: RunFolder) -> frozenset[str]:

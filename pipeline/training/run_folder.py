@@ -188,6 +188,20 @@ class RunFolder(RunFiles):
             path.unlink(missing_ok=True)
         write_config(self.config, config)
 
+    def check_plan(self, plan: Plan) -> None:
+        """Find out, before anything is made by a plan, whether the run that was begun here could go on with it.
+
+        Raises:
+            InputError: It was begun with another one.
+        """
+        differences = list(self._plan_differences(plan)) if self.config.is_file() and self.plan.is_file() else []
+        if differences:
+            raise InputError(
+                f"was begun with another plan: {'; '.join(differences)}",
+                where=self.path,
+                fix=f"Put {self.plan} in the place of the plan that was changed, or begin in another folder",
+            )
+
     def _check_splits(self, splits: Splits) -> None:
         """Also when `splits.json` was deleted and made anew: `run.json` tells which folds were trained with."""
         record = self.read_record()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,13 +17,14 @@ import pytorch_lightning as pl
 
 from pipeline.artifacts import read_artifact, to_json, write_artifact
 from pipeline.config import TrainConfig, to_dict
-from pipeline.errors import first_line, in_words
+from pipeline.datasets.splits import Fold
+from pipeline.errors import InputError, first_line, in_words
 from pipeline.log import get_logger
 from pipeline.option_groups import TrackingConfig
 from pipeline.plan import Plan, Record
 from pipeline.run_files import RunFiles
 from pipeline.training.metrics_table import MetricsTable
-from pipeline.training.run_folder import WHERE_ONLY, RunRecord
+from pipeline.training.run_folder import WHERE_ONLY, RunFolder, RunRecord
 from pipeline.training.trackers import Outcome, TrackerRun, open_tracker
 
 logger = get_logger("train")
@@ -85,6 +87,16 @@ class Tracking(pl.Callback):
         with_tracker = (self._open, lambda: self._describe(parameters, tags), self._send)
         self._try(*with_tracker)
 
+    def catch_up(self, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Send what the tracker lacks of a training that is finished; nothing is opened where it lacks nothing."""
+        with suppress(InputError):
+            # What cannot be read is told by what follows.
+            self._recall()
+        newest = max((int(row["optimizer_step"] or 0) for row in self.table.rows), default=0)
+        if newest > self._state.optimizer_step or not self._state.is_described:
+            self.begin(parameters, tags)
+            self.end("finished")
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Send the epoch's row, which is saved by now."""
         if self._run is not None:
@@ -110,11 +122,14 @@ class Tracking(pl.Callback):
             )
             _give_up(run)
 
-    def _open(self) -> None:
+    def _recall(self) -> None:
         if self._path.is_file():
             before = read_artifact(self._path, TrackerState)
             is_same = all(getattr(before, key) == getattr(self._state, key) for key in ("name", "uri", "experiment"))
             self._state = before if is_same else self._state
+
+    def _open(self) -> None:
+        self._recall()
         self._run = open_tracker(self.config, self.run_dir, self._state.run_id)
         self._keep(run_id=self._run.run_id)
         logger.info("%s: run %s in %s", self.config.name, self._run.run_id, self._run.place)
@@ -148,6 +163,18 @@ def _give_up(run: TrackerRun | None) -> None:
             run.close("failed")
     except Exception as error:
         logger.debug("%s", first_line(error))
+
+
+def track_finished(config: TrainConfig, plan: Plan, folder: RunFolder, record: RunRecord, fold: Fold) -> None:
+    """Send what a tracker lacks of a finished run: it failed at the end, or is chosen only now."""
+    if config.tracking.name == "none":
+        return
+    # "auto" was decided when the run began.
+    config = replace(config, max_epochs=record.max_epochs or config.max_epochs)
+    rows = {"keep_epochs": record.counts.epoch, "is_written": False}
+    table = MetricsTable(folder.metrics, class_names=plan.class_names[1:], **rows)
+    tags = tags_of(record, num_training=len(fold.train), num_validation=len(fold.validation))
+    Tracking(config.tracking, folder.path, table).catch_up(describe_training(config, plan, record), tags)
 
 
 def describe_training(config: TrainConfig, plan: Plan, record: RunRecord) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from pipeline.training.run_lock import run_lock
 from pipeline.training.settings import Settings, resolve_settings
 from pipeline.training.step_down import Standing
 from pipeline.training.trackers import check_tracker
+from pipeline.training.tracking import track_finished
 from pipeline.training.wall_clock import WallClock, read_wall_seconds
 
 logger = get_logger("train")
@@ -146,6 +147,8 @@ def _fit_together(
         record = ranks.from_first(folder.read_record() if ranks.is_first else None)
         if record is not None and record.status == "finished":
             logger.info("%s is finished; give another --run_dir to train anew", folder.path)
+            if ranks.is_first:
+                track_finished(config, plan, folder, record, fold)
             return FitResult.of(folder, record)
         _check_effective_batch(record, settings)
         job = Job(

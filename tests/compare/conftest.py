@@ -104,7 +104,7 @@ def write_run(make_plan: Callable[..., Plan], tmp_path: Path) -> WriteRun:
     return write
 
 
-def _write_final_scores(run: Path, dice: Mapping[str, Mapping[str, float]]) -> None:
+def _write_final_scores(run: Path, dice: Mapping[str, Mapping[str, float]], *, tolerance_mm: float = 1.0) -> None:
     rest = dict.fromkeys(("iou", "nsd", "assd_mm", "volume_error_ml", "relative_volume_error"), 0.5)
     volumes = {"prediction_ml": 1.0, "reference_ml": 1.0}
     scores = [
@@ -118,7 +118,8 @@ def _write_final_scores(run: Path, dice: Mapping[str, Mapping[str, float]]) -> N
         for case, each in dice.items()
     ]
     labels = {name: index for index, name in enumerate(CLASSES, start=1)}
-    write_metrics(run / "validation" / "metrics.json", make_metrics(scores, labels=labels, tolerance_mm=1, failures={}))
+    metrics = make_metrics(scores, labels=labels, tolerance_mm=tolerance_mm, failures={})
+    write_metrics(run / "validation" / "metrics.json", metrics)
 
 
 @pytest.fixture

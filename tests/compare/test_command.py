@@ -136,6 +136,15 @@ def test_the_same_name_for_data_that_was_measured_differently_is_warned_of(write
     assert "cases pair by name alone" in found.pairs[0].warning
 
 
+def test_what_is_to_be_minded_of_a_pairing_is_said_on_the_terminal_as_well(
+    write_run, make_dice, make_plan, tmp_path, capsys
+):
+    other = make_plan(fingerprint_hash="1" * 16)
+    runs = [write_run("a", dice=make_dice()), write_run("b", dice=make_dice(), plan=other)]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "c.html")]) == 0
+    assert "Mind: their plans were made from different measurements" in " ".join(capsys.readouterr().out.split())
+
+
 def test_runs_without_validation_and_unfinished_ones_are_shown_as_what_they_are(write_run, make_dice, compare):
     whole = write_run("whole", fold="all")
     begun = write_run("begun", is_finished=False, epochs=0)
@@ -175,6 +184,21 @@ def test_final_scores_are_taken_where_every_run_has_them_and_never_mixed_with_th
     assert compare(*runs[:2], scores="training").source == "training"
     with pytest.raises(InputError, match=r"no validation/metrics\.json: c"):
         compare(*runs, scores="final")
+
+
+def test_nsd_at_two_tolerances_is_not_compared_and_said_to_be_two(write_run, make_dice, write_final_scores, compare):
+    runs = [write_run(name, dice=make_dice()) for name in ("a", "b", "c")]
+    for run, tolerance in zip(runs, (1.0, 2.5, 1.0), strict=True):
+        write_final_scores(run, make_dice(), tolerance_mm=tolerance)
+    found = compare(*runs)
+    other, same = found.pairs
+    assert set(other.metrics) == {"dice", "hd95_mm"}
+    assert other.warning == "NSD is not compared, it was scored at 2.5 mm and 1 mm"
+    assert set(same.metrics) == {"dice", "nsd", "hd95_mm"}
+    assert same.warning == ""
+    assert found.source_note.endswith("; NSD at 1 mm in a, 2.5 mm in b, 1 mm in c")
+    # What was scored in training has no NSD to mind.
+    assert compare(*runs[:2], scores="training").pairs[0].warning == ""
 
 
 def test_only_settings_that_differ_are_listed_and_paths_are_none(write_run, make_plan, compare):
@@ -301,3 +325,23 @@ def test_a_comparison_does_not_wait_for_torch(write_run, make_dice, tmp_path):
         "print(code, sorted({'torch', 'monai', 'pytorch_lightning'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1] == "0 []"
+
+
+def test_neither_the_scores_of_a_run_nor_other_json_is_lost_to_a_comparison_of_its_name(
+    write_run, make_dice, write_final_scores, tmp_path, capsys
+):
+    run = write_run("a", dice=make_dice())
+    write_final_scores(run, make_dice())
+    scores, plan = run / "validation" / "metrics.json", tmp_path / "plan.json"
+    plan.write_bytes((run / "plan.json").read_bytes())
+    before = {path: path.read_bytes() for path in (scores, plan)}
+    assert main(["compare", str(run), "--out", str(scores.with_suffix(".html")), "--json"]) == 2
+    assert "lies in a run folder" in capsys.readouterr().err
+    assert main(["compare", str(run), "--out", str(plan.with_suffix(".html")), "--json"]) == 2
+    assert "plan.json: is there already and is no comparison" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(tmp_path.rglob("*.html"))
+    # Without JSON nothing of that name is written, and what is a comparison gives way to the next.
+    assert main(["compare", str(run), "--out", str(plan.with_suffix(".html"))]) == 0
+    for _ in range(2):
+        assert main(["compare", str(run), "--out", str(tmp_path / "c.html"), "--json"]) == 0

@@ -6,16 +6,22 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64decode
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from matplotlib.image import imread
 
 from pipeline import api
 from pipeline.compare_config import CompareConfig
+from pipeline.evaluation.compare_figures import draw_differences, draw_run_curves
+from pipeline.evaluation.comparison import MEAN_ROW, ComparedRun, Difference
+from pipeline.evaluation.figures import draw_curves, draw_distributions
+from pipeline.evaluation.summary import make_metrics
 
 CHROMIUM = shutil.which("chromium")
 
@@ -51,6 +57,27 @@ def test_the_page_fetches_nothing_and_escapes_names(page):
     assert all(address.startswith("data:image/svg+xml;base64,") for address in addresses.found)
     assert "<b>first" not in page.read_text()
     assert "&lt;b&gt;first" in page.read_text()
+
+
+@pytest.mark.parametrize("name", ["T$_1$", "lr$\\bad$", "$", "a\\$b"])
+def test_names_with_dollar_signs_are_drawn_letter_by_letter_and_as_no_formula(name):
+    run = ComparedRun(
+        **{"name": name, "folder": name, "state": "finished", "dataset_name": "d", "fingerprint_hash": "0", "fold": 0},
+        **{"device": "cpu", "precision": "32-true", "class_names": (name, "b")},
+        curves={"epoch": (1.0, 2.0), f"val_dice_{name}": (0.1, 0.2), "val_dice_b": (0.1, 0.2)},
+    )
+    rows = [Difference(name=each, num_cases=1, first=0.5, second=0.6, difference=0.1) for each in (MEAN_ROW, name)]
+    metrics = make_metrics([], labels={name: 1, "b": 2}, tolerance_mm=1, failures={})
+    # Text stays text in such pictures.
+    with rc_context({"svg.fonttype": "none"}):
+        drawn = [
+            (f"Validation Dice, {name}", draw_run_curves([run], "epoch", {name: "red"})),
+            (f"Dice, {name}", draw_differences(rows, {name: [0.1]}, label=f"Dice, {name}", color="red")),
+            (name, draw_distributions(metrics, {name: "red", "b": "blue"})),
+            (name, draw_curves({k: np.array(v) for k, v in run.curves.items()}, {name: "red", "b": "blue"})),
+        ]
+    for text, picture in drawn:
+        assert f">{text}<" in b64decode(picture.split(",", 1)[1]).decode()
 
 
 PROBE = """<script>

@@ -202,6 +202,11 @@ def test_the_advice_of_a_planned_network_gives_that_network(plan):
         (lambda source, folder: _text(folder), "no readable checkpoint"),
         (lambda source, folder: _foreign(folder), "holds no network weights"),
         (lambda source, folder: _of_another(folder), "none of its tensors"),
+        (lambda source, folder: _saved(folder, {"state_dict": [1, 2]}), "holds no network weights"),
+        (lambda source, folder: _saved(folder, {"state_dict": {7: torch.zeros(3)}}), "holds no network weights"),
+        (lambda source, folder: _saved(folder, {"ema_state_dict": torch.zeros(3)}), "holds no network weights"),
+        (lambda source, folder: _saved(folder, {"state_dict": {"network.a": 3}, "counts": {"epoch": None}}), "none of"),
+        (lambda source, folder: _diverged(source, folder), "1 of .* tensors hold NaN or infinity, the first is heads"),
         (lambda source, folder: _only_last(source, folder), "no best checkpoint yet.*last.ckpt"),
     ],
 )
@@ -238,6 +243,17 @@ def _foreign(folder: Path) -> Path:
 def _of_another(folder: Path) -> Path:
     torch.save({"state_dict": {"network.a": torch.zeros(3)}}, folder / "x.ckpt")
     return folder / "x.ckpt"
+
+
+def _saved(folder: Path, content: object) -> Path:
+    torch.save(content, folder / "x.ckpt")
+    return folder / "x.ckpt"
+
+
+def _diverged(source: Path, folder: Path) -> Path:
+    weights = read_weights(source / "checkpoints" / "best.ckpt")
+    weights["heads.0.bias"][1] = torch.nan
+    return _saved(folder, {"state_dict": {f"network.{key}": value for key, value in weights.items()}})
 
 
 def _only_last(source: Path, folder: Path) -> Path:

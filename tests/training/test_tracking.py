@@ -177,6 +177,35 @@ def test_a_tracker_that_is_chosen_later_gets_what_was_trained_before(plan, store
     assert mlflow_rows(result.run_dir) == rows_of(result.run_dir)
 
 
+@pytest.mark.parametrize("tracking", [MLFLOW, WANDB], ids=lambda each: each.name)
+def test_a_tracker_that_is_chosen_for_a_finished_run_gets_all_of_it_once(plan, store, splits, make_config, tracking):
+    run_dir = fit_fold(plan, store, splits, make_config(**EPOCHS)).run_dir
+    for _ in range(2):
+        fit_fold(plan, store, splits, make_config(tracking=tracking, **EPOCHS))
+        assert ROWS[tracking.name](run_dir) == rows_of(run_dir)
+    if tracking.name == "mlflow":
+        (run,) = mlflow_runs(run_dir)
+        assert run.info.status == "FINISHED"
+        assert run.data.params["max_epochs"] == "4"
+    else:
+        assert len(wandb_starts(run_dir)) == 1
+
+
+def test_a_tracker_that_failed_to_the_end_is_sent_the_rest_by_the_next_start(
+    plan, store, splits, make_config, monkeypatch
+):
+    def full(self, figures, step):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers.MLflowRun, "log", full)
+        run_dir = fit_fold(plan, store, splits, make_config(tracking=MLFLOW, **EPOCHS)).run_dir
+    assert mlflow_rows(run_dir) == []
+    fit_fold(plan, store, splits, make_config(tracking=MLFLOW, **EPOCHS))
+    assert mlflow_rows(run_dir) == rows_of(run_dir)
+    assert [each.info.status for each in mlflow_runs(run_dir)] == ["FINISHED"]
+
+
 def test_a_run_is_described_without_cases_patients_or_paths(plan, store, splits, make_config):
     config = make_config(tracking=MLFLOW, patient_pattern=r"(case_\d)", **EPOCHS)
     result = fit_fold(plan, store, splits, config)
