@@ -19,6 +19,21 @@ MANY_SEAMS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeFrom(Record):
+    """What a segmentation follows from.
+
+    Attributes:
+        model: Weights and options of the prediction by their names, in words; weights are a hash of all of them.
+        image_bytes: Size of all files of the image.
+        image_hash: Of their content.
+    """
+
+    model: dict[str, str]
+    image_bytes: int
+    image_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictionRecord(Record):
     """What the segmentation of one case took and what was found out on the way.
 
@@ -30,6 +45,7 @@ class PredictionRecord(Record):
         compared_voxels: Voxels of the prepared image that several windows cover and one of them does not call
             background; None where they were not counted.
         disagreeing_voxels: Those of them to which two windows give different classes.
+        made_from: Model and image; None in records of earlier versions.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -41,6 +57,7 @@ class PredictionRecord(Record):
     air_windows: int = 0
     compared_voxels: int | None = None
     disagreeing_voxels: int | None = None
+    made_from: MadeFrom | None = None
 
     @property
     def seam_share(self) -> float | None:

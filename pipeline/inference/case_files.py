@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from math import inf, prod
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.inference.case_room import Room
 from pipeline.inference.export import check_formats, check_inputs, write_outputs
 from pipeline.inference.export_formats import OutputFormat, output_files
 from pipeline.inference.leftovers import remove_leftovers
+from pipeline.inference.made_from import check_kept, describe_model, describe_source
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.progress import PredictionProgress
 from pipeline.io.image_file import source_files
@@ -53,7 +55,8 @@ def predict_files(
 
     How each was segmented is said in `output/records/<case_id>.json`.
 
-    A case that fails does not end the others. Outputs that exist are kept unless `overwrite`. What is stopped ends
+    A case that fails does not end the others. Outputs that exist are kept unless `overwrite`, and refused where they
+    are another model's or another image's, as far as their records tell. What is stopped ends
     with whole files only, and goes on where it was. The results do not depend on what ran beside what.
 
     Args:
@@ -75,6 +78,9 @@ def predict_files(
     check_writable(output, fix=OTHER_FOLDER)
     files = {case.case_id: output_files(case.case_id, output, formats) for case in cases}
     _check_not_an_input(cases, files)
+    model = describe_model(predictor)
+    if not overwrite:
+        check_kept(cases, files, output, model)
     remove_leftovers([*_all_paths(files), *(record_path(output, case_id) for case_id in files)])
     todo = {case_id: _open_files(paths, overwrite=overwrite) for case_id, paths in files.items()}
     open_cases = [case for case in cases if todo[case.case_id]]
@@ -83,7 +89,7 @@ def predict_files(
         for case in cases:
             if not todo[case.case_id]:
                 _say_result(case, files[case.case_id])
-    failures = _CaseThreads(predictor, [(case, todo[case.case_id]) for case in open_cases], output).run()
+    failures = _CaseThreads(predictor, [(case, todo[case.case_id]) for case in open_cases], output, model).run()
     origins = {case.case_id: case.origins for case in open_cases}
     if len(cases) == 1:
         # Of a single case the error itself says most.
@@ -103,8 +109,10 @@ def predict_files(
 class _CaseThreads:
     """Cases in threads of their own, each from its files to its files; a room says whose turn it is."""
 
-    def __init__(self, predictor: Predictor, cases: Sequence[tuple[Case, Files]], output: Path) -> None:
-        self._predictor, self._cases, self._output = predictor, cases, output
+    def __init__(
+        self, predictor: Predictor, cases: Sequence[tuple[Case, Files]], output: Path, model: Mapping[str, str]
+    ) -> None:
+        self._predictor, self._cases, self._output, self._model = predictor, cases, output, model
         lanes = predictor.threads.count if predictor.threads is not None else 1
         self._room = Room(num_lanes=lanes, most_bytes=most_bytes(predictor.max_ram), held_bytes=held_bytes)
         self._progress = PredictionProgress(len(cases))
@@ -168,6 +176,7 @@ class _CaseThreads:
         enter("write", holds=label.array.nbytes, needs=label.array.nbytes + WRITTEN_VOXEL_BYTES * label.array.size)
         write_outputs(prediction, files, predictor.plan)
         if SEGMENTATIONS & files.keys():
+            record = replace(record, made_from=describe_source(case, self._model))
             write_artifact(record_path(self._output, case.case_id), record)
         _say_result(case, files)
 
