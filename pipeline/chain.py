@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.plan import Plan
 from pipeline.predict_config import PredictConfig
 from pipeline.rank_place import find_place
 from pipeline.run_files import RunFiles, WorkFiles
+from pipeline.run_record import RunRecord
 from pipeline.saved_config import find_changes, write_config
 
 if TYPE_CHECKING:
@@ -229,14 +229,14 @@ def _facts(config: RunConfig, files: RunFiles) -> dict[str, str]:
     """What the report says of data, plan and run."""
     from pipeline.geometry import format_shape, format_spacing
 
-    made, record = read_artifact(files.plan, Plan), json.loads(files.record.read_text())
+    made, record = read_artifact(files.plan, Plan), read_artifact(files.record, RunRecord)
     return {
         "dataset": made.dataset_name,
         "fold": f"{config.fold} of {config.train.num_folds}",
         "spacing": f"{format_spacing(made.target_spacing)} mm",
-        "patch": f"{format_shape(record.get('patch_size') or made.patch_size)} voxels, batch {record['batch_size']}",
-        "training": f"{record['counts']['epoch']} epochs, {record['counts']['optimizer_step']} optimiser steps",
-        "precision": f"{record['precision']} on {record['device']}",
+        "patch": f"{format_shape(record.patch_size or made.patch_size)} voxels, batch {record.batch_size}",
+        "training": f"{record.counts.epoch} epochs, {record.counts.optimizer_step} optimiser steps",
+        "precision": f"{record.precision} on {record.device}",
         "mirroring": config.tta,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.plan import Record
 from pipeline.run_files import RunFiles
+from pipeline.run_record import known_record
 from pipeline.sizes import GIB
 from pipeline.status_config import StatusConfig
 
@@ -122,7 +122,8 @@ def _holds_run(folder: Path) -> bool:
 def _status_of(folder: Path) -> RunStatus:
     name, files = folder.resolve().name, RunFiles(folder)
     heartbeat = read_artifact(files.heartbeat, Heartbeat) if files.heartbeat.is_file() else None
-    if files.record.is_file() and json.loads(files.record.read_text(encoding="utf-8")).get("status") == "finished":
+    record = known_record(files)
+    if record is not None and record.status == "finished":
         return RunStatus(name, "finished", heartbeat)
     return RunStatus(name, _state_of(heartbeat) if heartbeat is not None else "not started", heartbeat)
 

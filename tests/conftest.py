@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.geometry import Grid
 from pipeline.io.volume import Volume
 from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
+from pipeline.run_record import RunRecord
 from pipeline.synthetic import make_synthetic_case
 from pipeline.synthetic_dicom import (
     PlantedIdentity,
@@ -101,6 +102,28 @@ def plan_of(two_stages: Callable[..., NetworkPlan]) -> Callable[..., Plan]:
             memory=MemoryPlan(budget_bytes=1, peak_bytes=1, overhead_bytes=0, parts={}),
         )
         return replace(plan, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def record_of() -> Callable[..., RunRecord]:
+    """Makes the record of a small run on a CPU; options as in `RunRecord`."""
+
+    def make(**options: Any) -> RunRecord:
+        record = RunRecord(
+            fold=0,
+            versions={},
+            device="cpu",
+            precision="32-true",
+            precision_reason="asked for",
+            num_threads=1,
+            num_workers=0,
+            batch_size=1,
+            accumulate_grad_batches=2,
+            num_parameters=10,
+        )
+        return replace(record, **options)
 
     return make
 

@@ -59,12 +59,11 @@ def test_last_words_are_believed(tmp_path, word):
     assert state_of(beat(tmp_path, phase=word, age=10**6)) == word
 
 
-def test_a_work_folder_with_several_folds_is_shown_with_a_line_for_each(tmp_path, capsys):
+def test_a_work_folder_with_several_folds_is_shown_with_a_line_for_each(tmp_path, capsys, record_of):
     for fold, facts in enumerate(({}, {"phase": "stopped"}, {"phase": "finished"})):
         beat(tmp_path / f"fold_{fold}", **facts)
-    (tmp_path / "fold_2" / "run.json").write_text('{"status": "finished"}')
-    (tmp_path / "fold_3").mkdir()
-    (tmp_path / "fold_3" / "run.json").write_text('{"status": "running"}')
+    for fold, status in ((2, "finished"), (3, "running")):
+        write_artifact(tmp_path / f"fold_{fold}" / "run.json", record_of(status=status))
     (tmp_path / "store").mkdir()
     assert main(["status", str(tmp_path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "fold_" in line]
@@ -79,6 +78,11 @@ def test_a_work_folder_with_several_folds_is_shown_with_a_line_for_each(tmp_path
     runs = json.loads(capsys.readouterr().out)
     assert [run["state"] for run in runs] == list(words)
     assert runs[0]["heartbeat"]["optimizer_step"] == 15
+
+
+def test_a_damaged_record_does_not_hide_what_the_heartbeat_says(tmp_path):
+    (beat(tmp_path, phase="stopped") / "run.json").write_text('{"status": "fini')
+    assert state_of(tmp_path) == "stopped"
 
 
 def test_a_folder_without_a_training_is_an_error(tmp_path):

@@ -24,13 +24,13 @@ from pipeline.doctor.parts import ANSWER, Part, TrainRequest, WholeJob
 from pipeline.durations import parse_duration
 from pipeline.geometry import format_shape
 from pipeline.plan import Plan
+from pipeline.run_record import Counts
 from pipeline.sizes import MIB
 from pipeline.training.assembly import make_data
 from pipeline.training.datamodule import PatchDataModule
 from pipeline.training.epoch_report import peak_ram_bytes
 from pipeline.training.processes import PREFETCH_FACTOR
 from pipeline.training.rehearsal import STEPS, Rehearsal, rehearse_in
-from pipeline.training.run_folder import Counts
 from pipeline.training.settings import Settings, resolve_settings
 from pipeline.training.trainer import rehearsed, select_fold
 

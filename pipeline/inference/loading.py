@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.errors import InputError
 from pipeline.option_groups import AugmentationConfig
 from pipeline.plan import Plan, Precision
 from pipeline.run_files import RunFiles
+from pipeline.run_record import known_record
 
 PLAN_FIX = "Put back the plan.json that the run was trained with, or pass the network it was trained with"
 
@@ -64,23 +64,18 @@ def as_trained(plan: Plan, run_dir: Path) -> Plan:
 
     Windows of the training patch see group statistics as training did. Runs without a readable record keep the plan's.
     """
-    try:
-        record = json.loads(RunFiles(run_dir).record.read_text(encoding="utf-8"))
-        patch = record.get("patch_size") or plan.patch_size
-        reached = [each["to_rung"] for each in record.get("step_downs", ())][-1:]
-        stages = {name: rung[name] for rung in reached for name in ("slab_stages", "offload_stages")}
-        return replace(plan, patch_size=tuple(patch), candidates=(), fallbacks=(), **stages)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    record = known_record(RunFiles(run_dir))
+    if record is None:
         return plan
+    reached = [each.to_rung for each in record.step_downs][-1:]
+    stages = {name: getattr(rung, name) for rung in reached for name in ("slab_stages", "offload_stages")}
+    return replace(plan, patch_size=record.patch_size or plan.patch_size, candidates=(), fallbacks=(), **stages)
 
 
 def read_precision(run_dir: Path) -> Precision | None:
     """The precision that the run was trained in, from its `run.json`; None where it does not say."""
-    try:
-        precision = json.loads(RunFiles(run_dir).record.read_text(encoding="utf-8")).get("precision")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return next((known for known in get_args(Precision) if known == precision), None)
+    record = known_record(RunFiles(run_dir))
+    return next((known for known in get_args(Precision) if record is not None and known == record.precision), None)
 
 
 def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:

@@ -18,6 +18,7 @@ from pipeline.datasets.splits import Fold
 from pipeline.durations import parse_duration
 from pipeline.networks.unet import UNet
 from pipeline.plan import Plan
+from pipeline.run_record import Counts
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import PatchDataset
 from pipeline.stop_signals import StopRequest
@@ -34,7 +35,7 @@ from pipeline.training.loop_state import ResumePoint
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.processes import NICENESS_BESIDE_CPU_NETWORK
 from pipeline.training.ranks import Ranks
-from pipeline.training.run_folder import Counts, RunFolder
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.seeding import IterationSeed
 from pipeline.training.settings import Settings
 from pipeline.training.step_strategy import StepStrategy

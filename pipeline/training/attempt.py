@@ -16,6 +16,7 @@ from pipeline.log import get_logger
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.out_of_memory import is_out_of_memory, let_go
 from pipeline.plan import Plan
+from pipeline.run_record import Counts, InitialWeights, RunRecord
 from pipeline.stop_signals import StopRequest
 from pipeline.training.assembly import (
     Callbacks,
@@ -33,9 +34,9 @@ from pipeline.training.module import SegmentationModule
 from pipeline.training.processes import torch_threads
 from pipeline.training.quiet import quiet_lightning
 from pipeline.training.ranks import Ranks
+from pipeline.training.recording import finished_record, predicted_bytes, started_record
 from pipeline.training.recovery import OutOfMemoryReport, describe_memory
-from pipeline.training.run_folder import Counts, InitialWeights, RunFolder, RunRecord
-from pipeline.training.run_record import finished_record, predicted_bytes, started_record
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.settings import Settings
 from pipeline.training.step_down import Standing
 from pipeline.training.stops import stops_as_errors

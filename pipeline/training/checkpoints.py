@@ -28,9 +28,10 @@ from pipeline.artifacts import atomic_path
 from pipeline.errors import InputError, first_line
 from pipeline.log import get_logger
 from pipeline.networks.out_of_memory import is_out_of_memory
+from pipeline.run_record import Counts
 from pipeline.training.divergence import DivergenceGuard
 from pipeline.training.last_step import LastStep
-from pipeline.training.run_folder import Counts, RunFolder
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.validation import ValidationResult, WholeVolumeValidation
 
 COUNTS_KEY = "counts"

@@ -20,10 +20,11 @@ from pipeline.evaluation.metrics import NAN
 from pipeline.evaluation.summary import Metrics
 from pipeline.geometry import format_shape
 from pipeline.plan import Plan
+from pipeline.run_record import RunRecord, StepDown
 from pipeline.status import read_status
 from pipeline.status_config import StatusConfig
 from pipeline.store import CaseStore
-from pipeline.training.run_folder import SAID_ONLY, WHERE_ONLY, RunFolder, RunRecord, StepDown
+from pipeline.training.run_folder import SAID_ONLY, WHERE_ONLY, RunFolder
 from pipeline.training.wall_clock import read_wall_seconds
 
 # Of `run.json`: what "auto" came to, and what it ran with.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.errors import StoppedError, VoxfitError, first_line, in_words
-from pipeline.training.run_folder import Counts, Phase
+from pipeline.run_record import Counts, Phase
 
 GOES_ON = "The same command goes on"
 

@@ -19,6 +19,7 @@ from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.networks.unet import UNet
 from pipeline.plan import Plan
+from pipeline.run_record import InitialWeights
 from pipeline.training.initial_source import (
     Source,
     describe_differences,
@@ -26,7 +27,7 @@ from pipeline.training.initial_source import (
     planning_advice,
     read_source,
 )
-from pipeline.training.run_folder import InitialWeights, RunFolder
+from pipeline.training.run_folder import RunFolder
 
 logger = get_logger("train")
 HEADS = "heads."

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.networks.out_of_memory import is_out_of_memory
+from pipeline.run_record import Counts, Phase
 from pipeline.training.loop_state import Pace
-from pipeline.training.run_folder import Counts, Phase
 
 
 class _Mark(NamedTuple):

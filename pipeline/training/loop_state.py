@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
+from pipeline.run_record import Counts
 from pipeline.training.optim import steps_per_epoch
-from pipeline.training.run_folder import Counts
 
 
 class Pace(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.artifacts import write_text
-from pipeline.training.run_folder import Counts
+from pipeline.run_record import Counts
 
 COUNT_COLUMNS = ("epoch", "iteration", "optimizer_step")
 COLUMNS = (

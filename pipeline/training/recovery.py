@@ -15,10 +15,11 @@ from pipeline.config import TrainConfig
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.plan import Plan
+from pipeline.run_record import Counts, Phase, StepDown
 from pipeline.sizes import GIB
 from pipeline.slabs.host import release_host_buffers
 from pipeline.training.processes import give_freed_memory_back
-from pipeline.training.run_folder import Counts, Phase, RunFolder, StepDown
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.step_down import Standing, options_in_the_way
 
 WHERE: dict[Phase, str] = {

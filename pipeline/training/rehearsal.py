@@ -17,9 +17,10 @@ from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.log import get_logger
 from pipeline.option_groups import TrackingConfig
+from pipeline.run_record import RunRecord
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
 from pipeline.training.ranks import Ranks
-from pipeline.training.run_folder import RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.time_budget import MARGIN
 
 logger = get_logger("train")

@@ -8,7 +8,7 @@ from itertools import dropwhile
 
 from pipeline.config import TrainConfig
 from pipeline.plan import Execution, Plan, Rung
-from pipeline.training.run_folder import Phase, StepDown
+from pipeline.run_record import Phase, StepDown
 from pipeline.training.settings import Settings, options_over
 
 # The rest of a rung, recomputation and batch, is about training passes.

@@ -23,8 +23,9 @@ from pipeline.log import get_logger
 from pipeline.option_groups import TrackingConfig
 from pipeline.plan import Plan, Record
 from pipeline.run_files import RunFiles
+from pipeline.run_record import RunRecord
 from pipeline.training.metrics_table import MetricsTable
-from pipeline.training.run_folder import WHERE_ONLY, RunFolder, RunRecord
+from pipeline.training.run_folder import WHERE_ONLY, RunFolder
 from pipeline.training.trackers import Outcome, TrackerRun, open_tracker
 
 logger = get_logger("train")

@@ -18,6 +18,7 @@ from pipeline.errors import InputError
 from pipeline.launching import run_in_processes
 from pipeline.log import get_logger
 from pipeline.plan import Plan
+from pipeline.run_record import Counts, RunRecord
 from pipeline.saved_config import write_config
 from pipeline.stop_signals import StopRequest, stop_signals_noted
 from pipeline.store import CaseStore
@@ -29,7 +30,7 @@ from pipeline.training.processes import keep_freed_memory
 from pipeline.training.ranks import Ranks, open_ranks, take_own_gpu
 from pipeline.training.recovery import OutOfMemoryReport, free_memory, go_down
 from pipeline.training.rehearsal import Train, rehearse
-from pipeline.training.run_folder import Counts, RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.run_lock import run_lock
 from pipeline.training.settings import Settings, resolve_settings
 from pipeline.training.step_down import Standing
@@ -146,7 +147,7 @@ def _fit_together(
             folder.begin(plan, splits, config)
         record = ranks.from_first(folder.read_record() if ranks.is_first else None)
         if record is not None and record.status == "finished":
-            logger.info("%s is finished; give another --run_dir to train anew", folder.path)
+            logger.info("%s is finished; to train anew takes another folder", folder.path)
             if ranks.is_first:
                 track_finished(config, plan, folder, record, fold)
             return FitResult.of(folder, record)

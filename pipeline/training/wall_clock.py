@@ -8,8 +8,9 @@ from time import monotonic
 
 from pipeline.artifacts import read_artifact
 from pipeline.errors import InputError
+from pipeline.run_record import RunRecord
 from pipeline.status import Heartbeat
-from pipeline.training.run_folder import RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

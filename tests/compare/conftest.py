@@ -18,8 +18,9 @@ from pipeline.evaluation.comparison import Comparison
 from pipeline.evaluation.metrics import ClassScores
 from pipeline.evaluation.summary import CaseScores, make_metrics, write_metrics
 from pipeline.plan import MemoryPlan, Plan
+from pipeline.run_record import RunRecord
 from pipeline.training.metrics_table import MetricsTable
-from pipeline.training.run_folder import RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 
 CLASSES = ("outer", "inner")
 RNG = np.random.default_rng(7)

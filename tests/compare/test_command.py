@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.comparison import MEAN_ROW, Comparison
 from pipeline.option_groups import OptimConfig
 from pipeline.plan import Rung
-from pipeline.training.run_folder import Counts, StepDown
+from pipeline.run_record import Counts, StepDown
 
 CLASSES = ("outer", "inner")
 CASES = tuple(f"case_{number:02}" for number in range(12))

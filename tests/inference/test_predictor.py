@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from pipeline.inference.case_files import predict_files
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.predictor import Predictor
 from pipeline.io.volume import Volume
-from pipeline.plan import ChannelPlan, Plan
+from pipeline.plan import ChannelPlan, Plan, Rung
 from pipeline.predict_config import PredictOptions
 from pipeline.preprocessing.restore import restore_label
+from pipeline.run_record import Counts, RunRecord, StepDown
 from pipeline.synthetic import SyntheticCase, make_synthetic_case
 
 SHAPE, SPACING = (26, 21, 17), (1.0, 1.2, 1.7)
@@ -108,12 +108,14 @@ def test_a_run_predicts_as_its_network_does(make_plan: Callable[..., Plan], make
 
 
 def test_a_run_that_stepped_down_predicts_with_the_patch_that_it_came_to(
-    make_plan: Callable[..., Plan], make_run: Callable[..., Path]
+    make_plan: Callable[..., Plan], make_run: Callable[..., Path], record_of: Callable[..., RunRecord]
 ) -> None:
     run_dir = make_run(make_plan())
     whole = Predictor.from_runs([run_dir], ON_CPU)
-    rung = {"patch_size": [8, 12, 8], "slab_stages": 1, "offload_stages": 1}
-    (run_dir / "run.json").write_text(json.dumps({"patch_size": [8, 12, 8], "step_downs": [{"to_rung": rung}]}))
+    before, after = Rung(patch_size=(12, 16, 8)), Rung(patch_size=(8, 12, 8), slab_stages=1, offload_stages=1)
+    counts = {"counts": Counts(), "continued_from": Counts()}
+    step_down = StepDown(where="forward", **counts, from_rung=before, to_rung=after, fallback=1)
+    write_artifact(run_dir / "run.json", record_of(patch_size=after.patch_size, step_downs=(step_down,)))
     stepped_down = Predictor.from_runs([run_dir], ON_CPU)
     assert whole.plan.patch_size == (12, 16, 8)
     assert (stepped_down.plan.patch_size, stepped_down.plan.slab_stages) == ((8, 12, 8), 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +30,7 @@ from pipeline.predict_config import PredictConfig, PredictOptions
 from pipeline.preprocessing.preprocess import prepare_image
 from pipeline.preprocessing.restore import restore_label
 from pipeline.run_files import RunFiles
+from pipeline.run_record import RunRecord
 
 MakePlan, MakeRun = Callable[..., Plan], Callable[..., Path]
 ON_CPU = PredictOptions(accelerator="cpu", num_threads=1)
@@ -146,8 +146,10 @@ def test_a_network_of_the_users_own_takes_the_weights_of_every_run(make_plan: Ma
     assert [member.network.state_dict()["bias"][0].item() for member in members] == [0, 1, 2]
 
 
-def test_runs_of_different_precisions_are_computed_in_float32(runs: list[Path]) -> None:
-    (runs[0] / "run.json").write_text(json.dumps({"precision": "bf16-mixed"}))
+def test_runs_of_different_precisions_are_computed_in_float32(
+    runs: list[Path], record_of: Callable[..., RunRecord]
+) -> None:
+    write_artifact(runs[0] / "run.json", record_of(precision="bf16-mixed"))
     assert load_runs(runs, ON_CPU).precision == "32-true"
 
 

@@ -11,9 +11,10 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.networks.out_of_memory import is_out_of_memory
+from pipeline.run_record import Counts
 from pipeline.training.checkpoints import COUNTS_KEY, AtomicCheckpointIO, _UnusableError, find_checkpoint
 from pipeline.training.probe_memory import hold_to
-from pipeline.training.run_folder import Counts, RunFolder
+from pipeline.training.run_folder import RunFolder
 
 STATE = {"network.weight": torch.arange(6.0).reshape(2, 3)}
 

@@ -16,8 +16,9 @@ from pipeline.artifacts import read_artifact
 from pipeline.errors import StoppedError, TrainingDivergedError
 from pipeline.networks.unet import UNet
 from pipeline.option_groups import AugmentationConfig, OptimConfig
+from pipeline.run_record import Counts, RunRecord
 from pipeline.training.loop_state import Pace
-from pipeline.training.run_folder import Counts, RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.trainer import fit_fold
 
 # Five iterations in steps of two: the last step of an epoch is over one iteration.

@@ -17,6 +17,7 @@ from pipeline.artifacts import read_artifact
 from pipeline.errors import StoppedError
 from pipeline.option_groups import OptimConfig
 from pipeline.plan import Plan, Rung
+from pipeline.run_record import RunRecord
 from pipeline.training import assembly, checkpoints, gradient_noise
 from pipeline.training.checkpoints import AtomicCheckpointIO
 from pipeline.training.divergence import DivergenceGuard
@@ -25,7 +26,7 @@ from pipeline.training.epoch_report import EpochReport
 from pipeline.training.loop_state import Pace
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.module import SegmentationModule
-from pipeline.training.run_folder import RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.trainer import fit_fold
 
 # Three iterations in steps of two: the last step of an epoch is over one iteration. Validated after epochs 2 and 3.

@@ -26,9 +26,10 @@ from pipeline.networks.blocks import DecoderStage
 from pipeline.networks.precision import PrecisionChoice
 from pipeline.networks.unet import UNet
 from pipeline.plan import Rung
+from pipeline.run_record import RunRecord
 from pipeline.training import settings, trainer  # noqa: F401  (so that forked processes need not import it)
 from pipeline.training.checkpoints import AtomicCheckpointIO
-from pipeline.training.run_folder import RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 
 # Two optimiser steps of an epoch, the second over a single iteration of each process.
 OPTIONS = ("--effective_batch", "8", "--iterations_per_epoch", "6", "--max_epochs", "4")

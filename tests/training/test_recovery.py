@@ -26,10 +26,11 @@ from pipeline.networks.out_of_memory import let_go
 from pipeline.networks.unet import UNet
 from pipeline.option_groups import OptimConfig
 from pipeline.plan import Plan, Rung
+from pipeline.run_record import Counts, RunRecord
 from pipeline.training import validation
 from pipeline.training.checkpoints import AtomicCheckpointIO
 from pipeline.training.recovery import free_memory
-from pipeline.training.run_folder import Counts, RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.trainer import fit_fold
 
 PATCH, SMALLER = (16, 8, 12), (8, 8, 8)

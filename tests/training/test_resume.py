@@ -22,8 +22,9 @@ from pipeline.geometry import Grid
 from pipeline.networks.unet import UNet
 from pipeline.option_groups import AugmentationConfig, OptimConfig
 from pipeline.plan import NetworkPlan, Plan
+from pipeline.run_record import RunRecord
 from pipeline.store import CaseStore, StoreInfo
-from pipeline.training.run_folder import RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.trainer import fit_fold
 from tests.training.conftest import assert_equal, read_rows
 

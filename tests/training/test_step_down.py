@@ -13,8 +13,8 @@ from torch import nn
 from pipeline.inference.streamed_labels import plan_label_memory
 from pipeline.inference.windows import SlidingWindow
 from pipeline.plan import Rung
+from pipeline.run_record import Counts, StepDown
 from pipeline.store import CaseStore
-from pipeline.training.run_folder import Counts, StepDown
 from pipeline.training.settings import resolve_settings
 from pipeline.training.step_down import Standing, options_in_the_way
 from pipeline.training.validation import Validator

@@ -13,9 +13,10 @@ from pipeline.artifacts import read_artifact
 from pipeline.durations import format_duration, parse_duration, time_problems
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.unet import UNet
+from pipeline.run_record import RunRecord
 from pipeline.status import Heartbeat
 from pipeline.training.rehearsal import Cost
-from pipeline.training.run_folder import RunFolder, RunRecord
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.time_budget import MARGIN
 from pipeline.training.trainer import fit_fold
 from pipeline.training.validation import Validator

@@ -19,7 +19,8 @@ from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights
 from pipeline.option_groups import AugmentationConfig, OptimConfig
 from pipeline.plan import Plan
-from pipeline.training.run_folder import Counts, RunFolder
+from pipeline.run_record import Counts
+from pipeline.training.run_folder import RunFolder
 from pipeline.training.trainer import fit_fold, select_fold
 
 COLUMNS = (

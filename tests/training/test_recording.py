@@ -9,8 +9,8 @@ from pathlib import Path
 from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Splits
 from pipeline.plan import MemoryPlan, Plan
+from pipeline.training.recording import predicted_bytes
 from pipeline.training.run_folder import RunFolder
-from pipeline.training.run_record import predicted_bytes
 from pipeline.training.trainer import fit_fold
 
 MakeConfig = Callable[..., TrainConfig]

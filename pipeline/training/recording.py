@@ -16,10 +16,11 @@ from pipeline.datasets.splits import Splits
 from pipeline.log import get_logger
 from pipeline.networks.weights import read_weights
 from pipeline.plan import Plan, Rung
+from pipeline.run_record import Counts, InitialWeights, RunRecord, StepDown
 from pipeline.training.checkpoints import CheckpointWriter
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
 from pipeline.training.probe_memory import context_bytes
-from pipeline.training.run_folder import Counts, InitialWeights, RunRecord, StepDown, hash_of
+from pipeline.training.run_folder import hash_of
 from pipeline.training.settings import Settings
 from pipeline.training.validation import ValidationResult, Validator
 
