@@ -115,9 +115,19 @@ def check_writable(folder: Path, *, fix: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically."""
+    """Write `text` to `path` atomically.
+
+    Raises:
+        InputError: It holds the name of a file that is no UTF-8, so nobody could read it back.
+    """
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        name = repr(text[max(0, error.start - 20) : error.end + 10])
+        what = f"cannot be written: the name of a file or folder is no UTF-8 (in {name})"
+        raise InputError(what, where=path, fix="Rename it") from error
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 @cache

@@ -63,6 +63,15 @@ def test_a_written_artifact_reads_back_equal(tmp_path: Path):
     assert read_artifact(tmp_path / "new" / "folder" / "a.json", Example) == EXAMPLE
 
 
+def test_the_name_of_a_file_that_is_no_utf_8_is_one_clear_line_and_nothing_is_written(tmp_path: Path):
+    write_artifact(tmp_path / "a.json", EXAMPLE)
+    odd = Example(shape=(1, 2, 3), inner=(Inner(name=os.fsdecode(b"caf\xe9")),), by_case={})
+    with pytest.raises(InputError, match=r"no UTF-8 \(in .*caf\\udce9"):
+        write_artifact(tmp_path / "a.json", odd)
+    assert read_artifact(tmp_path / "a.json", Example) == EXAMPLE
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_json_is_for_people_to_read():
     text = to_json(EXAMPLE)
     assert '  "shape": [40, 32, 24],\n' in text

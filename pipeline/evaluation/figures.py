@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -41,6 +42,8 @@ STYLE: Any = {
     "ytick.color": "#52606d",
     "legend.frameon": False,
     "svg.hashsalt": "voxfit",
+    # Letters stay text: a browser has fonts for scripts that matplotlib's has no outlines of.
+    "svg.fonttype": "none",
 }
 DISTRIBUTIONS = (("dice", "Dice"), ("nsd", "NSD"), ("hd95_mm", "HD95 (mm)"))
 MOST_LEGEND_ENTRIES = 8
@@ -64,13 +67,18 @@ def data_uri(content: bytes, mime_type: str) -> str:
 def to_svg(figure: Figure) -> str:
     """The figure as a data URI."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return data_uri(buffer.getvalue(), "image/svg+xml")
 
 
 def plain(text: str) -> str:
-    """A name as matplotlib draws it letter by letter: what stands between two dollar signs would be a formula."""
-    return text.replace("$", r"\$")
+    """A name as matplotlib draws it letter by letter.
+
+    What stands between two dollar signs would be a formula, and bytes of a file name that are no UTF-8 would end it.
+    """
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def read_curves(path: Path) -> Curves:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import rc_context
 from matplotlib.image import imread
 
 from pipeline import api
@@ -59,8 +58,11 @@ def test_the_page_fetches_nothing_and_escapes_names(page):
     assert "&lt;b&gt;first" in page.read_text()
 
 
-@pytest.mark.parametrize("name", ["T$_1$", "lr$\\bad$", "$", "a\\$b"])
-def test_names_with_dollar_signs_are_drawn_letter_by_letter_and_as_no_formula(name):
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "name", ["T$_1$", "lr$\\bad$", "$", "a\\$b", "\u809d\u810f", "\u043f\u0435\u0447\u0435\u043d\u044c", "caf\udce9"]
+)
+def test_names_of_any_letters_are_drawn_as_they_are_without_formulas_or_warnings(name):
     run = ComparedRun(
         **{"name": name, "folder": name, "state": "finished", "dataset_name": "d", "fingerprint_hash": "0", "fold": 0},
         **{"device": "cpu", "precision": "32-true", "class_names": (name, "b")},
@@ -68,16 +70,15 @@ def test_names_with_dollar_signs_are_drawn_letter_by_letter_and_as_no_formula(na
     )
     rows = [Difference(name=each, num_cases=1, first=0.5, second=0.6, difference=0.1) for each in (MEAN_ROW, name)]
     metrics = make_metrics([], labels={name: 1, "b": 2}, tolerance_mm=1, failures={})
-    # Text stays text in such pictures.
-    with rc_context({"svg.fonttype": "none"}):
-        drawn = [
-            (f"Validation Dice, {name}", draw_run_curves([run], "epoch", {name: "red"})),
-            (f"Dice, {name}", draw_differences(rows, {name: [0.1]}, label=f"Dice, {name}", color="red")),
-            (name, draw_distributions(metrics, {name: "red", "b": "blue"})),
-            (name, draw_curves({k: np.array(v) for k, v in run.curves.items()}, {name: "red", "b": "blue"})),
-        ]
+    drawn = [
+        (f"Validation Dice, {name}", draw_run_curves([run], "epoch", {name: "red"})),
+        (f"Dice, {name}", draw_differences(rows, {name: [0.1]}, label=f"Dice, {name}", color="red")),
+        (name, draw_distributions(metrics, {name: "red", "b": "blue"})),
+        (name, draw_curves({k: np.array(v) for k, v in run.curves.items()}, {name: "red", "b": "blue"})),
+    ]
     for text, picture in drawn:
-        assert f">{text}<" in b64decode(picture.split(",", 1)[1]).decode()
+        readable = text.replace("\udce9", "?")
+        assert f">{readable}<" in b64decode(picture.split(",", 1)[1]).decode()
 
 
 PROBE = """<script>
