@@ -7,24 +7,31 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class RunFiles:
+class _Files:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The options."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan: in a work folder that of all folds, in a run folder as it was when the run began."""
+        return self.path / "plan.json"
+
+    @property
+    def log(self) -> Path:
+        """The lines of the log, of every start."""
+        return self.path / "log.txt"
+
+
+class RunFiles(_Files):
     """Names of everything in a run folder, whether it is there or not.
 
     Attributes:
         path: The folder.
     """
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The options of the run."""
-        return self.path / "config.yaml"
-
-    @property
-    def plan(self) -> Path:
-        """The plan as it was when the run began."""
-        return self.path / "plan.json"
 
     @property
     def splits(self) -> Path:
@@ -40,11 +47,6 @@ class RunFiles:
     def metrics(self) -> Path:
         """One row an epoch."""
         return self.path / "metrics.csv"
-
-    @property
-    def log(self) -> Path:
-        """The lines of the log, of every start."""
-        return self.path / "log.txt"
 
     @property
     def heartbeat(self) -> Path:
@@ -102,30 +104,12 @@ class RunFiles:
         return self.path / "postprocessing.json"
 
 
-@dataclass(frozen=True)
-class WorkFiles:
+class WorkFiles(_Files):
     """Names of everything in a work folder.
 
     Attributes:
         path: The folder.
     """
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The options of `voxfit run`."""
-        return self.path / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        """The lines of the log, of every call."""
-        return self.path / "log.txt"
-
-    @property
-    def plan(self) -> Path:
-        """The plan of all folds."""
-        return self.path / "plan.json"
 
     @property
     def store(self) -> Path:

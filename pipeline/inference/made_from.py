@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
 
 from pipeline.artifacts import content_hash, file_hash
 from pipeline.datasets.dataset import Case
@@ -15,6 +11,7 @@ from pipeline.errors import InputError
 from pipeline.inference.export_formats import OutputFormat
 from pipeline.inference.predictor import Predictor
 from pipeline.io.image_file import is_series, source_files
+from pipeline.networks.weights import hash_weights
 from pipeline.prediction_record import MadeFrom, read_records
 
 MOST_NAMED = 3
@@ -22,7 +19,7 @@ MOST_NAMED = 3
 
 def describe_model(predictor: Predictor) -> dict[str, str]:
     """Everything of a predictor that segmentations follow from, in words; how fast it is and where it runs are not."""
-    weights = sorted(_weights_hash(member.network) for member in predictor.members)
+    weights = sorted(hash_weights(member.network.state_dict()) for member in predictor.members)
     axes = sorted({" ".join(map(str, member.tta_axes)) or "none" for member in predictor.members})
     steps = predictor.postprocessing
     return {
@@ -41,7 +38,8 @@ def describe_source(case: Case, model: Mapping[str, str]) -> MadeFrom:
         InputError: A file of the case is not there any more.
         OSError: One cannot be read.
     """
-    return MadeFrom(model=dict(model), image_bytes=_image_bytes(case), image_hash=_image_hash(case))
+    files = _image_files(case)
+    return MadeFrom(model=dict(model), image_bytes=_num_bytes(files), image_hash=_hash(files))
 
 
 def check_kept(
@@ -62,12 +60,13 @@ def check_kept(
     """
     there = {case.case_id: [path for path in files[case.case_id].values() if path.exists()] for case in cases}
     records = read_records(output, (case_id for case_id, paths in there.items() if paths))
-    found = {}
-    for case in cases:
-        before = records[case.case_id].made_from if case.case_id in records else None
-        differences = list(_differences(case, before, there[case.case_id], model)) if before is not None else []
-        if differences:
-            found[case.case_id] = "; ".join(differences)
+    by_id = {case.case_id: case for case in cases}
+    reasons = {
+        case_id: "; ".join(_differences(by_id[case_id], record.made_from, there[case_id], model))
+        for case_id, record in records.items()
+        if record.made_from is not None
+    }
+    found = {case_id: reason for case_id, reason in reasons.items() if reason}
     if not found:
         return
     named = [f"{case_id} ({reason})" for case_id, reason in list(found.items())[:MOST_NAMED]]
@@ -90,35 +89,27 @@ def _differences(case: Case, before: MadeFrom, paths: Sequence[Path], model: Map
 def _is_other_image(case: Case, before: MadeFrom, paths: Sequence[Path]) -> bool:
     """By size, and by content where the image was touched since: reading all again is what keeping saves."""
     try:
-        if before.image_bytes != _image_bytes(case):
+        files = _image_files(case)
+        if before.image_bytes != _num_bytes(files):
             return True
-        return _is_newer(case, paths) and before.image_hash != _image_hash(case)
+        return _is_newer(files, paths) and before.image_hash != _hash(files)
     except (OSError, InputError):
         # What cannot be read now was read then.
         return False
 
 
-def _weights_hash(network: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(network.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _num_bytes(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
-def _image_bytes(case: Case) -> int:
-    return sum(file.stat().st_size for file in _image_files(case))
+def _hash(files: Sequence[Path]) -> str:
+    return content_hash([file_hash(file) for file in files])
 
 
-def _image_hash(case: Case) -> str:
-    return content_hash([file_hash(file) for file in _image_files(case)])
-
-
-def _is_newer(case: Case, paths: Sequence[Path]) -> bool:
+def _is_newer(files: Sequence[Path], segmentations: Sequence[Path]) -> bool:
     """Whether an image was changed after it was segmented, by the clock."""
-    made = min(path.stat().st_mtime_ns for path in paths)
-    return any(file.stat().st_mtime_ns > made for file in _image_files(case))
+    made = min(path.stat().st_mtime_ns for path in segmentations)
+    return any(file.stat().st_mtime_ns > made for file in files)
 
 
 def _image_files(case: Case) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ def has_averaged(content: Mapping[str, Any]) -> bool:
     """Whether a checkpoint that was read has averaged weights."""
     averaged = content.get(EMA_KEY)
     return isinstance(averaged, Mapping) and len(averaged) > 0
+
+
+def hash_weights(weights: Mapping[str, Any]) -> str:
+    """A short hash of names and values; what is no tensor is left out."""
+    digest = hashlib.sha256()
+    for key, value in sorted(weights.items()):
+        if isinstance(value, Tensor):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_checkpoint(checkpoint: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pipeline.artifacts import read_artifact
 from pipeline.datasets.splits import Splits
 from pipeline.errors import InputError
 from pipeline.geometry import format_spacing
-from pipeline.networks.weights import has_averaged, load_checkpoint, weights_of
+from pipeline.networks.weights import has_averaged, hash_weights, load_checkpoint, weights_of
 from pipeline.plan import ChannelPlan, NetworkPlan, Plan
 from pipeline.planning.topology import make_topology
 from pipeline.training.checkpoints import COUNTS_KEY, check_sums
@@ -49,11 +48,7 @@ class Source(NamedTuple):
     @property
     def weights_hash(self) -> str:
         """A short hash of names and values."""
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.weights.items()):
-            digest.update(key.encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return hash_weights(self.weights)
 
 
 def read_source(init_from: str) -> Source:

@@ -42,7 +42,7 @@ class RunFolder(RunFiles):
             InputError: The folder holds a run with other options, another plan or other folds; the difference is shown.
         """
         self._check_splits(splits)
-        if self.config.is_file() and self.plan.is_file():
+        if self._is_begun:
             differences = [*self._plan_differences(plan), *find_changes(self.config, config, harmless=HARMLESS)]
             if differences:
                 raise InputError(
@@ -64,13 +64,17 @@ class RunFolder(RunFiles):
         Raises:
             InputError: It was begun with another one.
         """
-        differences = list(self._plan_differences(plan)) if self.config.is_file() and self.plan.is_file() else []
+        differences = list(self._plan_differences(plan)) if self._is_begun else []
         if differences:
             raise InputError(
                 f"was begun with another plan: {'; '.join(differences)}",
                 where=self.path,
                 fix=f"Put {self.plan} in the place of the plan that was changed, or begin in another folder",
             )
+
+    @property
+    def _is_begun(self) -> bool:
+        return self.config.is_file() and self.plan.is_file()
 
     def _check_splits(self, splits: Splits) -> None:
         """Also when `splits.json` was deleted and made anew: `run.json` tells which folds were trained with."""

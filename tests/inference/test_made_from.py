@@ -48,13 +48,8 @@ def write_images(folder: Path, case_ids: Sequence[str], *, seed: int = 0) -> Pat
 
 
 @pytest.fixture
-def plan(plan_of: Callable[..., Plan]) -> Plan:
-    labels, spacing = {"background": 0, "organ": 4}, (0.9, 1.2, 1.5)
-    return plan_of(labels=labels, target_spacing=spacing, patch_size=(12, 16, 8), precision="32-true")
-
-
-@pytest.fixture
-def make_predictor(plan: Plan) -> Callable[..., Predictor]:
+def make_predictor(make_plan: Callable[..., Plan]) -> Callable[..., Predictor]:
+    plan = make_plan(labels={"background": 0, "organ": 4}, spacing=(0.9, 1.2, 1.5))
     return lambda value=0.0, **options: Predictor(Threshold(value), plan, **options)
 
 
