@@ -8,15 +8,20 @@ from itertools import islice
 from math import prod
 
 from pipeline.geometry import Shape3
-from pipeline.plan import Rung
+from pipeline.plan import NetworkPlan, Rung
 from pipeline.planning.budget import estimate_overhead_bytes
 from pipeline.planning.candidates import fallback_patches
-from pipeline.planning.rung_meter import RungMeter
+from pipeline.planning.meter import StepMemory
+from pipeline.planning.rung_meter import LASTING_PARTS, RungMeter
 from pipeline.planning.search import largest_fitting
+from pipeline.sizes import MIB
 
 NUM_SMALLER_PATCHES = 2
 # A step down that saves less than this share is not worth the interruption.
 LEAST_SAVING = 0.02
+# Nor is one that may not be seen by the device: PyTorch's caching allocator takes segments of 20 MiB for blocks of 1 to
+# 10 MiB (kLargeBuffer of c10/cuda/CUDACachingAllocator).
+LEAST_SAVED_BYTES = 20 * MIB
 
 
 def list_candidates(
@@ -84,20 +89,34 @@ def _likely_ways(meter: RungMeter, weighed: Sequence[Rung], patch_size: Shape3, 
 def list_fallbacks(meter: RungMeter, chosen: Rung) -> tuple[Rung, ...]:
     """Rungs below the chosen one, in stepping order: smaller batches, then leaner ways, then smaller patches.
 
-    All are metered, train the chosen rung's network with its effective batch, and need less than the one before.
+    All are metered, train the chosen rung's network with its effective batch, and save enough of the one before.
     Smaller batches come first, for they cost no time: statistics are taken per patch, so the training is the same.
     """
     network = meter.network_plan(chosen.patch_size)
     rungs = [meter.weighed(chosen)]
-    # Batch norm in a smaller batch would be another training.
-    for rung in _smaller_batches(chosen) if network.norm != "batch" else ():
-        _append_if_leaner(rungs, meter.weighed(rung))
-    for way in _slower_ways(meter, rungs[-1]):
-        _append_if_leaner(rungs, meter.weighed(way))
-    top = rungs[-1]
-    for patch in fallback_patches(top.patch_size, network.total_stride):
-        _append_if_leaner(rungs, meter.weighed(replace(top, patch_size=patch), network=network))
+    least = _least_bytes(meter.memory(chosen))
+    for rung in _below(meter, network, rungs):
+        if rungs[-1].required_bytes - least < LEAST_SAVED_BYTES:
+            break
+        weighed = meter.weighed(rung, network=network)
+        if _saves_enough(rungs[-1], weighed):
+            rungs.append(weighed)
     return tuple(rungs[1:])
+
+
+def _below(meter: RungMeter, network: NetworkPlan, rungs: Sequence[Rung]) -> Iterator[Rung]:
+    """What may come next, below the last of the rungs that were taken so far: the list grows meanwhile."""
+    # Batch norm in a smaller batch would be another training.
+    yield from _smaller_batches(rungs[0]) if network.norm != "batch" else ()
+    yield from _slower_ways(meter, rungs[-1])
+    top = rungs[-1]
+    yield from (replace(top, patch_size=patch) for patch in fallback_patches(top.patch_size, network.total_stride))
+
+
+def _least_bytes(memory: StepMemory) -> int:
+    """What no rung of the network can go below: the device's constant share, and what lives through every step."""
+    lasting = sum(memory.parts.get(part, 0) for part in LASTING_PARTS)
+    return lasting + estimate_overhead_bytes(lasting)
 
 
 def _slower_ways(meter: RungMeter, rung: Rung) -> list[Rung]:
@@ -118,8 +137,7 @@ def _smaller_batches(rung: Rung) -> Iterator[Rung]:
         yield replace(rung, batch_size=batch_size, accumulate_grad_batches=total // batch_size)
 
 
-def _append_if_leaner(rungs: list[Rung], rung: Rung) -> None:
-    """Append a rung that saves enough of what the step itself takes, the device's constant share left out."""
-    constant = estimate_overhead_bytes(0)
-    if rung.required_bytes - constant <= (1 - LEAST_SAVING) * (rungs[-1].required_bytes - constant):
-        rungs.append(rung)
+def _saves_enough(before: Rung, after: Rung) -> bool:
+    """Of what the step itself takes, the device's constant share left out, and in bytes."""
+    saved, step = before.required_bytes - after.required_bytes, before.required_bytes - estimate_overhead_bytes(0)
+    return saved >= max(LEAST_SAVING * step, LEAST_SAVED_BYTES)

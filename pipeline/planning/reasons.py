@@ -206,7 +206,7 @@ def _memory_sentence(choice: Choice, config: PlanConfig, budget_bytes: int) -> s
 
 def _fallback_sentence(choice: Choice) -> str:
     if not choice.fallbacks:
-        return "There is no rung below this one: a training that runs out of memory ends."
+        return "No rung below this one would save enough to be worth a try: a training that runs out of memory ends."
     last = choice.fallbacks[-1]
     return (
         f"Should training run out of memory all the same, {len(choice.fallbacks)} rung(s) lie below, down to"

@@ -20,6 +20,8 @@ from pipeline.planning.topology import make_topology
 DEFAULT_EFFECTIVE_BATCH = 2
 # Beside the meter's own parts: the weights that an exponential moving average keeps.
 AVERAGED_WEIGHTS = "averaged weights"
+# Parts that are there all through a step, however it is run.
+LASTING_PARTS = ("parameters", "optimizer", AVERAGED_WEIGHTS)
 
 _Step = tuple[NetworkPlan, Shape3, int, bool, Execution]
 

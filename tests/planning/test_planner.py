@@ -19,6 +19,7 @@ from pipeline.plan import Execution, Plan
 from pipeline.planning.budget import CONTEXT_BYTES, estimate_overhead_bytes
 from pipeline.planning.candidates import patch_candidates
 from pipeline.planning.explain import describe_plan
+from pipeline.planning.ladder import list_fallbacks
 from pipeline.planning.planner import make_plan, normalization_scheme
 from pipeline.planning.rung_meter import RungMeter
 from pipeline.planning.topology import round_up_patch
@@ -122,11 +123,11 @@ def test_fallbacks_train_the_same_network_with_ever_less(
     fingerprint_of: FingerprintOf, options: dict[str, Any]
 ) -> None:
     config = tiny_config(**options)
-    plan = make_plan(fingerprint_of((32, 48, 40)), config, budget_bytes=8 * GIB)
+    plan = make_plan(fingerprint_of((128, 192, 160)), config, budget_bytes=8 * GIB)
     rungs = [plan.rung, *plan.fallbacks]
     assert len(rungs) > 3
     for before, after in pairwise(rungs):
-        assert after.required_bytes < before.required_bytes
+        assert after.required_bytes <= before.required_bytes - 20 * MIB
         assert after.effective_batch == before.effective_batch == plan.effective_batch
         # One thing gives way at a time: the batch, then the way of running, then the patch.
         assert (prod(after.patch_size), after.batch_size) <= (prod(before.patch_size), before.batch_size)
@@ -141,17 +142,28 @@ def test_fallbacks_train_the_same_network_with_ever_less(
         assert not any(rung.offload_stages for rung in rungs) or "batch_size" in options
 
 
+def test_no_fallback_is_listed_or_metered_where_nothing_much_is_left_to_save(fingerprint_of: FingerprintOf) -> None:
+    plan = make_plan(fingerprint_of((16, 20, 12)), tiny_config(batch_size=2), budget_bytes=8 * GIB)
+    assert plan.fallbacks == ()
+    assert "No rung below this one would save enough" in " ".join(plan.notes)
+    meter = RungMeter(config=tiny_config(), in_channels=1, num_classes=3, spacing=(1.0, 1.0, 1.0))
+    chosen = meter.families((16, 24, 16), 1)[0][0]
+    assert list_fallbacks(meter, chosen) == ()
+    assert [way for family in meter.families((16, 24, 16), 1) for way in family if meter.is_known(way)] == [chosen]
+
+
 def test_offload_is_named_with_the_host_memory_that_it_takes(fingerprint_of: FingerprintOf) -> None:
-    fingerprint, config = fingerprint_of((64, 96, 48)), tiny_config(patch_size=(64, 96, 48))
-    without = make_plan(fingerprint, tiny_config(patch_size=(64, 96, 48), offload="off"), budget_bytes=8 * GIB)
-    least = min(rung.required_bytes for rung in [without.rung, *without.fallbacks] if rung.patch_size == (64, 96, 48))
-    plan = make_plan(fingerprint, config, budget_bytes=least - 4 * MIB)
+    shape = (128, 192, 96)
+    fingerprint, config = fingerprint_of(shape), tiny_config(patch_size=shape)
+    without = make_plan(fingerprint, tiny_config(patch_size=shape, offload="off"), budget_bytes=8 * GIB)
+    least = min(rung.required_bytes for rung in [without.rung, *without.fallbacks] if rung.patch_size == shape)
+    plan = make_plan(fingerprint, config, budget_bytes=least - 24 * MIB)
     assert plan.offload_stages > 0
     assert plan.memory.host_bytes == plan.rung.host_bytes > 0
     assert "pinned host memory" in " ".join(plan.notes)
     assert ") (" not in " ".join(plan.notes)
-    with pytest.raises(InputError, match=r"patch_size 64 x 96 x 48 does not fit into .* Give a smaller patch_size or"):
-        make_plan(fingerprint, tiny_config(patch_size=(64, 96, 48), offload="off"), budget_bytes=least - 4 * MIB)
+    with pytest.raises(InputError, match=r"patch_size 128 x 192 x 96 does not fit into .* Give a smaller patch_size or"):
+        make_plan(fingerprint, tiny_config(patch_size=shape, offload="off"), budget_bytes=least - 24 * MIB)
 
 
 def test_the_optimizer_and_averaged_weights_are_counted_and_written_down(fingerprint_of: FingerprintOf) -> None:
@@ -216,7 +228,7 @@ def test_an_automatic_batch_fills_the_budget_once_the_volume_is_covered(fingerpr
 
 
 def test_a_given_effective_batch_bounds_an_automatic_batch(fingerprint_of: FingerprintOf) -> None:
-    fingerprint = fingerprint_of((24, 30, 16), num_cases=150)
+    fingerprint = fingerprint_of((48, 60, 32), num_cases=150)
     free = make_plan(fingerprint, tiny_config(batch_size="auto"), budget_bytes=8 * GIB)
     assert (free.batch_size, free.accumulate_grad_batches) == (7, 1)
     bound = make_plan(fingerprint, tiny_config(batch_size="auto", effective_batch=6), budget_bytes=8 * GIB)

@@ -34,8 +34,8 @@ def plan() -> Plan:
         case_id="a",
         patient="a",
         spacing=(1.0, 1.0, 1.0),
-        shape=(32, 48, 40),
-        cropped_shape=(32, 48, 40),
+        shape=(128, 192, 160),
+        cropped_shape=(128, 192, 160),
         voxels_by_class=(1, 1, 1),
     )
     fingerprint = Fingerprint(
