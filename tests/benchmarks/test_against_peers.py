@@ -198,8 +198,8 @@ def test_the_sides_take_turns_in_another_order_for_every_budget(load):
     accuracy = load("peers.accuracy")
     options = argparse.Namespace(seeds=[0], minutes=[20, 5, 10], sides=accuracy.SIDES)
     cells = list(accuracy.order_cells(options))
-    assert [cell.minutes for cell in cells] == [5] * 5 + [10] * 5 + [20] * 5
-    assert len({cells[index].side for index in (0, 5, 10)}) == 3
+    assert [cell.minutes for cell in cells] == [5] * 6 + [10] * 6 + [20] * 6
+    assert len({cells[index].side for index in (0, 6, 12)}) == 3
 
 
 @pytest.mark.parametrize("mirrors", [True, False])

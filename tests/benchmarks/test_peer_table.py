@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -61,6 +62,31 @@ def test_peers_trained_without_mirroring_have_rows_and_lines_of_their_own(load, 
     figure = load("peers.figure")
     assert figure.points_of(cells, "monai-unmirrored") == [(4.75, 0.6)]
     assert set(figure.SIDES) == set(load("peers.accuracy").SIDES)
+    assert set(load("peers.patches").SIDES) == set(load("peers.table").NAMES)
+
+
+def test_the_recipe_for_long_trainings_stands_beside_the_same_peers_in_a_row_of_its_own(load, tmp_path):
+    long, nnunet = make_cell("voxfit-long", 40, 0.9), make_cell("nnunet", 40, 0.7)
+    usual = "| Dice after 40 min of training"
+    longer = f"{usual}, voxfit by its recipe for long trainings"
+    for cells, shown in (
+        ([long, nnunet], {longer: ("0.900", "0.700")}),
+        ([make_cell("voxfit", 40, 0.8), long, nnunet], {usual: ("0.800", "0.700"), longer: ("0.900", "0.700")}),
+        ([nnunet], {usual: ("not measured", "0.700")}),
+    ):
+        write(tmp_path, "accuracy", "2026-01-02", cells=cells)
+        lines = [line.split(" | ") for line in load("peers.table").make_table(tmp_path) if line.startswith(usual)]
+        assert {line[0]: (line[1].split(",")[0], line[2].split(",")[0]) for line in lines} == shown
+
+
+def test_results_on_a_second_dataset_have_rows_that_name_it(load, tmp_path):
+    table, arguments = load("peers.table"), load("peers.arguments")
+    name = arguments.results_name("accuracy", argparse.Namespace(tag="sts"))
+    write(tmp_path, name, "2026-01-02", cells=[make_cell("voxfit", 10, 0.6)])
+    lines = table.make_table(tmp_path)
+    assert lines[2].startswith("| Dice at equal training time | not measured")
+    assert lines[-1].startswith("| Sarcoma CT: Dice after 10 min of training | 0.600, took 9.5 min | not measured")
+    assert arguments.results_name("accuracy", argparse.Namespace(tag="")) == "accuracy"
 
 
 def test_ratios_are_medians_of_ratios_within_rounds(load, tmp_path):

@@ -14,18 +14,21 @@ from typing import Any, NamedTuple
 import yaml
 from run_facts import dated, run_facts, write_results
 
-from peers.arguments import add_common, add_data, make_runner
+from peers.arguments import add_common, add_data, make_runner, results_name
 from peers.monai_side import MonaiRecipe, MonaiSide
 from peers.nnunet_side import NnunetSide
 from peers.processes import Runner
 from peers.ratios import peer_versions
 from peers.raw_dataset import FOLD, Cases, make_cases
 from peers.schedule import Pace, Schedule, fit_schedule
-from peers.sides import UNMIRRORED, Side, Training
+from peers.sides import LONG, UNMIRRORED, Side, Training
 from peers.voxfit_side import VoxfitSide
 from pipeline.artifacts import write_text
 
-SIDES = ("voxfit", "nnunet", "monai", f"nnunet{UNMIRRORED}", f"monai{UNMIRRORED}")
+LONGER = f"voxfit{LONG}"
+SIDES = ("voxfit", "nnunet", "monai", f"nnunet{UNMIRRORED}", f"monai{UNMIRRORED}", LONGER)
+# Those that make a plan of their own; MONAI's networks are those of voxfit's plan.
+PLANNERS = ("voxfit", LONGER, "nnunet")
 
 
 class Cell(NamedTuple):
@@ -47,7 +50,8 @@ def add_parser(commands: Any) -> None:
     add_data(parser)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20, 40], help="budgets of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="nnU-Net's trainer takes none: repeats")
-    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES, help="-unmirrored: trained without flips")
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES[:-1], help="-unmirrored: without flips")
+    parser.add_argument("--long_config", type=Path, help="YAML of `voxfit run` for voxfit-long")
     parser.add_argument("--train", choices=SIDES, nargs="+", help="train these now; of the others, what is finished")
     parser.add_argument("--mirrorings", choices=("none", "mirror"), nargs="+", default=("none", "mirror"))
     parser.add_argument("--monai_optimizer", choices=("sgd", "adamw"), default="sgd")
@@ -69,7 +73,10 @@ def order_cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 def run(options: argparse.Namespace) -> None:
     """Do every cell that is not done yet, and write the results after each."""
-    work, out = options.work_dir, dated(options.out, "accuracy")
+    if LONGER in options.sides and options.long_config is None:
+        raise SystemExit(f"error: --sides {LONGER} needs --long_config")
+    work, name = options.work_dir, results_name("accuracy", options)
+    out = dated(options.out, name)
     given = yaml.safe_load(options.config.read_text()).get("train", {})
     split = {"num_folds": given.get("num_folds", 5), "pattern": given.get("patient_pattern", "")}
     cases = make_cases(options.dataset, work, **split)
@@ -77,14 +84,14 @@ def run(options: argparse.Namespace) -> None:
     results: dict[str, Any] = {"options": _options(options), "data": _data(cases)}
     results["peer_versions"] = peer_versions(options.peers)
     results["preparation"] = {name: prepare_once(side, work) for name, side in sides.items()}
-    results["plans"] = {name: sides[name].plan() for name in ("voxfit", "nnunet") if name in options.sides}
+    results["plans"] = {name: sides[name].plan() for name in PLANNERS if name in options.sides}
     results["cells"] = []
     for cell in order_cells(options):
         if cell.side not in (options.train or SIDES) and not result_path(cell, sides[cell.side], work).exists():
             continue
         results["cells"].append(do_cell(cell, sides[cell.side], cases, options))
         print(describe_cell(results["cells"][-1]), flush=True)
-        write_results(out, "accuracy", results)
+        write_results(out, name, results)
     print(out)
 
 
@@ -98,6 +105,8 @@ def make_sides(options: argparse.Namespace, cases: Cases, runner: Runner) -> dic
         own = replace(recipe, mirrors=mirrors)
         others[f"nnunet{ending}"] = NnunetSide(**common, environment=peers, mirrors=mirrors)
         others[f"monai{ending}"] = MonaiSide(**common, environment=peers, voxfit=voxfit, recipe=own)
+    if LONGER in options.sides:
+        others[LONGER] = replace(voxfit, config=options.long_config)
     return {"voxfit": voxfit} | {name: others[name] for name in options.sides if name in others}
 
 
@@ -207,5 +216,5 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name: value if isinstance(value, list | tuple | int | float | str) else str(value)
         for name, value in vars(options).items()
-        if name not in ("run", "out", "work_dir", "peers", "dataset", "config")
+        if name not in ("run", "out", "work_dir", "peers", "dataset", "config", "long_config")
     }

@@ -11,8 +11,8 @@ from typing import Any
 
 from run_facts import write_results
 
-from peers.accuracy import SIDES, make_sides, prepare_once
-from peers.arguments import add_common, add_data, make_runner
+from peers.accuracy import make_sides, prepare_once
+from peers.arguments import add_common, add_data, make_runner, results_name
 from peers.json_worker import JsonWorker
 from peers.monai_side import MonaiSide
 from peers.nnunet_side import NnunetSide
@@ -22,6 +22,7 @@ from peers.sides import Side, write_request
 from pipeline.datasets.splits import Fold
 
 HERE = Path(__file__).parent
+SIDES = ("voxfit", "nnunet", "monai")
 
 
 def add_parser(commands: Any) -> None:
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         "settings": settings,
         "rows": rows,
     }
-    print(write_results(options.out, "data-path", results))
+    print(write_results(options.out, results_name("data-path", options), results))
 
 
 def start_worker(name: str, sides: dict[str, Side], cases: Cases, ids: list[str], fold: int) -> JsonWorker:

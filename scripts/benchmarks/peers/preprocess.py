@@ -9,7 +9,7 @@ from typing import Any
 from run_facts import write_results
 
 from peers.accuracy import make_sides
-from peers.arguments import add_common, add_data, make_runner
+from peers.arguments import add_common, add_data, make_runner, results_name
 from peers.ratios import MEASURES, describe_ratios, peer_versions, ratios_of
 from peers.raw_dataset import make_cases
 
@@ -38,10 +38,11 @@ def run(options: argparse.Namespace) -> None:
             taken[name] = add_up(list(parts.values())) | {"parts": parts}
             print(name, {key: taken[name][key] for key in MEASURES}, flush=True)
         rounds.append(taken)
-    results: dict[str, Any] = {"peer_versions": peer_versions(options.peers), "num_cases": len(cases.source.cases)}
+    results: dict[str, Any] = {"peer_versions": peer_versions(options.peers)}
+    results |= {"dataset": cases.source.name, "num_cases": len(cases.source.cases)}
     results |= {"num_cpus": options.num_cpus, "ratios": ratios_of(rounds), "rounds": rounds}
     print(describe_ratios(results["ratios"]))
-    print(write_results(options.out, "preprocess", results))
+    print(write_results(options.out, results_name("preprocess", options), results))
 
 
 def add_up(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -14,6 +14,8 @@ from peers.schedule import Pace, Schedule
 
 # What the name of a peer ends with when it was trained without mirroring.
 UNMIRRORED = "-unmirrored"
+# What voxfit's name ends with when it was trained by its recipe for long trainings.
+LONG = "-long"
 
 
 @dataclass(frozen=True)

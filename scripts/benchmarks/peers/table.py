@@ -13,13 +13,17 @@ from typing import Any
 from places import RESULTS
 
 from peers.figure import draw_accuracy
-from peers.sides import UNMIRRORED
+from peers.sides import LONG, UNMIRRORED
 from peers.training_step import NNUNET, OURS
 
 NAMES = {"voxfit": "voxfit", "nnunet": "nnU-Net", "monai": "MONAI"}
 DATE = "????-??-??"
+# Results on a second dataset by the tag in their names.
+TAGGED = {"sts": "Sarcoma CT"}
 NOT_MEASURED = "not measured"
 Row = tuple[str, ...]
+Cells = list[dict[str, Any]]
+Maker = Callable[[dict[str, Any]], Iterator[Row]]
 
 
 def add_parser(commands: Any) -> None:
@@ -50,14 +54,20 @@ def make_table(folder: Path) -> list[str]:
     """Lines of Markdown: a row per figure, a column per side, what was not measured said so."""
     rows: list[Row] = []
     for name, (title, make) in MAKERS.items():
-        found = newest(folder, name)
-        if found is None:
-            rows.append((title, *[NOT_MEASURED] * 3, "", ""))
-            continue
-        source = f"[{found['date']}]({_link(found['file'])})"
-        rows += [(*row, source) for row in make(found)]
+        rows += _rows_of(newest(folder, name), make) or [(title, *[NOT_MEASURED] * 3, "", "")]
+    for tag, data in TAGGED.items():
+        for name, (_, make) in MAKERS.items():
+            rows += [(f"{data}: {row[0]}", *row[1:]) for row in _rows_of(newest(folder, f"{name}-{tag}"), make)]
     head = ("", *NAMES.values(), "voxfit to nnU-Net", "measured")
     return [_line(head), "|" + "---|" * len(head), *(_line(row) for row in rows)]
+
+
+def _rows_of(found: dict[str, Any] | None, make: Maker) -> list[Row]:
+    """With the results that each is from; none where there are none."""
+    if found is None:
+        return []
+    source = f"[{found['date']}]({_link(found['file'])})"
+    return [(*row, source) for row in make(found)]
 
 
 def _line(cells: Row) -> str:
@@ -70,35 +80,44 @@ def _link(file: str) -> str:
 
 
 def accuracy_rows(found: dict[str, Any]) -> Iterator[Row]:
-    """Mean Dice of every budget, way to predict and way in which the peers were trained, over seeds."""
-    cells = found["cells"]
-    budgets = sorted({cell["minutes"] for cell in cells})
-    for minutes, ending, mirroring in itertools.product(budgets, ("", UNMIRRORED), ("none", "mirror")):
-        voxfit = _chosen(cells, "voxfit", minutes, mirroring)
-        peers = [_chosen(cells, f"{side}{ending}", minutes, mirroring) for side in ("nnunet", "monai")]
-        if not any(peers) and (ending or not voxfit):
-            continue
-        told = ", predictions mirrored" if mirroring == "mirror" else ""
-        told += ", peers trained without mirroring" if ending else ""
-        gain = f"{mean_dice(voxfit, mirroring) - mean_dice(peers[0], mirroring):+.3f}" if voxfit and peers[0] else ""
-        shown = (describe_dice(each, mirroring) for each in (voxfit, *peers))
-        yield (f"Dice after {minutes:g} min of training{told}", *shown, gain)
+    """Mean Dice of every budget, way to predict and way in which the sides were trained, over seeds."""
+    budgets = sorted({cell["minutes"] for cell in found["cells"]})
+    for minutes, mirroring in itertools.product(budgets, ("none", "mirror")):
+        cells = [each for each in found["cells"] if each["minutes"] == minutes and mirroring in each["predictions"]]
+        for told, voxfit, peers in _compared(cells):
+            told += ", predictions mirrored" if mirroring == "mirror" else ""
+            shown = (describe_dice(each, mirroring) for each in (voxfit, *peers))
+            yield (f"Dice after {minutes:g} min of training{told}", *shown, _gain(voxfit, peers[0], mirroring))
 
 
-def _chosen(cells: list[dict[str, Any]], side: str, minutes: float, mirroring: str) -> list[dict[str, Any]]:
-    return [
-        cell
-        for cell in cells
-        if cell["side"] == side and cell["minutes"] == minutes and mirroring in cell["predictions"]
-    ]
+def _compared(cells: Cells) -> Iterator[tuple[str, Cells, list[Cells]]]:
+    """What is put beside what, of one budget: what is said of it, voxfit's cells and those of each peer."""
+    usual, longer = (_of(cells, f"voxfit{ending}") for ending in ("", LONG))
+    mirrored, unmirrored = (
+        [_of(cells, f"{peer}{ending}") for peer in ("nnunet", "monai")] for ending in ("", UNMIRRORED)
+    )
+    if usual or (any(mirrored) and not longer):
+        yield "", usual, mirrored
+    if longer:
+        yield ", voxfit by its recipe for long trainings", longer, mirrored
+    if any(unmirrored):
+        yield ", peers trained without mirroring", usual or longer, unmirrored
 
 
-def mean_dice(cells: list[dict[str, Any]], mirroring: str) -> float:
+def _gain(voxfit: Cells, nnunet: Cells, mirroring: str) -> str:
+    return f"{mean_dice(voxfit, mirroring) - mean_dice(nnunet, mirroring):+.3f}" if voxfit and nnunet else ""
+
+
+def _of(cells: Cells, side: str) -> Cells:
+    return [cell for cell in cells if cell["side"] == side]
+
+
+def mean_dice(cells: Cells, mirroring: str) -> float:
     """Over the seeds of one budget."""
     return statistics.mean(cell["predictions"][mirroring]["dice"] for cell in cells)
 
 
-def describe_dice(cells: list[dict[str, Any]], mirroring: str) -> str:
+def describe_dice(cells: Cells, mirroring: str) -> str:
     """Mean over seeds, their least and largest where there are several, and the minutes that training really took."""
     if not cells:
         return NOT_MEASURED
@@ -154,7 +173,7 @@ def step_rows(found: dict[str, Any]) -> Iterator[Row]:
     yield (f"Training step, thousand voxels/s, batch {batch} (voxfit bf16, others float32)", *speeds, f"{times:.2f}")
 
 
-MAKERS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[Row]]]] = {
+MAKERS: dict[str, tuple[str, Maker]] = {
     "accuracy": ("Dice at equal training time", accuracy_rows),
     "preprocess": ("Plan and preprocess", preprocess_rows),
     "data-path": ("Augmented patches", patch_rows),
