@@ -1,33 +1,39 @@
 """Every stage as a function: the one module that joins the layers, and the Python interface.
 
-Each function takes its config dataclass (of `pipeline.config` and its neighbours) and does what `voxfit COMMAND` does.
+Each function takes its config dataclass (of `pipeline.config`) and does what `voxfit COMMAND` does.
 Heavy libraries are imported when a function needs them, so that importing this module is cheap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.allocation import describe_allocation, resolve_num_workers
 from pipeline.artifacts import read_artifact, write_artifact
-from pipeline.compare_config import CompareConfig
-from pipeline.config import EvaluateConfig, InspectConfig, PlanConfig, PreprocessConfig, TrainConfig
-from pipeline.doctor_config import DoctorConfig
+from pipeline.config import (
+    CompareConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    PlanConfig,
+    PostprocessConfig,
+    PredictConfig,
+    PredictOptions,
+    PreprocessConfig,
+    StatusConfig,
+    TrainConfig,
+)
 from pipeline.errors import CasesFailedError, InputError
-from pipeline.export_config import ExportConfig
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
-from pipeline.postprocess_config import PostprocessConfig
-from pipeline.predict_config import PredictConfig, PredictOptions
 from pipeline.rank_place import find_place
 from pipeline.run_files import RunFiles
-from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +41,6 @@ if TYPE_CHECKING:
     from pipeline.datasets.dicom_inspection import DicomInspection
     from pipeline.datasets.inspection import Inspection
     from pipeline.doctor.examination import Examination
-    from pipeline.doctor.real_step import RealStep
     from pipeline.evaluation.comparison import Comparison
     from pipeline.evaluation.summary import Metrics
     from pipeline.inference.postprocess import Postprocessing
@@ -198,27 +203,16 @@ def doctor(config: DoctorConfig) -> Examination:
         CasesFailedError: Parts of the step failed; the result has the rest.
     """
     from pipeline.doctor.examination import conclude, find_facts
+    from pipeline.doctor.real_step import planned_step
 
     for name in ("work_dir", "store"):
         path = getattr(config, name)
         if path and not Path(path).is_dir():
             raise InputError("is no folder", where=f"{name} {path}", fix="Make it, or give one that is there")
-    step = _planned_step(config) if config.plan else None
+    step = planned_step(config) if config.plan else None
     facts = find_facts(config)
     found = conclude(config, facts, step() if step is not None else None)
     return _finish(found, found.failures, done="the machine was examined", things="part(s) of the step")
-
-
-def _planned_step(config: DoctorConfig) -> Callable[[], RealStep]:
-    """The step, once it is known that plan, store and folds can be read and belong together."""
-    from pipeline.doctor.real_step import take_step
-    from pipeline.store import CaseStore
-    from pipeline.training.run_splits import splits_of_run
-
-    store, options = CaseStore(Path(config.store)), config.training()
-    store.check_plan(read_artifact(Path(config.plan), Plan))
-    splits = splits_of_run(store, options)
-    return partial(take_step, options, splits, Path(config.work_dir or "."))
 
 
 # ---- predict

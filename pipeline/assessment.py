@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.allocation import resolve_num_workers
 from pipeline.artifacts import check_writable, write_artifact
-from pipeline.config import EvaluateConfig
+from pipeline.config import EvaluateConfig, PostprocessConfig
 from pipeline.errors import InputError
 from pipeline.evaluation.pairs import find_references, list_volumes, pair_cases
 from pipeline.evaluation.report import write_report
@@ -20,7 +20,6 @@ from pipeline.inference.postprocess import Postprocessing
 from pipeline.inference.postprocess_choice import choose_postprocessing
 from pipeline.log import get_logger
 from pipeline.plan import Plan
-from pipeline.postprocess_config import PostprocessConfig
 from pipeline.prediction_record import read_records
 from pipeline.run_files import RunFiles
 

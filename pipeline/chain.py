@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pipeline import api
 from pipeline.artifacts import read_artifact
-from pipeline.config import EvaluateConfig, PlanConfig, PreprocessConfig, RunConfig, TrainConfig
+from pipeline.config import EvaluateConfig, PlanConfig, PredictConfig, PreprocessConfig, RunConfig, TrainConfig
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
-from pipeline.predict_config import PredictConfig
 from pipeline.rank_place import find_place
 from pipeline.run_files import RunFiles, WorkFiles
 from pipeline.run_record import RunRecord

@@ -17,18 +17,20 @@ from typing import Any, NamedTuple, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
-from pipeline.compare_config import CompareConfig
-from pipeline.doctor_config import DoctorConfig
+from pipeline.config import (
+    CompareConfig,
+    DoctorConfig,
+    ExportConfig,
+    PostprocessConfig,
+    PredictConfig,
+    SlurmConfig,
+    StatusConfig,
+)
+from pipeline.config.checks import Checked
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
-from pipeline.export_config import ExportConfig
 from pipeline.log import configure_logging
-from pipeline.option_checks import Checked
-from pipeline.postprocess_config import PostprocessConfig
-from pipeline.predict_config import PredictConfig
 from pipeline.rank_place import find_place
 from pipeline.requeue import requeue_after
-from pipeline.slurm_config import SlurmConfig
-from pipeline.status_config import StatusConfig
 from pipeline.stop_signals import STOPPED_LINE, StopSignal, raised_signal, stop_signals_raised
 
 

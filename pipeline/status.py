@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import psutil
 
 from pipeline.artifacts import read_artifact, to_json
+from pipeline.config import StatusConfig
 from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.plan import Record
 from pipeline.run_files import RunFiles
 from pipeline.run_record import known_record
 from pipeline.sizes import GIB
-from pipeline.status_config import StatusConfig
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from pipeline import api
 from pipeline.cli import parse
-from pipeline.compare_config import CompareConfig
+from pipeline.config import CompareConfig
 from pipeline.evaluation.comparison import ComparedRun
 from pipeline.sizes import GIB
 

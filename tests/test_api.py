@@ -18,10 +18,14 @@ from pipeline import api, chain
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.cli import main
 from pipeline.config import (
+    AugmentationConfig,
     EvaluateConfig,
+    HardwareConfig,
     InspectConfig,
+    OptimConfig,
     PlanConfig,
     PlanOptions,
+    PredictConfig,
     PreprocessConfig,
     RunConfig,
     TrainConfig,
@@ -31,8 +35,6 @@ from pipeline.datasets.splits import Splits
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.evaluation.summary import Metrics
 from pipeline.inference.postprocess import Postprocessing, Step
-from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
-from pipeline.predict_config import PredictConfig
 from pipeline.prediction_record import read_records
 from pipeline.saved_config import write_config
 from pipeline.store import CaseStore

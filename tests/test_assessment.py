@@ -13,11 +13,11 @@ import pytest
 from pipeline import api
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.cli import main
+from pipeline.config import PostprocessConfig
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import InputError
 from pipeline.inference.postprocess import Postprocessing
 from pipeline.plan import Plan
-from pipeline.postprocess_config import PostprocessConfig
 from pipeline.run_files import RunFiles
 
 AFFINE = np.array([[1.0, 0.1, 0.0, 4.0], [-0.1, 1.19, 0.1, -3.0], [0.0, -0.1, 1.497, 8.0], [0, 0, 0, 1]])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.config import AugmentationConfig
 from pipeline.inference.case_context import CaseContext, case_context
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.window_batch import MOST_WINDOWS_ON_GPU, set_window_batch
@@ -18,7 +19,6 @@ from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.norms import GroupNorm
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import AugmentationConfig
 from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan, Rung
 from pipeline.planning.meter import meter_step
 from pipeline.sampling.augmentation import Augmentation

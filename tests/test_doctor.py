@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 
 from pipeline.cli import main, parse
+from pipeline.config import DoctorConfig
 from pipeline.doctor import folders, gpu, machine, slurm_job
 from pipeline.doctor.apart import ApartError, run_apart
 from pipeline.doctor.examination import conclude
 from pipeline.doctor.facts import Fact, Section, find
 from pipeline.doctor.parts import PARTS, Part, WholeJob
 from pipeline.doctor.real_step import RealStep, typical_case
-from pipeline.doctor_config import DoctorConfig
 from pipeline.store import CaseStore
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,10 +19,10 @@ from pipeline.config import (
     HardwareConfig,
     OptimConfig,
     PlanOptions,
+    PredictConfig,
     RunConfig,
     TrainOptions,
 )
-from pipeline.predict_config import PredictConfig
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset
 
 needs_runner = pytest.mark.skipif(

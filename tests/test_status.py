@@ -14,9 +14,9 @@ import pytest
 
 from pipeline.artifacts import write_artifact
 from pipeline.cli import main
+from pipeline.config import StatusConfig
 from pipeline.errors import InputError
 from pipeline.status import Heartbeat, read_status
-from pipeline.status_config import StatusConfig
 
 
 def beat(folder: Path, *, age: float = 0.0, **facts) -> Path:

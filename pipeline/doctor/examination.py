@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import DoctorConfig
 from pipeline.doctor import gpu, machine, slurm_job, software
 from pipeline.doctor.facts import Section, find
 from pipeline.doctor.folders import find_in_folder, find_in_store
 from pipeline.doctor.parts import WholeJob
 from pipeline.doctor.real_step import NOT_REACHED, RealStep
-from pipeline.doctor_config import DoctorConfig
 from pipeline.durations import format_duration, parse_duration
 from pipeline.sizes import format_bytes
 

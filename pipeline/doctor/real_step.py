@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.artifacts import to_json
-from pipeline.config import TrainConfig
+from pipeline.artifacts import read_artifact, to_json
+from pipeline.config import DoctorConfig, TrainConfig
 from pipeline.datasets.splits import Splits
 from pipeline.doctor.apart import ApartError, run_apart
 from pipeline.doctor.parts import ANSWER, PARTS, Part, ReadRequest, TrainRequest, WholeJob
 from pipeline.errors import InputError, in_words
 from pipeline.log import get_logger
+from pipeline.plan import Plan
 from pipeline.run_files import RunFiles
 from pipeline.store import CaseStore
+from pipeline.training.run_splits import splits_of_run
 
 READING_SECONDS, TRAINING_SECONDS = 1800.0, 6 * 3600.0
 NOT_REACHED = "not reached"
@@ -35,6 +38,17 @@ class RealStep:
 
     parts: tuple[Part, ...]
     job: WholeJob | None
+
+
+def planned_step(config: DoctorConfig) -> Callable[[], RealStep]:
+    """The step, once it is known that plan, store and folds can be read and belong together.
+
+    Raises:
+        InputError: They cannot, or do not.
+    """
+    store, options = CaseStore(Path(config.store)), config.training()
+    store.check_plan(read_artifact(Path(config.plan), Plan))
+    return partial(take_step, options, splits_of_run(store, options), Path(config.work_dir or "."))
 
 
 def take_step(config: TrainConfig, splits: Splits, work_dir: Path) -> RealStep:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pipeline.allocation import resolve_num_workers
+from pipeline.config import PredictConfig
 from pipeline.datasets.case import Case
 from pipeline.datasets.dicom_cases import (
     CHANNEL_MODALITY,
@@ -28,7 +29,6 @@ from pipeline.io.dicom.references import SERIES_SUFFIX, write_series_file
 from pipeline.io.dicom.series import Series
 from pipeline.io.nifti import is_nifti_name
 from pipeline.log import get_logger
-from pipeline.predict_config import PredictConfig
 from pipeline.preprocessing.shards import share_of
 
 

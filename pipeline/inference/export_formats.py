@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pipeline.predict_config import PredictConfig
+from pipeline.config import PredictConfig
 
 OutputFormat = Literal["nifti", "dicom_seg", "probabilities_nifti", "probabilities_blosc2", "entropy", "variance"]
 NIFTI_PROBABILITIES: Literal["probabilities_nifti"] = "probabilities_nifti"

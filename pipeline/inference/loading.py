@@ -11,9 +11,9 @@ import yaml
 from torch import Tensor, nn
 
 from pipeline.artifacts import read_artifact
+from pipeline.config import AugmentationConfig
 from pipeline.datasets.splits import Splits
 from pipeline.errors import InputError
-from pipeline.option_groups import AugmentationConfig
 from pipeline.plan import Plan, Precision
 from pipeline.run_files import RunFiles
 from pipeline.run_record import known_record

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import PredictOptions
 from pipeline.errors import InputError
 from pipeline.geometry import Grid
 from pipeline.inference.attempts import Attempt, PlanMemory, plan_host_memory, run_attempts
@@ -27,7 +28,6 @@ from pipeline.io.volume import SourceGrid, Volume
 from pipeline.log import get_logger
 from pipeline.networks.precision import DeviceType, autocast, free_vram_bytes
 from pipeline.plan import Plan, Precision
-from pipeline.predict_config import PredictOptions
 from pipeline.preprocessing.preprocess import PreparedImage, prepare_image
 from pipeline.preprocessing.restore import NativeScores, Reducer, ScoreReducer
 from pipeline.preprocessing.score_resampling import ScoreResampling

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.allocation import allotted_cpus
+from pipeline.config import PredictOptions
 from pipeline.errors import InputError
 from pipeline.inference.ensemble import Member
 from pipeline.inference.loading import (
@@ -28,7 +29,6 @@ from pipeline.networks.precision import DeviceType, PrecisionChoice, choose_devi
 from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights
 from pipeline.plan import Plan, Precision
-from pipeline.predict_config import PredictOptions
 from pipeline.run_files import RunFiles
 from pipeline.sizes import GIB
 

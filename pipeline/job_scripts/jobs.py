@@ -9,6 +9,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import SlurmConfig
+from pipeline.config.slurm import VARIABLE
 from pipeline.job_scripts.memory import (
     CaseSizes,
     Memory,
@@ -18,7 +20,6 @@ from pipeline.job_scripts.memory import (
     train_memory,
 )
 from pipeline.plan import Plan
-from pipeline.slurm_config import VARIABLE, SlurmConfig
 
 TASK = '"$SLURM_ARRAY_TASK_ID"'
 CASES_PER_SHARD, MAX_SHARDS = 8, 16

@@ -14,11 +14,11 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from pipeline.artifacts import read_artifact, write_text
+from pipeline.config import SlurmConfig
 from pipeline.errors import InputError
 from pipeline.job_scripts.jobs import DEFAULT_FOLDS, Chain, Job
 from pipeline.job_scripts.memory import CaseSizes
 from pipeline.plan import Plan
-from pipeline.slurm_config import SlurmConfig
 
 Option = TypeVar("Option", int, str)
 

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config import AugmentationConfig
 from pipeline.geometry import Shape3, Spacing
-from pipeline.option_groups import AugmentationConfig
 from pipeline.sampling.intensity import MAX_BLUR_SIGMA, ChannelParameters, change_intensity
 from pipeline.sampling.spatial import Point, box_around, cut, middle, mirror, resample, sampling_matrix
 from pipeline.store import PatchLocation

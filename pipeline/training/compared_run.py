@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from pipeline.artifacts import read_artifact, to_json
+from pipeline.config import StatusConfig
 from pipeline.datasets.splits import patients_by_pattern
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import ComparedRun, ScoreSource, ScoreTable
@@ -22,7 +23,6 @@ from pipeline.geometry import format_shape
 from pipeline.plan import Plan
 from pipeline.run_record import RunRecord, StepDown
 from pipeline.status import read_status
-from pipeline.status_config import StatusConfig
 from pipeline.store import CaseStore
 from pipeline.training.run_folder import SAID_ONLY, WHERE_ONLY, RunFolder
 from pipeline.training.wall_clock import read_wall_seconds

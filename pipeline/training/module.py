@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from pipeline.option_groups import OptimConfig
+from pipeline.config import OptimConfig
 from pipeline.training.optim import has_fused_kernels, make_optimizer, make_scheduler
 
 

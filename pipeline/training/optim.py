@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from pipeline.config import OptimConfig
 from pipeline.errors import InputError
-from pipeline.option_groups import OptimConfig
 
 DEFAULT_LR = {"sgd": 0.01, "adamw": 0.001}
 POLY_EXPONENT = 0.9

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from pipeline.artifacts import to_json
+from pipeline.config import OptimConfig
 from pipeline.errors import in_words
 from pipeline.inference.streamed_labels import plan_label_memory, sliding_window_labels
 from pipeline.inference.windows import SlidingWindow
@@ -26,7 +27,6 @@ from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.out_of_memory import is_out_of_memory, let_go
 from pipeline.networks.precision import autocast, choose_precision
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import OptimConfig
 from pipeline.plan import Plan, Precision, ProbedRung, Record, Rung
 from pipeline.sizes import GIB
 from pipeline.training.optim import make_optimizer

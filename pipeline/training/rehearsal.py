@@ -11,12 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from pipeline.artifacts import read_artifact
-from pipeline.config import TrainConfig
+from pipeline.config import TrackingConfig, TrainConfig
 from pipeline.datasets.splits import Fold
 from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.log import get_logger
-from pipeline.option_groups import TrackingConfig
 from pipeline.run_record import RunRecord
 from pipeline.training.metrics_table import VALIDATION_SECONDS, MetricsTable
 from pipeline.training.ranks import Ranks

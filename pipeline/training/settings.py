@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.config import TrainConfig
+from pipeline.config import HardwareConfig, TrainConfig
 from pipeline.errors import InputError
 from pipeline.geometry import Shape3, format_shape
 from pipeline.networks.precision import DeviceType, PrecisionChoice, choose_device_type, choose_precision
-from pipeline.option_groups import HardwareConfig
 from pipeline.plan import Execution, Plan, Rung
 from pipeline.rank_place import RankPlace
 from pipeline.training.loop_state import Pace

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pipeline.config import TrackingConfig
 from pipeline.errors import InputError
-from pipeline.option_groups import TrackingConfig
 
 Outcome = Literal["finished", "failed", "stopped", "interrupted"]
 SECONDS_TO_ANSWER = 30

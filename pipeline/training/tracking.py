@@ -16,11 +16,10 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 
 from pipeline.artifacts import read_artifact, to_json, write_artifact
-from pipeline.config import TrainConfig, to_dict
+from pipeline.config import TrackingConfig, TrainConfig, to_dict
 from pipeline.datasets.splits import Fold
 from pipeline.errors import InputError, first_line, in_words
 from pipeline.log import get_logger
-from pipeline.option_groups import TrackingConfig
 from pipeline.plan import Plan, Record
 from pipeline.run_files import RunFiles
 from pipeline.run_record import RunRecord

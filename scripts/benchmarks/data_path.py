@@ -25,8 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from pipeline.config import AugmentationConfig
 from pipeline.geometry import Grid, Shape3
-from pipeline.option_groups import AugmentationConfig
 from pipeline.plan import ChannelPlan
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import PatchDataset

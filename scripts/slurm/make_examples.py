@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 from pipeline.artifacts import write_text
+from pipeline.config import SlurmConfig
 from pipeline.job_scripts.memory import CaseSizes
 from pipeline.job_scripts.writing import render_scripts
 from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
 from pipeline.sizes import GIB
-from pipeline.slurm_config import SlurmConfig
 
 FOLDER = Path(__file__).resolve().parent
 # 120 cases; the largest has 512 x 512 x 300 voxels, and 400 x 400 x 300 at the plan's spacing.

@@ -11,8 +11,7 @@ import pytest
 
 from pipeline import api
 from pipeline.artifacts import write_artifact
-from pipeline.compare_config import CompareConfig
-from pipeline.config import TrainConfig
+from pipeline.config import CompareConfig, TrainConfig
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.evaluation.comparison import Comparison
 from pipeline.evaluation.metrics import ClassScores

@@ -16,10 +16,10 @@ from scipy.stats import wilcoxon
 
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.cli import main
+from pipeline.config import OptimConfig
 from pipeline.durations import format_duration
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import MEAN_ROW, Comparison
-from pipeline.option_groups import OptimConfig
 from pipeline.plan import Rung
 from pipeline.run_record import Counts, StepDown
 

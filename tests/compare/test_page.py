@@ -16,7 +16,7 @@ import pytest
 from matplotlib.image import imread
 
 from pipeline import api
-from pipeline.compare_config import CompareConfig
+from pipeline.config import CompareConfig
 from pipeline.evaluation.compare_figures import draw_differences, draw_run_curves
 from pipeline.evaluation.comparison import MEAN_ROW, ComparedRun, Difference
 from pipeline.evaluation.figures import draw_curves, draw_distributions

@@ -12,8 +12,8 @@ from monai.networks.nets import SegResNet
 
 from pipeline import api
 from pipeline.cli import main
+from pipeline.config import ExportConfig
 from pipeline.errors import InputError
-from pipeline.export_config import ExportConfig
 from pipeline.inference import onnx_export
 from pipeline.plan import Plan
 

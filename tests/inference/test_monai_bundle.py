@@ -17,6 +17,7 @@ from monai.data import MetaTensor, load_net_with_metadata
 from monai.transforms import LoadImaged, MapTransform, SaveImaged
 from numpy.typing import NDArray
 
+from pipeline.config import PredictOptions
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.errors import InputError
 from pipeline.inference.case_files import predict_files
@@ -25,7 +26,6 @@ from pipeline.inference.inputs import find_inputs
 from pipeline.inference.monai_bundle import write_bundle
 from pipeline.inference.predictor import Predictor
 from pipeline.plan import ChannelPlan, Plan
-from pipeline.predict_config import PredictOptions
 from pipeline.preprocessing.preprocess import prepare_image
 from pipeline.synthetic import make_synthetic_case
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import write_artifact
+from pipeline.config import PredictOptions
 from pipeline.datasets.dataset import Case
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.inference.case_files import predict_files
@@ -19,7 +20,6 @@ from pipeline.inference.inputs import find_inputs
 from pipeline.inference.predictor import Predictor
 from pipeline.io.volume import Volume
 from pipeline.plan import ChannelPlan, Plan, Rung
-from pipeline.predict_config import PredictOptions
 from pipeline.preprocessing.restore import restore_label
 from pipeline.run_record import Counts, RunRecord, StepDown
 from pipeline.synthetic import SyntheticCase, make_synthetic_case

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline import api
 from pipeline.artifacts import write_artifact
+from pipeline.config import PredictConfig, PredictOptions
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import InputError
 from pipeline.inference.loading import read_held_out_by_all
@@ -26,7 +27,6 @@ from pipeline.io.nifti import read_volume
 from pipeline.io.volume import Volume
 from pipeline.networks.unet import UNet
 from pipeline.plan import ChannelPlan, Plan
-from pipeline.predict_config import PredictConfig, PredictOptions
 from pipeline.preprocessing.preprocess import prepare_image
 from pipeline.preprocessing.restore import restore_label
 from pipeline.run_files import RunFiles

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from pipeline import api
+from pipeline.config import PredictOptions
 from pipeline.inference.predictor import Predictor
 from pipeline.io.volume import Volume
 from pipeline.plan import Plan, Precision
-from pipeline.predict_config import PredictOptions
 
 OPTIONS = PredictOptions(accelerator="cpu", num_threads=1, tta="mirror", tta_axes=(0,))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config import AugmentationConfig
 from pipeline.geometry import Shape3
-from pipeline.option_groups import AugmentationConfig
 from pipeline.sampling.augmentation import Augmentation, AugmentationParameters
 from pipeline.sampling.intensity import ChannelParameters
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pipeline.config import AugmentationConfig
 from pipeline.errors import InputError
-from pipeline.option_groups import AugmentationConfig
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import EpochSampler, PatchDataset, collate_patches
 from pipeline.store import IGNORE_INDEX, CaseStore

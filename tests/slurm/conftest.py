@@ -12,8 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from pipeline.config import SlurmConfig
 from pipeline.job_scripts.writing import render_scripts
-from pipeline.slurm_config import SlurmConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "scripts" / "slurm"

@@ -11,9 +11,9 @@ import yaml
 
 from pipeline.artifacts import write_artifact
 from pipeline.cli import main, parse
+from pipeline.config import SlurmConfig
 from pipeline.errors import InputError
 from pipeline.job_scripts.writing import read_num_folds, read_patient_pattern, render_scripts, slurm
-from pipeline.slurm_config import SlurmConfig
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset
 from tests.slurm.conftest import PLAN, ROOT, SIZES, command, scripts
 

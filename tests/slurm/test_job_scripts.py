@@ -11,9 +11,9 @@ import pytest
 
 from pipeline.artifacts import write_artifact
 from pipeline.cli import main, parse
+from pipeline.config import SlurmConfig
 from pipeline.job_scripts.jobs import MAX_SHARDS
 from pipeline.job_scripts.writing import render_scripts
-from pipeline.slurm_config import SlurmConfig
 from tests.slurm.conftest import EXAMPLES, JOBS, MAKER, PLAN, ROOT, SIZES, command, directives, scripts
 
 

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import write_artifact
 from pipeline.cli import main
-from pipeline.config import TrainConfig
+from pipeline.config import AugmentationConfig, HardwareConfig, TrainConfig
 from pipeline.datasets.splits import Splits, make_splits
 from pipeline.geometry import Grid
-from pipeline.option_groups import AugmentationConfig, HardwareConfig
 from pipeline.plan import ChannelPlan, NetworkPlan, Plan
 from pipeline.rank_place import TORCHRUN_NAMES
 from pipeline.store import IGNORE_INDEX, CaseStore, StoreInfo

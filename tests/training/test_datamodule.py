@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import Dataset
 
+from pipeline.config import AugmentationConfig
 from pipeline.errors import InputError
-from pipeline.option_groups import AugmentationConfig
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import PatchDataset
 from pipeline.stop_signals import StopRequest

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.config import OptimConfig
 from pipeline.networks.weights import read_weights
-from pipeline.option_groups import OptimConfig
 from pipeline.training.ema import WeightAverage, warmed_up_decay
 from pipeline.training.trainer import fit_fold
 

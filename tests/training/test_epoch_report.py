@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from pipeline.config import OptimConfig
 from pipeline.losses.dice_ce import DiceCELoss
-from pipeline.option_groups import OptimConfig
 from pipeline.training.datamodule import PatchDataModule
 from pipeline.training.epoch_report import EpochTimer
 from pipeline.training.metrics_table import COUNT_COLUMNS

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import read_artifact
+from pipeline.config import AugmentationConfig, OptimConfig
 from pipeline.errors import StoppedError, TrainingDivergedError
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import AugmentationConfig, OptimConfig
 from pipeline.run_record import Counts, RunRecord
 from pipeline.training.loop_state import Pace
 from pipeline.training.run_folder import RunFolder

@@ -17,10 +17,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
 
+from pipeline.config import AugmentationConfig, OptimConfig
 from pipeline.errors import StoppedError
 from pipeline.networks.precision import PrecisionChoice
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import AugmentationConfig, OptimConfig
 from pipeline.training import settings
 from pipeline.training.last_step import LastStep
 from pipeline.training.run_folder import RunFolder

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
+from pipeline.config import OptimConfig
 from pipeline.errors import InputError
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import OptimConfig
 from pipeline.sampling.patch_dataset import PatchDataset
 from pipeline.training.datamodule import PatchDataModule
 from pipeline.training.gradient_noise import GradientNoise

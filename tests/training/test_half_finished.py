@@ -14,8 +14,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from pipeline.artifacts import read_artifact
+from pipeline.config import OptimConfig
 from pipeline.errors import StoppedError
-from pipeline.option_groups import OptimConfig
 from pipeline.plan import Plan, Rung
 from pipeline.run_record import RunRecord
 from pipeline.training import assembly, checkpoints, gradient_noise

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipeline.artifacts import read_artifact
+from pipeline.config import StatusConfig
 from pipeline.status import Heartbeat, read_status
-from pipeline.status_config import StatusConfig
 from pipeline.training import heartbeat
 from pipeline.training.trainer import fit_fold
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cli import main
-from pipeline.config import TrainConfig
+from pipeline.config import OptimConfig, TrainConfig
 from pipeline.errors import InputError
 from pipeline.inference.predictor import Predictor
 from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights
-from pipeline.option_groups import OptimConfig
 from pipeline.plan import ChannelPlan, Plan
 from pipeline.planning.topology import make_topology
 from pipeline.training.initial_source import Source, planning_advice

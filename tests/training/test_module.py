@@ -10,12 +10,12 @@ from lightning_fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from pipeline.config import OptimConfig
 from pipeline.inference.window_outputs import full_resolution
 from pipeline.losses.deep_supervision import DeepSupervisionLoss
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.networks.norms import replace_batchnorm
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import OptimConfig
 from pipeline.plan import Plan
 from pipeline.sampling.patch_dataset import PatchDataset
 from pipeline.training.datamodule import PatchDataModule

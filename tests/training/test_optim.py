@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR
 
+from pipeline.config import OptimConfig
 from pipeline.errors import InputError
-from pipeline.option_groups import OptimConfig
 from pipeline.training.optim import (
     accumulation_for,
     learning_rate_factor,

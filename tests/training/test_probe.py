@@ -23,10 +23,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import TrainConfig
+from pipeline.config import HardwareConfig, TrainConfig
 from pipeline.errors import InputError
 from pipeline.losses.segmentation_loss import make_loss
-from pipeline.option_groups import HardwareConfig
 from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan, ProbeOutcome, Rung
 from pipeline.planning.meter import StepMemory, meter_step
 from pipeline.planning.storages import StorageCounter

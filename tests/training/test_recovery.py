@@ -20,11 +20,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline.artifacts import read_artifact, write_artifact
+from pipeline.config import OptimConfig
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.blocks import DecoderStage
 from pipeline.networks.out_of_memory import let_go
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import OptimConfig
 from pipeline.plan import Plan, Rung
 from pipeline.run_record import Counts, RunRecord
 from pipeline.training import validation
@@ -720,7 +720,7 @@ from dataclasses import replace
 from pathlib import Path
 from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.config import TrainConfig
-from pipeline.option_groups import AugmentationConfig, HardwareConfig, OptimConfig
+from pipeline.config import AugmentationConfig, HardwareConfig, OptimConfig
 from pipeline.datasets.splits import Splits
 from pipeline.plan import Plan
 from pipeline.training.probe_memory import hold_to

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifacts import read_artifact, write_artifact
+from pipeline.config import AugmentationConfig, OptimConfig
 from pipeline.datasets.splits import Splits, make_splits
 from pipeline.errors import InputError
 from pipeline.geometry import Grid
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import AugmentationConfig, OptimConfig
 from pipeline.plan import NetworkPlan, Plan
 from pipeline.run_record import RunRecord
 from pipeline.store import CaseStore, StoreInfo

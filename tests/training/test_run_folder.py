@@ -11,10 +11,9 @@ import pytest
 
 from pipeline.allocation import allotted_cpus
 from pipeline.artifacts import read_artifact
-from pipeline.config import TrainOptions
+from pipeline.config import OptimConfig, TrainOptions
 from pipeline.datasets.splits import Splits, make_splits
 from pipeline.errors import InputError
-from pipeline.option_groups import OptimConfig
 from pipeline.rank_place import RankPlace
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.processes import share_cpus

@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config import TrackingConfig
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import TrackingConfig
 from pipeline.training import trackers
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.ranks import Ranks

@@ -12,12 +12,12 @@ import yaml
 from torch import Tensor, nn
 
 from pipeline.artifacts import read_artifact
+from pipeline.config import AugmentationConfig, OptimConfig
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.norms import replace_batchnorm
 from pipeline.networks.unet import UNet
 from pipeline.networks.weights import read_weights
-from pipeline.option_groups import AugmentationConfig, OptimConfig
 from pipeline.plan import Plan
 from pipeline.run_record import Counts
 from pipeline.training.run_folder import RunFolder

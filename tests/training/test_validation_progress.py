@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from pipeline import stop_signals
-from pipeline.config import TrainConfig
+from pipeline.config import OptimConfig, TrainConfig
 from pipeline.datasets.splits import make_splits
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.unet import UNet
-from pipeline.option_groups import OptimConfig
 from pipeline.store import CaseStore
 from pipeline.training.checkpoints import CheckpointWriter
 from pipeline.training.run_folder import RunFolder

@@ -19,7 +19,7 @@ from data_path import make_monai_transforms
 
 from peers.json_worker import answer_requests, answers_stream
 from peers.patch_blocks import measure_memory, take_block
-from pipeline.option_groups import AugmentationConfig
+from pipeline.config import AugmentationConfig
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import PatchDataset
 from pipeline.store import CaseStore

@@ -16,7 +16,7 @@ from peers.raw_dataset import FOLD
 from peers.schedule import Pace, Schedule
 from peers.sides import KeyedSide, Training
 from pipeline.artifacts import write_artifact
-from pipeline.option_groups import OptimConfig
+from pipeline.config import OptimConfig
 from pipeline.training.metrics_table import read_rows
 from pipeline.training.run_folder import RunFolder
 

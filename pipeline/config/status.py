@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.option_checks import Checked
+from pipeline.config.checks import Checked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.option_checks import Checked, at_least
+from pipeline.config.checks import Checked, at_least
 
 
 @dataclass(frozen=True, kw_only=True)

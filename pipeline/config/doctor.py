@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from pipeline.config import TrainConfig, TrainOptions
+from pipeline.config.checks import Auto
+from pipeline.config.train import TrainConfig, TrainOptions
 from pipeline.errors import InputError
-from pipeline.option_checks import Auto
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.option_checks import Checked
+from pipeline.config.checks import Checked
 
 ExportFormat = Literal["onnx", "bundle"]
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import PredictConfig
 from pipeline.errors import InputError
-from pipeline.predict_config import PredictConfig
 
 PATHS = {"run_dir": "run", "input": "in", "output": "out"}
 

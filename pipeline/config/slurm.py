@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.option_checks import Auto, Checked, at_least
+from pipeline.config.checks import Auto, Checked, at_least
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 _EXTRA = re.compile(r"(--)?[a-z][a-z-]+(=\S+)?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.option_checks import Auto, Checked, as_words, at_least, repeated, within_unit
+from pipeline.config.checks import Auto, Checked, as_words, at_least, repeated, within_unit
 
 
 @dataclass(frozen=True, kw_only=True)
