@@ -110,7 +110,10 @@ def _below(meter: RungMeter, network: NetworkPlan, rungs: Sequence[Rung]) -> Ite
     yield from _smaller_batches(rungs[0]) if network.norm != "batch" else ()
     yield from _slower_ways(meter, rungs[-1])
     top = rungs[-1]
-    yield from (replace(top, patch_size=patch) for patch in fallback_patches(top.patch_size, network.total_stride))
+    patches = [replace(top, patch_size=patch) for patch in fallback_patches(top.patch_size, network.total_stride)]
+    # Memory grows with the patch: where the smallest saves too little, none of the others need be metered.
+    if patches and _saves_enough(top, meter.weighed(patches[-1], network=network)):
+        yield from patches
 
 
 def _least_bytes(memory: StepMemory) -> int:
