@@ -353,14 +353,14 @@ def evaluate(
 
 
 def compare(config: CompareConfig) -> Comparison:
-    """Put runs side by side, finished or not, on one page; nothing in their folders is touched.
+    """Put runs or cross-validations side by side, finished or not, on one page; nothing in their folders is touched.
 
     Raises:
         InputError: A folder holds no run or cannot be read, or the page would take the place of other files.
     """
     from pipeline.evaluation.compare import compare_runs
     from pipeline.evaluation.compare_page import write_comparison
-    from pipeline.training.compared_run import check_page_place, read_compared_runs
+    from pipeline.training.compared_folders import check_page_place, read_compared_runs
 
     out = Path(config.out)
     check_page_place(out, with_json=config.json)

@@ -183,18 +183,14 @@ def _pool(config: RunConfig, results: Mapping[int, RunResult]) -> RunResult:
         InputError: The folds are not those of one split.
     """
     from pipeline.assessment import write_evaluation_report
-    from pipeline.datasets.splits import Splits
     from pipeline.evaluation.pairs import find_references
     from pipeline.evaluation.pooling import gather_predictions
     from pipeline.evaluation.summary import pool_metrics, write_metrics
+    from pipeline.training.run_splits import common_splits
 
     work = WorkFiles(Path(config.work_dir))
     runs = [work.run(fold) for fold in results]
-    splits = [read_artifact(run.splits, Splits) for run in runs]
-    others = [run.path.name for run, each in zip(runs, splits, strict=True) if each != splits[0]]
-    if others:
-        fix = "Delete these and run again: they were trained with other cases held out"
-        raise InputError(f"other folds than fold_0: {', '.join(others)}", where=work.path, fix=fix)
+    common_splits(runs, fix="Delete these and run again: they were trained with other cases held out")
     folder = work.cross_validation
     gather_predictions([run.held_out_predictions for run in runs], folder / "predictions")
     by_fold = {f"fold {fold}": result.metrics for fold, result in results.items()}

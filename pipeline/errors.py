@@ -88,6 +88,8 @@ def first_line(error: BaseException) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """The type of an error and what it says in its first line, as a reason within a message."""
-    line, name = first_line(error), type(error).__name__
-    return line if line == name else f"{name}: {line}"
+    """What an error says in its first line, as a reason within a message; behind its type unless it is one of ours."""
+    if isinstance(error, VoxfitError):
+        return first_line(error)
+    name = "memory ran out" if isinstance(error, MemoryError) else type(error).__name__
+    return f"{name}: {first_line(error)}" if str(error).strip() else name

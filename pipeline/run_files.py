@@ -1,9 +1,12 @@
-"""What lies where in a run folder, and in the work folder of `voxfit run`: names by which stages find each other."""
+"""What lies where in a run folder, and in a work folder with several: names by which stages find each other."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+# A run folder in a work folder is called so, with the number of its fold behind it.
+FOLD = "fold_"
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class RunFiles(_Files):
 
 
 class WorkFiles(_Files):
-    """Names of everything in a work folder.
+    """Names of everything in the work folder of `voxfit run`, or of the jobs of `voxfit slurm`.
 
     Attributes:
         path: The folder.
@@ -118,9 +121,19 @@ class WorkFiles(_Files):
 
     def run(self, fold: int) -> RunFiles:
         """The run folder of a fold."""
-        return RunFiles(self.path / f"fold_{fold}")
+        return RunFiles(self.path / f"{FOLD}{fold}")
 
     @property
     def cross_validation(self) -> Path:
-        """Predictions, scores and report of all folds together."""
+        """Predictions, scores and report of all folds together, of `voxfit run`."""
         return self.path / "cross_validation"
+
+    @property
+    def predictions(self) -> Path:
+        """The folder in which jobs segment the cases that any fold held out."""
+        return self.path / "predictions"
+
+    @property
+    def scores(self) -> Path:
+        """The scores of these."""
+        return self.path / "metrics.json"

@@ -19,6 +19,7 @@ from pipeline.artifacts import read_artifact, write_artifact
 from pipeline.cli import main
 from pipeline.config import (
     AugmentationConfig,
+    CompareConfig,
     EvaluateConfig,
     HardwareConfig,
     InspectConfig,
@@ -31,11 +32,12 @@ from pipeline.config import (
     TrainConfig,
     TrainOptions,
 )
-from pipeline.datasets.splits import Splits
+from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.evaluation.summary import Metrics
 from pipeline.inference.postprocess import Postprocessing, Step
 from pipeline.prediction_record import read_records
+from pipeline.run_record import RunRecord
 from pipeline.saved_config import write_config
 from pipeline.store import CaseStore
 from pipeline.synthetic import make_synthetic_case, write_msd_dataset
@@ -362,6 +364,11 @@ def test_all_folds_are_run_one_after_the_other_and_pooled(dataset: Path, finishe
     for number, (name, fold) in enumerate(result.metrics.folds.items()):
         own = read_artifact(work_dir / f"fold_{number}" / "validation" / "metrics.json", Metrics)
         assert (name, fold.num_cases, fold.overall) == (f"fold {number}", 2, own.overall)
+    page = tmp_path / "page.html"
+    (run,) = api.compare(CompareConfig(runs=(str(work_dir),), out=str(page), scores="final")).runs
+    assert {case: set(each) for case, each in run.scores["final"]["dice"].items()} == {
+        case.case_id: set(case.classes) for case in together.cases
+    }
     everything = state_of(work_dir)
     chain.run(run_config(dataset, work_dir, fold="all"))
     kept = {name: time for name, time in state_of(work_dir).items() if not name.startswith("cross_validation")}
@@ -445,6 +452,21 @@ def test_patients_found_by_a_pattern_stay_on_one_side(dataset: Path, finished: P
     with pytest.raises(InputError, match="pattern"):
         api.train(TrainConfig(**options, **paths, max_epochs=1))
     assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_folds_of_ones_own_are_those_that_lie_in_the_run_folder(dataset: Path, finished: Path, tmp_path: Path) -> None:
+    cases = CaseStore(finished / "store").case_ids
+    folds = tuple(Fold(train=tuple(c for c in cases if c != case), validation=(case,)) for case in cases[:3])
+    options = {item: getattr(TRAIN, item) for item in TRAIN.__dataclass_fields__} | {"num_folds": 3}
+    paths = {"plan": str(finished / "plan.json"), "store": str(finished / "store")}
+    write_artifact(tmp_path / "own" / "splits.json", Splits(folds=folds, seed=0))
+    api.train(TrainConfig(**options, **paths, run_dir=str(tmp_path / "own"), fold=2, max_epochs=1))
+    assert read_artifact(tmp_path / "own" / "splits.json", Splits).folds == folds
+    assert set(read_artifact(tmp_path / "own" / "run.json", RunRecord).validation) == {cases[2]}
+    lacking = (replace(folds[0], train=folds[0].train[1:]), *folds[1:])
+    write_artifact(tmp_path / "other" / "splits.json", Splits(folds=lacking, seed=0))
+    with pytest.raises(InputError, match=f"fold 0: cases of the dataset that are in neither part: {cases[1]}"):
+        api.train(TrainConfig(**options, **paths, run_dir=str(tmp_path / "other"), max_epochs=1))
 
 
 def test_the_inspection_is_json_for_programs(

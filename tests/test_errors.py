@@ -15,9 +15,12 @@ from pipeline.errors import LONGEST_REASON, InputError, first_line, in_words
         (ValueError("\n  bad size  \nat line 7"), "bad size", "ValueError: bad size"),
         (RuntimeError(), "RuntimeError", "RuntimeError"),
         (OSError(" \n"), "OSError", "OSError"),
+        (MemoryError(), "MemoryError", "memory ran out"),
+        (MemoryError("no 9 GiB"), "no 9 GiB", "memory ran out: no 9 GiB"),
+        (InputError("is torn", where="a.nii"), "a.nii: is torn", "a.nii: is torn"),
     ],
 )
-def test_an_error_is_its_first_line_or_its_type(error: Exception, line: str, words: str) -> None:
+def test_errors_are_their_first_line_behind_their_type_unless_ours(error: Exception, line: str, words: str) -> None:
     assert (first_line(error), in_words(error)) == (line, words)
 
 

@@ -13,7 +13,8 @@ class CompareConfig(Checked):
     """Put trainings side by side on one page: curves, options, scores case by case, time and memory."""
 
     runs: tuple[str, ...]
-    """Run folders of `voxfit train` or `voxfit run`; the others are compared with the first."""
+    """Run folders of `voxfit train`, or work folders of `voxfit run` or `voxfit slurm`, whose folds count as one run;
+    the others are compared with the first."""
     out: str = "compare.html"
     """Where the page is written."""
     json: bool = False

@@ -24,6 +24,7 @@ from pipeline.datasets.case_checks import (
 from pipeline.datasets.label_values import count_values
 from pipeline.datasets.measurement import Measured, measure_case
 from pipeline.datasets.workers import sensible_workers
+from pipeline.errors import in_words
 from pipeline.log import get_logger, track
 from pipeline.parallel import map_unordered
 
@@ -83,7 +84,7 @@ def examine_cases(dataset: Dataset, *, num_workers: int) -> tuple[Examined, ...]
 
 
 def _failed(case: Case, error: Exception | None) -> Examined:
-    reason = "memory ran out" if isinstance(error, MemoryError) else str(error)
+    reason = "" if error is None else in_words(error)
     return Examined(case_id=case.case_id, problems=(Problem(case_id=case.case_id, kind="failed", message=reason),))
 
 

@@ -59,13 +59,13 @@ def _choose_source(runs: Sequence[ComparedRun], wanted: str) -> tuple[ScoreSourc
     without = [run.name for run in runs if "final" not in run.scores]
     if wanted == "final" and without:
         raise InputError(
-            f"no validation/metrics.json: {', '.join(without)}",
+            f"no final scores (metrics.json): {', '.join(without)}",
             where="scores final",
             fix="Predict and evaluate their held-out cases, or use --scores training",
         )
     scored = [run for run in runs if run.scores]
     if wanted != "training" and scored and all("final" in run.scores for run in scored):
-        text = "predictions of the held-out cases on their own grids (validation/metrics.json)"
+        text = "predictions of the held-out cases on their own grids (metrics.json)"
         return "final", text + _tolerances(runs)
     text = "the validation of the best weights on the grid of the store (run.json)"
     lacking = [run.name for run in scored if "final" not in run.scores]

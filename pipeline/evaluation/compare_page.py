@@ -63,7 +63,7 @@ def _run_row(run: ComparedRun) -> dict[str, Any]:
         Cell(format_duration(seconds), seconds),
         Cell(format_duration(run.validation_seconds), run.validation_seconds),
         Cell("–", NAN) if run.wall_seconds is None else Cell(format_duration(run.wall_seconds), run.wall_seconds),
-        number_cell(run.train_seconds / run.optimizer_step if run.optimizer_step else NAN, 3),
+        number_cell(NAN if run.seconds_per_step is None else run.seconds_per_step, 3),
         *map(_gib, (run.peak_vram_bytes, run.peak_ram_bytes, run.predicted_bytes, run.measured_bytes)),
         _ratio(run.measured_bytes, run.predicted_bytes),
         Cell(str(len(run.step_downs)), len(run.step_downs)),

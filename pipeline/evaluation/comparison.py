@@ -22,18 +22,20 @@ SIGNIFICANT_P, FEWEST_FOR_TEST = 0.05, 6
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedRun(Record):
-    """One training as its run folder tells it.
+    """One training as its run folder tells it, or the folds of a work folder as one.
 
     Attributes:
         name: The shortest end of its path that tells it from the others.
         folder: Its path as it was given.
-        state: "finished", or what else `voxfit status` says.
+        num_folds: Trainings that it stands for.
+        state: "finished", or what else `voxfit status` says; of several folds how many are, and what the others are.
         dataset_name, fingerprint_hash: Of its plan.
-        fold: Held out, or "all".
+        fold: Held out, or "all" for a training on every case, or those of a work folder such as "0, 1, 2".
         device, precision: What it ran on and computed in.
         epoch, max_epochs, iteration, optimizer_step, samples: Finished; samples are patches, over all processes.
         best_epoch, best_dice: The best validation of the training.
         train_seconds, validation_seconds: Sums over the finished epochs.
+        seconds_per_step: Of the training alone; None before the first step.
         wall_seconds: Of all starts, saves and what else lies between included; None where that was not counted.
         peak_vram_bytes, peak_ram_bytes: The largest of all epochs; None where it is 0 or unknown.
         predicted_bytes, measured_bytes: As in `run.json`.
@@ -48,10 +50,11 @@ class ComparedRun(Record):
 
     name: str
     folder: str
+    num_folds: int = 1
     state: str
     dataset_name: str
     fingerprint_hash: str
-    fold: int | Literal["all"]
+    fold: int | str
     device: str
     precision: str
     epoch: int = 0
@@ -63,6 +66,7 @@ class ComparedRun(Record):
     best_dice: float | None = None
     train_seconds: float = 0.0
     validation_seconds: float = 0.0
+    seconds_per_step: float | None = None
     wall_seconds: float | None = None
     peak_vram_bytes: int | None = None
     peak_ram_bytes: int | None = None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.errors import InputError, VoxfitError
+from pipeline.errors import InputError, in_words
 from pipeline.evaluation.metrics import ClassScores, score_class
 from pipeline.evaluation.pairs import Pair, find_references, list_volumes, pair_cases
 from pipeline.evaluation.summary import CaseScores, Metrics, make_metrics
@@ -102,9 +102,9 @@ def evaluate_pairs(
     failed = dict(failures or {})
     scores: dict[str, dict[int, ClassScores]] = {}
     for outcome in track(_score_all(score, pairs, num_workers), description="evaluate", total=len(pairs)):
-        if outcome.result is None:
-            failed[outcome.item.case_id] = _reason(outcome.error)
-        else:
+        if outcome.error is not None:
+            failed[outcome.item.case_id] = in_words(outcome.error)
+        elif outcome.result is not None:
             scores[outcome.item.case_id] = outcome.result
     names = classes if classes is not None else _names_of_values(scores.values())
     cases = [_named(case_id, by_value, names) for case_id, by_value in scores.items()]
@@ -119,12 +119,6 @@ def _score_all(
     yield from map_unordered(score, pairs[:1], num_workers=1)
     is_short = (monotonic() - started) * len(pairs) < SERIAL_SECONDS
     yield from map_unordered(score, pairs[1:], num_workers=1 if is_short else num_workers)
-
-
-def _reason(error: Exception | None) -> str:
-    if isinstance(error, VoxfitError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
 
 
 def _names_of_values(cases: Collection[Mapping[int, ClassScores]]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from pipeline.artifacts import check_writable, write_artifact
 from pipeline.datasets.case import SeriesOrigin
 from pipeline.datasets.dataset import Case, read_case_image
 from pipeline.datasets.series_origin import say_origin
-from pipeline.errors import CasesFailedError, InputError, VoxfitError, first_line, in_words
+from pipeline.errors import CasesFailedError, InputError, VoxfitError, in_words
 from pipeline.inference.attempts import held_bytes, most_bytes
 from pipeline.inference.case_context import CaseContext, case_context
 from pipeline.inference.case_room import Room
@@ -98,7 +98,7 @@ def predict_files(
                 raise _with_origins(error, origins[case_id])
     if failures:
         done = {case_id: paths for case_id, paths in files.items() if case_id not in failures}
-        reasons = {case_id: say_origin(_reason(error), origins[case_id]) for case_id, error in failures.items()}
+        reasons = {case_id: say_origin(in_words(error), origins[case_id]) for case_id, error in failures.items()}
         raise CasesFailedError(reasons, done=f"{len(done)} case(s) segmented", result=_all_paths(done))
     return _all_paths(files)
 
@@ -297,7 +297,3 @@ def _files_of(image: Path) -> tuple[Path, ...]:
 
 def _is_disk_full(error: BaseException) -> bool:
     return any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in (error, error.__cause__))
-
-
-def _reason(error: Exception) -> str:
-    return first_line(error) if isinstance(error, VoxfitError) else in_words(error)

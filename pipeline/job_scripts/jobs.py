@@ -20,6 +20,7 @@ from pipeline.job_scripts.memory import (
     train_memory,
 )
 from pipeline.plan import Plan
+from pipeline.run_files import FOLD, WorkFiles
 
 TASK = '"$SLURM_ARRAY_TASK_ID"'
 CASES_PER_SHARD, MAX_SHARDS = 8, 16
@@ -121,9 +122,9 @@ class Chain:
             arguments=(
                 *(f"--{name} {shlex.quote(value)}" for name, value in own.items() if value),
                 f"--plan {_quoted(config.plan)}",
-                f"--store {self._work('store')}",
+                f"--store {_quoted(self.work.store)}",
                 *([f"--stage_to {_filled_in(config.stage_to)}"] if config.stage_to else []),
-                f"--run_dir {self._work('fold_')}{TASK}",
+                f"--run_dir {_quoted(self.work.path / FOLD)}{TASK}",
                 f"--fold {TASK}",
                 accelerator,
             ),
@@ -148,10 +149,10 @@ class Chain:
             options=self._options("predict", cpus=self.config.cpus, memory=memory, array=self._folds, num_gpus=1),
             command="predict",
             arguments=(
-                f"--run_dir {self._work('fold_')}{TASK}",
+                f"--run_dir {_quoted(self.work.path / FOLD)}{TASK}",
                 f"--input {_quoted(self.config.dataset)}",
                 "--cases held_out",
-                f"--output {self._work('predictions')}",
+                f"--output {_quoted(self.work.predictions)}",
                 # As for the held-out cases of `voxfit run`: the report shows them.
                 "--seams",
                 *self._mirroring,
@@ -161,7 +162,7 @@ class Chain:
 
     def _ensemble(self) -> Job:
         memory = predict_memory(self.plan, self.sizes, cpus=self.config.cpus, on_gpu=self.on_gpu)
-        run_dirs = " ".join(self._work(f"fold_{fold}") for fold in range(self.num_folds))
+        run_dirs = " ".join(_quoted(self.work.run(fold).path) for fold in range(self.num_folds))
         return Job(
             name="ensemble",
             title="Segment new images with all folds as one: the mean of their probabilities.",
@@ -170,7 +171,7 @@ class Chain:
             arguments=(
                 f"--run_dir {run_dirs}",
                 f"--input {_quoted(self.config.predict_input)}",
-                f"--output {self._work('ensemble')}",
+                f"--output {_quoted(self.work.path / 'ensemble')}",
                 *self._mirroring,
                 "--accelerator " + ("gpu" if self.on_gpu else "cpu"),
             ),
@@ -184,11 +185,11 @@ class Chain:
             options=self._options("evaluate", cpus=cpus, memory=evaluate_memory(self.sizes, num_workers=cpus)),
             command="evaluate",
             arguments=(
-                f"--predictions {self._work('predictions')}",
+                f"--predictions {_quoted(self.work.predictions)}",
                 f"--labels {_quoted(self.config.dataset)}",
                 f"--images {_quoted(self.config.dataset)}",
-                f"--out {self._work('metrics.json')}",
-                f"--report {self._work('report.html')}",
+                f"--out {_quoted(self.work.scores)}",
+                f"--report {_quoted(self.work.path / 'report.html')}",
                 *([f"--patient_pattern {shlex.quote(self.patient_pattern)}"] if self.patient_pattern else []),
                 f"--num_workers {cpus}",
             ),
@@ -204,11 +205,13 @@ class Chain:
 
     def _filling(self) -> tuple[str, ...]:
         config = self.config
-        paths = {"dataset": _quoted(config.dataset), "plan": _quoted(config.plan), "store": self._work("store")}
+        paths = {"dataset": _quoted(config.dataset), "plan": _quoted(config.plan), "store": _quoted(self.work.store)}
         return tuple(f"--{name} {path}" for name, path in paths.items())
 
-    def _work(self, name: str) -> str:
-        return _quoted(str(Path(self.config.work_dir) / name))
+    @property
+    def work(self) -> WorkFiles:
+        """Where everything that is made goes."""
+        return WorkFiles(Path(self.config.work_dir))
 
     def _options(
         self, name: str, *, cpus: int, memory: Memory, array: str = "", num_gpus: int = 0
@@ -256,5 +259,5 @@ def _filled_in(path: str) -> str:
     return "".join([*parts, path[end:] and shlex.quote(path[end:])])
 
 
-def _quoted(path: str) -> str:
+def _quoted(path: str | Path) -> str:
     return shlex.quote(str(Path(path)))

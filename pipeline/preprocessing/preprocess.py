@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.dataset import Case, Dataset, read_case_image, read_case_label
-from pipeline.errors import InputError
+from pipeline.errors import InputError, in_words
 from pipeline.geometry import Grid, Shape3, cropped_grid, respaced_grid
 from pipeline.io.volume import Volume
 from pipeline.log import get_logger, track
@@ -178,7 +178,7 @@ def preprocess_cases(cases: Sequence[Case], plan: Plan, store: CaseStore, *, num
             if isinstance(outcome.error, StoreWriteError):
                 raise outcome.error
             if outcome.error is not None:
-                reason = "memory ran out" if isinstance(outcome.error, MemoryError) else str(outcome.error)
+                reason = in_words(outcome.error)
                 failures[outcome.item.case_id] = reason
                 get_logger().warning("%s: %s", outcome.item.case_id, reason)
     for case_id in set(failures) & set(store.case_ids):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.artifacts import read_artifact, to_json
 from pipeline.config import StatusConfig
-from pipeline.datasets.splits import patients_by_pattern
+from pipeline.datasets.splits import Splits, patients_by_pattern
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import ComparedRun, ScoreSource, ScoreTable
 from pipeline.evaluation.figures import Curves, read_curves
@@ -35,61 +35,15 @@ RESOLVED = (
 PLAN_LEFT_OUT = (*SAID_ONLY, "schema_version", "fallbacks")
 FINAL_METRICS = ("dice", "nsd", "hd95_mm")
 SECONDS_PER_HOUR = 3600.0
-FIX = "Give run folders of `voxfit train` or the fold_0 of `voxfit run`"
+FIX = "Give run folders of `voxfit train`, or work folders of `voxfit run` or `voxfit slurm`"
 
 
-def read_compared_runs(folders: Sequence[str]) -> list[ComparedRun]:
-    """Every run, under the shortest name that tells it from the others.
-
-    Raises:
-        InputError: A folder is given twice, holds no run, or a file in it cannot be read.
-    """
-    paths = [Path(folder) for folder in folders]
-    resolved = [path.resolve() for path in paths]
-    for index, path in enumerate(resolved):
-        if path in resolved[:index]:
-            raise InputError("is given twice", where=paths[index], fix="Give each run once")
-    return [_read_run(path, name) for path, name in zip(paths, _short_names(resolved), strict=True)]
-
-
-def check_page_place(out: Path, *, with_json: bool = False) -> None:
-    """Refuse to write a page, and JSON of its name, among the files of a run or over a file that is something else.
-
-    Args:
-        out: The page.
-        with_json: Whether there is to be a JSON file beside it.
+def read_run(path: Path, name: str) -> ComparedRun:
+    """A training, finished or not.
 
     Raises:
-        InputError: They would lie in a run folder, at any depth, or a JSON file of that name is no comparison.
+        InputError: There is none, or a file in the folder cannot be read.
     """
-    if any(RunFolder(folder).record.is_file() for folder in out.resolve().parents):
-        raise InputError("lies in a run folder", where=f"out {out}", fix="Give a place outside of it")
-    beside = out.with_suffix(".json")
-    if with_json and beside.exists() and not _is_comparison(beside):
-        fix = "Give --out another name: the JSON takes that of the page"
-        raise InputError("is there already and is no comparison", where=beside, fix=fix)
-
-
-def _is_comparison(path: Path) -> bool:
-    """Whether `voxfit compare` wrote it, in this version or another."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"runs", "pairs", "source_note"} <= content.keys()
-
-
-def _short_names(paths: Sequence[Path]) -> list[str]:
-    """As many of the last parts of each path as it takes to tell all of them apart."""
-    longest = max((len(path.parts) for path in paths), default=1)
-    for number in range(1, longest):
-        names = ["/".join(path.parts[-number:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
-
-
-def _read_run(path: Path, name: str) -> ComparedRun:
     folder = RunFolder(path)
     record = folder.read_record() if path.is_dir() else None
     if record is None:
@@ -98,6 +52,7 @@ def _read_run(path: Path, name: str) -> ComparedRun:
     options = _read_options(folder.config)
     curves = _with_axes(read_curves(folder.metrics), record) if folder.metrics.is_file() else {}
     scores, tolerance_mm = _read_scores(folder, record)
+    held_out = set(held_out_by(folder, record))
     return ComparedRun(
         name=name,
         folder=str(path),
@@ -120,9 +75,17 @@ def _read_run(path: Path, name: str) -> ComparedRun:
         settings=dict(_settings(options, plan, record)),
         curves={key: tuple(map(float, values)) for key, values in curves.items()},
         scores=scores,
-        patients=_patients(options, {case for table in scores.values() for case in table["dice"]}),
+        patients=_patients(options, {case for table in scores.values() for case in table["dice"]} | held_out),
         tolerance_mm=tolerance_mm,
     )
+
+
+def held_out_by(folder: RunFolder, record: RunRecord) -> tuple[str, ...]:
+    """The cases that a run was not trained on; none where it was trained on all, or its folds are gone."""
+    if not isinstance(record.fold, int) or not folder.splits.is_file():
+        return ()
+    folds = read_artifact(folder.splits, Splits).folds
+    return folds[record.fold].validation if record.fold < len(folds) else ()
 
 
 def _read_options(path: Path) -> dict[str, Any]:
@@ -173,7 +136,8 @@ def _progress(curves: Curves) -> dict[str, Any]:
         name: round(float(np.nansum(curves.get(column, np.zeros(0)))), 3)
         for name, column in (("train_seconds", "seconds"), ("validation_seconds", "validation_seconds"))
     }
-    return {**counts, **sums}
+    steps = counts["optimizer_step"]
+    return {**counts, **sums, "seconds_per_step": sums["train_seconds"] / steps if steps else None}
 
 
 def _last(curves: Curves, key: str) -> int:
@@ -225,13 +189,7 @@ def _read_scores(folder: RunFolder, record: RunRecord) -> tuple[dict[ScoreSource
     if folder.held_out_scores.is_file():
         metrics = read_artifact(folder.held_out_scores, Metrics)
         tolerance_mm = metrics.tolerance_mm
-        scores["final"] = {
-            metric: {
-                case.case_id: {name: float(getattr(score, metric)) for name, score in case.classes.items()}
-                for case in metrics.cases
-            }
-            for metric in FINAL_METRICS
-        }
+        scores["final"] = final_scores(metrics)
     if record.validation:
         scores["training"] = {
             "dice": {
@@ -240,6 +198,17 @@ def _read_scores(folder: RunFolder, record: RunRecord) -> tuple[dict[ScoreSource
             }
         }
     return scores, tolerance_mm
+
+
+def final_scores(metrics: Metrics) -> ScoreTable:
+    """Those of an evaluation that are compared."""
+    return {
+        metric: {
+            case.case_id: {name: float(getattr(score, metric)) for name, score in case.classes.items()}
+            for case in metrics.cases
+        }
+        for metric in FINAL_METRICS
+    }
 
 
 def _patients(options: Mapping[str, Any], cases: set[str]) -> dict[str, str]:

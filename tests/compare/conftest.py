@@ -71,12 +71,14 @@ def write_run(make_plan: Callable[..., Plan], tmp_path: Path) -> WriteRun:
         loss: float = 1.0,
         is_finished: bool = True,
         record: Mapping[str, Any] | None = None,
+        splits: Splits | None = None,
         **options: Any,
     ) -> Path:
         folder, plan = RunFolder(tmp_path / name), plan or make_plan()
         config = TrainConfig(plan="p", store="s", run_dir=str(folder.path), **options)
-        splits = Splits(seed=0, folds=(Fold(train=("x",), validation=CASES),))
-        folder.begin(plan, splits, config)
+        folder.begin(
+            plan, splits or Splits(seed=0, folds=(Fold(train=("x",), validation=tuple(dice or CASES)),)), config
+        )
         table = MetricsTable(folder.metrics, class_names=CLASSES)
         for epoch in range(1, epochs + 1):
             table.append(
@@ -104,7 +106,9 @@ def write_run(make_plan: Callable[..., Plan], tmp_path: Path) -> WriteRun:
     return write
 
 
-def _write_final_scores(run: Path, dice: Mapping[str, Mapping[str, float]], *, tolerance_mm: float = 1.0) -> None:
+def _write_final_scores(
+    run: Path, dice: Mapping[str, Mapping[str, float]], *, tolerance_mm: float = 1.0, path: Path | None = None
+) -> None:
     rest = dict.fromkeys(("iou", "nsd", "assd_mm", "volume_error_ml", "relative_volume_error"), 0.5)
     volumes = {"prediction_ml": 1.0, "reference_ml": 1.0}
     scores = [
@@ -119,7 +123,7 @@ def _write_final_scores(run: Path, dice: Mapping[str, Mapping[str, float]], *, t
     ]
     labels = {name: index for index, name in enumerate(CLASSES, start=1)}
     metrics = make_metrics(scores, labels=labels, tolerance_mm=tolerance_mm, failures={})
-    write_metrics(run / "validation" / "metrics.json", metrics)
+    write_metrics(path or run / "validation" / "metrics.json", metrics)
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def test_final_scores_are_taken_where_every_run_has_them_and_never_mixed_with_th
     assert found.source == "training"
     assert "final scores are missing in c" in found.source_note
     assert compare(*runs[:2], scores="training").source == "training"
-    with pytest.raises(InputError, match=r"no validation/metrics\.json: c"):
+    with pytest.raises(InputError, match=r"no final scores \(metrics\.json\): c"):
         compare(*runs, scores="final")
 
 
@@ -279,12 +279,13 @@ def test_a_folder_that_is_no_run_or_is_damaged_is_one_clear_line(
     runs = [write_run(name, dice=make_dice()) for name in ("a", "b")]
     spoil(runs[1])
     out = tmp_path / "c.html"
-    out.write_text("kept")
+    kept = "<title>a page of before · voxfit compare</title>"
+    out.write_text(kept)
     assert main(["compare", *map(str, runs), "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert out.read_text() == "kept"
+    assert out.read_text() == kept
 
 
 def test_a_run_given_twice_and_a_page_among_the_files_of_a_run_are_refused(

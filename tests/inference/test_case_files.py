@@ -201,7 +201,7 @@ def test_memory_that_is_not_enough_alone_either_is_a_failure_of_that_case(
     predictor.__class__ = Short
     with pytest.raises(CasesFailedError) as caught:
         predict_files(predictor, find_inputs(tmp_path / "in"), tmp_path / "out")
-    assert caught.value.failures == {"case_1": "MemoryError: far too large"}
+    assert caught.value.failures == {"case_1": "memory ran out: far too large"}
     assert sorted(path.name for path in (tmp_path / "out").glob("*.*")) == ["case_0.nii.gz", "case_2.nii.gz"]
 
 

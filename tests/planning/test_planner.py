@@ -17,7 +17,7 @@ from pipeline.datasets.fingerprint import Fingerprint
 from pipeline.errors import InputError
 from pipeline.plan import Execution, Plan
 from pipeline.planning.budget import CONTEXT_BYTES, estimate_overhead_bytes
-from pipeline.planning.candidates import patch_candidates
+from pipeline.planning.candidates import fallback_patches, patch_candidates
 from pipeline.planning.explain import describe_plan
 from pipeline.planning.ladder import list_fallbacks
 from pipeline.planning.planner import make_plan, normalization_scheme
@@ -149,7 +149,20 @@ def test_no_fallback_is_listed_or_metered_where_nothing_much_is_left_to_save(fin
     meter = RungMeter(config=tiny_config(), in_channels=1, num_classes=3, spacing=(1.0, 1.0, 1.0))
     chosen = meter.families((16, 24, 16), 1)[0][0]
     assert list_fallbacks(meter, chosen) == ()
-    assert [way for family in meter.families((16, 24, 16), 1) for way in family if meter.is_known(way)] == [chosen]
+    assert len(meter._known) == 1
+
+
+def test_of_fallback_patches_that_save_too_little_only_the_smallest_is_metered(fingerprint_of: FingerprintOf) -> None:
+    meter = RungMeter(config=tiny_config(), in_channels=1, num_classes=3, spacing=(1.0, 1.0, 1.0))
+    chosen = meter.families((64, 64, 64), 1)[0][0]
+    fallbacks = list_fallbacks(meter, chosen)
+    assert fallbacks
+    leanest = fallbacks[-1]
+    network = meter.network_plan(chosen.patch_size)
+    patches = list(fallback_patches(leanest.patch_size, network.total_stride))
+    known = {step[1] for step in meter._known}
+    assert leanest.patch_size == chosen.patch_size
+    assert known == {chosen.patch_size, patches[-1]} != {chosen.patch_size, *patches}
 
 
 def test_offload_is_named_with_the_host_memory_that_it_takes(fingerprint_of: FingerprintOf) -> None:

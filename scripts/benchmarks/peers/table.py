@@ -101,7 +101,7 @@ def _compared(cells: Cells) -> Iterator[tuple[str, Cells, list[Cells]]]:
     if longer:
         yield ", voxfit by its recipe for long trainings", longer, mirrored
     if any(unmirrored):
-        yield ", peers trained without mirroring", usual or longer, unmirrored
+        yield ", peers trained without mirroring", usual, unmirrored
 
 
 def _gain(voxfit: Cells, nnunet: Cells, mirroring: str) -> str:
