@@ -89,7 +89,8 @@ def run(options: argparse.Namespace) -> None:
     for cell in order_cells(options):
         if cell.side not in (options.train or SIDES) and not result_path(cell, sides[cell.side], work).exists():
             continue
-        results["cells"].append(do_cell(cell, sides[cell.side], cases, options))
+        # The same training may have been kept under another name of its side.
+        results["cells"].append(do_cell(cell, sides[cell.side], cases, options) | {"side": cell.side})
         print(describe_cell(results["cells"][-1]), flush=True)
         write_results(out, name, results)
     print(out)
