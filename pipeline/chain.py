@@ -145,10 +145,10 @@ def _prepare(config: RunConfig, work: WorkFiles, check: Callable[[], None]) -> d
 
 def _assess(config: RunConfig, fit: FitResult, network: nn.Module | None) -> tuple[RunResult, dict[str, str]]:
     """Predict the held-out cases on their own grids, score them, write the report; with the cases that failed."""
-    from pipeline.datasets.splits import Splits
+    from pipeline.datasets.splits import Splits, select_fold
 
     files, hardware = RunFiles(fit.run_dir), config.train.hardware
-    held_out = read_artifact(files.splits, Splits).folds[int(config.fold)].validation
+    held_out = select_fold(read_artifact(files.splits, Splits), config.fold).validation
     prediction = PredictConfig(
         run_dir=str(files.path),
         input=config.dataset,

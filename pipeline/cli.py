@@ -17,15 +17,6 @@ from typing import Any, NamedTuple, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline import config as options
-from pipeline.config import (
-    CompareConfig,
-    DoctorConfig,
-    ExportConfig,
-    PostprocessConfig,
-    PredictConfig,
-    SlurmConfig,
-    StatusConfig,
-)
 from pipeline.config.checks import Checked
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
 from pipeline.log import configure_logging
@@ -50,20 +41,22 @@ COMMANDS = {
     "plan": Command(options.PlanConfig, "pipeline.api:plan", "pipeline.planning.explain:describe_plan"),
     "preprocess": Command(options.PreprocessConfig, "pipeline.api:preprocess"),
     "train": Command(options.TrainConfig, "pipeline.api:train"),
-    "status": Command(StatusConfig, "pipeline.api:status", "pipeline.status:describe_status"),
-    "predict": Command(PredictConfig, "pipeline.api:predict"),
+    "status": Command(options.StatusConfig, "pipeline.api:status", "pipeline.status:describe_status"),
+    "predict": Command(options.PredictConfig, "pipeline.api:predict"),
     "evaluate": Command(
         options.EvaluateConfig, "pipeline.api:evaluate", "pipeline.evaluation.explain:describe_metrics"
     ),
     "compare": Command(
-        CompareConfig, "pipeline.api:compare", "pipeline.evaluation.comparison_table:describe_comparison"
+        options.CompareConfig, "pipeline.api:compare", "pipeline.evaluation.comparison_table:describe_comparison"
     ),
     "postprocess": Command(
-        PostprocessConfig, "pipeline.api:postprocess", "pipeline.inference.postprocess:describe_postprocessing"
+        options.PostprocessConfig, "pipeline.api:postprocess", "pipeline.inference.postprocess:describe_postprocessing"
     ),
-    "export": Command(ExportConfig, "pipeline.api:export"),
-    "doctor": Command(DoctorConfig, "pipeline.api:doctor", "pipeline.doctor.explain:describe_examination"),
-    "slurm": Command(SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"),
+    "export": Command(options.ExportConfig, "pipeline.api:export"),
+    "doctor": Command(options.DoctorConfig, "pipeline.api:doctor", "pipeline.doctor.explain:describe_examination"),
+    "slurm": Command(
+        options.SlurmConfig, "pipeline.job_scripts:slurm", "pipeline.job_scripts.writing:describe_job_scripts"
+    ),
 }
 
 

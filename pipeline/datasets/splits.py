@@ -93,6 +93,22 @@ def patients_by_pattern(case_ids: Sequence[str], pattern: str) -> dict[str, str]
     return found
 
 
+def select_fold(splits: Splits, fold: int | str) -> Fold:
+    """The fold by number, or for "all" every case for training and none for validation.
+
+    Raises:
+        InputError: There is no such fold.
+    """
+    if fold == "all":
+        return Fold(
+            train=tuple(sorted({case for each in splits.folds for case in (*each.train, *each.validation)})),
+            validation=(),
+        )
+    if not 0 <= int(fold) < len(splits.folds):
+        raise InputError(f"fold: the split has folds 0 to {len(splits.folds) - 1}, got {fold}", where="splits.json")
+    return splits.folds[int(fold)]
+
+
 def check_splits(splits: Splits, patients: Mapping[str, str]) -> None:
     """Check splits, perhaps edited by hand, against the cases that are there.
 

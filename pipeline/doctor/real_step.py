@@ -12,10 +12,10 @@ from typing import Any
 
 from pipeline.artifacts import read_artifact, to_json
 from pipeline.config import DoctorConfig, TrainConfig
-from pipeline.datasets.splits import Splits
+from pipeline.datasets.splits import Splits, select_fold
 from pipeline.doctor.apart import ApartError, run_apart
 from pipeline.doctor.parts import ANSWER, PARTS, Part, ReadRequest, TrainRequest, WholeJob
-from pipeline.errors import InputError, in_words
+from pipeline.errors import in_words
 from pipeline.log import get_logger
 from pipeline.plan import Plan
 from pipeline.run_files import RunFiles
@@ -65,21 +65,12 @@ def take_step(config: TrainConfig, splits: Splits, work_dir: Path) -> RealStep:
     # The processes run in another folder.
     config = replace(config, plan=str(Path(config.plan).resolve()), store=str(Path(config.store).resolve()))
     store = CaseStore(Path(config.store))
-    typical = typical_case(store, _held_out(splits, config.fold) or store.case_ids)
+    typical = typical_case(store, select_fold(splits, config.fold).validation or store.case_ids)
     logger.info("reading a case, then sampling, training and validating for a few steps; nothing of it is kept")
     answers = [_read(ReadRequest(store=config.store, case_id=typical)), *_train(config, splits, typical, work_dir)]
     by_name = {answer.name: answer for answer in answers if isinstance(answer, Part)}
     parts = tuple(by_name.get(name, Part(name=name, problem=NOT_REACHED)) for name in PARTS)
     return RealStep(parts, next((answer for answer in answers if isinstance(answer, WholeJob)), None))
-
-
-def _held_out(splits: Splits, fold: int | str) -> tuple[str, ...]:
-    if not isinstance(fold, int):
-        return ()
-    if fold >= len(splits.folds):
-        what = f"fold: the split has folds 0 to {len(splits.folds) - 1}, got {fold}"
-        raise InputError(what, where="splits.json")
-    return splits.folds[fold].validation
 
 
 def typical_case(store: CaseStore, case_ids: Sequence[str]) -> str:

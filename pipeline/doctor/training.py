@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from pipeline.artifacts import read_artifact
 from pipeline.config import TrainConfig
-from pipeline.datasets.splits import Fold
+from pipeline.datasets.splits import Fold, select_fold
 from pipeline.doctor.apart import answering
 from pipeline.doctor.facts import in_seconds
 from pipeline.doctor.parts import ANSWER, Part, TrainRequest, WholeJob
@@ -32,7 +32,7 @@ from pipeline.training.epoch_report import peak_ram_bytes
 from pipeline.training.processes import PREFETCH_FACTOR
 from pipeline.training.rehearsal import STEPS, Rehearsal, rehearse_in
 from pipeline.training.settings import Settings, resolve_settings
-from pipeline.training.trainer import rehearsed, select_fold
+from pipeline.training.trainer import rehearsed
 
 # Batches that are timed once those are used up that were made ahead.
 LEAST_BATCHES = 8

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pipeline.artifacts import read_artifact
@@ -101,7 +102,7 @@ def _join(runs: Sequence[ComparedRun], folder: Path, num_folds: int) -> Compared
         precision=_told(run.precision for run in runs),
         max_epochs=first.max_epochs if len({run.max_epochs for run in runs}) == 1 else None,
         best_epoch=None,
-        best_dice=_known(lambda values: sum(values) / len(values), [run.best_dice for run in runs]),
+        best_dice=_known(fmean, [run.best_dice for run in runs]),
         seconds_per_step=_seconds_per_step(runs),
         wall_seconds=_known(sum, [run.wall_seconds for run in runs]),
         predicted_bytes=fullest.predicted_bytes,

@@ -52,7 +52,7 @@ def read_run(path: Path, name: str) -> ComparedRun:
     options = _read_options(folder.config)
     curves = _with_axes(read_curves(folder.metrics), record) if folder.metrics.is_file() else {}
     scores, tolerance_mm = _read_scores(folder, record)
-    held_out = set(held_out_by(folder, record))
+    held_out = set(_held_out_by(folder, record))
     return ComparedRun(
         name=name,
         folder=str(path),
@@ -80,7 +80,7 @@ def read_run(path: Path, name: str) -> ComparedRun:
     )
 
 
-def held_out_by(folder: RunFolder, record: RunRecord) -> tuple[str, ...]:
+def _held_out_by(folder: RunFolder, record: RunRecord) -> tuple[str, ...]:
     """The cases that a run was not trained on; none where it was trained on all, or its folds are gone."""
     if not isinstance(record.fold, int) or not folder.splits.is_file():
         return ()

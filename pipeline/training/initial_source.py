@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts import read_artifact
-from pipeline.datasets.splits import Splits
+from pipeline.datasets.splits import Splits, select_fold
 from pipeline.errors import InputError
 from pipeline.geometry import format_spacing
 from pipeline.networks.weights import has_averaged, hash_weights, load_checkpoint, weights_of
@@ -120,10 +120,7 @@ def _trained_on(run: RunFolder) -> frozenset[str]:
     record = run.read_record()
     if record is None or not run.splits.is_file():
         return frozenset()
-    splits = read_artifact(run.splits, Splits)
-    if record.fold == "all":
-        return frozenset(case for fold in splits.folds for case in (*fold.train, *fold.validation))
-    return frozenset(splits.folds[record.fold].train)
+    return frozenset(select_fold(read_artifact(run.splits, Splits), record.fold).train)
 
 
 def network_differences(there: NetworkPlan, here: NetworkPlan) -> list[str]:

@@ -12,7 +12,7 @@ from time import monotonic
 from torch import nn
 
 from pipeline.config import TrainConfig
-from pipeline.datasets.splits import Fold, Splits
+from pipeline.datasets.splits import Fold, Splits, select_fold
 from pipeline.durations import parse_duration
 from pipeline.errors import InputError
 from pipeline.launching import run_in_processes
@@ -254,18 +254,6 @@ def rehearsed(
         _fit_together(plan, store_folder, splits, own, deepcopy(network), ranks or Ranks())
 
     return train
-
-
-def select_fold(splits: Splits, fold: int | str) -> Fold:
-    """The fold by number, or all cases for training and none for validation."""
-    if fold == "all":
-        return Fold(
-            train=tuple(sorted({case for each in splits.folds for case in (*each.train, *each.validation)})),
-            validation=(),
-        )
-    if not 0 <= int(fold) < len(splits.folds):
-        raise InputError(f"fold: the split has folds 0 to {len(splits.folds) - 1}, got {fold}", where="splits.json")
-    return splits.folds[int(fold)]
 
 
 def _check_cases(store_folder: Path, fold: Fold) -> None:

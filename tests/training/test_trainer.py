@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import read_artifact
 from pipeline.config import AugmentationConfig, OptimConfig
-from pipeline.datasets.splits import Fold, Splits
+from pipeline.datasets.splits import Fold, Splits, select_fold
 from pipeline.errors import InputError, StoppedError
 from pipeline.networks.norms import replace_batchnorm
 from pipeline.networks.unet import UNet
@@ -21,7 +21,7 @@ from pipeline.networks.weights import read_weights
 from pipeline.plan import Plan
 from pipeline.run_record import Counts
 from pipeline.training.run_folder import RunFolder
-from pipeline.training.trainer import fit_fold, select_fold
+from pipeline.training.trainer import fit_fold
 
 COLUMNS = (
     "epoch,iteration,optimizer_step,seconds,data_wait_share,peak_vram_bytes,peak_ram_bytes,lr,train_loss,"

@@ -21,11 +21,10 @@ from peers.processes import Runner
 from peers.ratios import peer_versions
 from peers.raw_dataset import FOLD, Cases, make_cases
 from peers.schedule import Pace, Schedule, fit_schedule
-from peers.sides import LONG, UNMIRRORED, Side, Training
+from peers.sides import LONGER, UNMIRRORED, Side, Training
 from peers.voxfit_side import VoxfitSide
 from pipeline.artifacts import write_text
 
-LONGER = f"voxfit{LONG}"
 SIDES = ("voxfit", "nnunet", "monai", f"nnunet{UNMIRRORED}", f"monai{UNMIRRORED}", LONGER)
 # Those that make a plan of their own; MONAI's networks are those of voxfit's plan.
 PLANNERS = ("voxfit", LONGER, "nnunet")

@@ -9,11 +9,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from peers.sides import LONG, UNMIRRORED
+from peers.sides import LONGER, UNMIRRORED
 
 SIDES = {
     "voxfit": ("voxfit", "#0072b2", "o", "-"),
-    f"voxfit{LONG}": ("voxfit, for long trainings", "#0072b2", "D", ":"),
+    LONGER: ("voxfit, for long trainings", "#0072b2", "D", ":"),
     "nnunet": ("nnU-Net", "#d55e00", "s", "-"),
     f"nnunet{UNMIRRORED}": ("nnU-Net, no mirroring", "#d55e00", "s", ":"),
     "monai": ("MONAI", "#767676", "^", "-"),
@@ -43,7 +43,7 @@ def draw_accuracy(cells: list[dict[str, Any]], path: Path) -> None:
             points = points_of(cells, side)
             if points:
                 # A single point has no line that tells it from others.
-                face = "white" if side.endswith((UNMIRRORED, LONG)) else color
+                face = "white" if side == LONGER or side.endswith(UNMIRRORED) else color
                 style = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": line}
                 axes.plot(*zip(*points, strict=True), **style, label=name)
         axes.set_xlabel("training time on the same CPUs (minutes)")

@@ -18,11 +18,11 @@ from peers.monai_side import MonaiSide
 from peers.nnunet_side import NnunetSide
 from peers.ratios import median_and_range, peer_versions
 from peers.raw_dataset import Cases, make_cases
-from peers.sides import Side, write_request
+from peers.sides import NAMES, Side, write_request
 from pipeline.datasets.splits import Fold
 
 HERE = Path(__file__).parent
-SIDES = ("voxfit", "nnunet", "monai")
+SIDES = tuple(NAMES)
 
 
 def add_parser(commands: Any) -> None:

@@ -12,10 +12,12 @@ from peers.processes import Runner, Usage
 from peers.raw_dataset import Cases
 from peers.schedule import Pace, Schedule
 
+# Who is compared, as people call them.
+NAMES = {"voxfit": "voxfit", "nnunet": "nnU-Net", "monai": "MONAI"}
 # What the name of a peer ends with when it was trained without mirroring.
 UNMIRRORED = "-unmirrored"
-# What voxfit's name ends with when it was trained by its recipe for long trainings.
-LONG = "-long"
+# voxfit trained by its recipe for long trainings.
+LONGER = "voxfit-long"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from typing import Any
 from places import RESULTS
 
 from peers.figure import draw_accuracy
-from peers.sides import LONG, UNMIRRORED
+from peers.sides import LONGER, NAMES, UNMIRRORED
 from peers.training_step import NNUNET, OURS
 
-NAMES = {"voxfit": "voxfit", "nnunet": "nnU-Net", "monai": "MONAI"}
 DATE = "????-??-??"
 # Results on a second dataset by the tag in their names.
 TAGGED = {"sts": "Sarcoma CT"}
@@ -92,7 +91,7 @@ def accuracy_rows(found: dict[str, Any]) -> Iterator[Row]:
 
 def _compared(cells: Cells) -> Iterator[tuple[str, Cells, list[Cells]]]:
     """What is put beside what, of one budget: what is said of it, voxfit's cells and those of each peer."""
-    usual, longer = (_of(cells, f"voxfit{ending}") for ending in ("", LONG))
+    usual, longer = (_of(cells, side) for side in ("voxfit", LONGER))
     mirrored, unmirrored = (
         [_of(cells, f"{peer}{ending}") for peer in ("nnunet", "monai")] for ending in ("", UNMIRRORED)
     )
