@@ -96,7 +96,9 @@ def _kernels() -> dict[str, Kernel]:
 
 
 def _registered(key: str) -> set[str]:
-    return {name.removeprefix("aten::") for name in torch._C._dispatch_get_registrations_for_dispatch_key(key)}
+    """Torch's own operators with a kernel there; torchvision and others bring theirs, which stay as they are."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return {name.removeprefix("aten::") for name in names if name.startswith("aten::")}
 
 
 def _exists(name: str) -> bool:

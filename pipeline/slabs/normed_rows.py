@@ -248,9 +248,9 @@ class _ChannelwiseLine:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Rows (B, C, n, J, K) -> a new tensor like them."""
-        line = torch.nn.functional.batch_norm(
-            _flat(rows), self._zero, self._one, self.factor, self.summand, training=False, eps=0.0
-        )
+        # The operator itself: `torch.nn.functional.batch_norm` of some releases refuses the eps of 0.
+        statistics = self._zero, self._one
+        line = torch.batch_norm(_flat(rows), self.factor, self.summand, *statistics, False, 0.0, 0.0, False)
         return line.view(rows.shape)
 
 

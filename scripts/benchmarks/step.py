@@ -115,6 +115,8 @@ def make_step(variant: Variant, plan: NetworkPlan, args: argparse.Namespace) -> 
     """A function that takes one whole optimiser step."""
     torch.manual_seed(0)
     device = args.device
+    # On a GPU both trainers let cuDNN choose its kernels by trying them.
+    torch.backends.cudnn.benchmark = True
     network, loss = _network_and_loss(variant, plan, args)
     network = network.to(device)
     images = torch.randn(args.batch_size, args.channels, *args.patch_size, device=device)

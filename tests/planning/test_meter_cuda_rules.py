@@ -41,6 +41,19 @@ def test_every_operator_that_torch_knows_for_cuda_autocast_is_in_one_list() -> N
     assert {name.removeprefix("aten::") for name in registered} <= set(names) | NOT_IN_LISTS
 
 
+def test_kernels_that_other_libraries_register_for_autocast_are_left_alone() -> None:
+    """Torchvision registers some at import, which any tracker or metric may do."""
+    library = torch.library.Library("of_another_library", "FRAGMENT")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: (2 * x).to(torch.float16), "AutocastCPU")
+    try:
+        with cuda_autocast_rules(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.ops.of_another_library.twice(half(2, 4)).dtype == torch.float16
+            assert half(2, 4).sum().dtype == torch.float32
+    finally:
+        library._destroy()
+
+
 OPERATORS: dict[str, tuple[Callable[[], Tensor], torch.dtype, torch.dtype]] = {
     # An operator, its result's dtype under the CPU's rules and under CUDA's.
     "group norm": (lambda: F.group_norm(half(1, 4, 4, 4, 4), 2), torch.bfloat16, torch.float32),

@@ -115,6 +115,7 @@ def make_step(request: dict[str, Any]) -> Callable[[], float]:
     """
     torch.set_num_threads(request["num_threads"])
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
     device, features, patch = request["device"], tuple(request["features"]), request["patch_size"]
     network = make_network(request["num_classes"], features, request["in_channels"]).to(device)
     images = torch.randn(request["batch_size"], request["in_channels"], *patch, device=device)
