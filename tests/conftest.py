@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from pipeline.geometry import Grid
@@ -30,6 +31,9 @@ from pipeline.synthetic_dicom import (
 )
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels of GPUs are interpreted where there is none, which Triton decides when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell starts what it runs in the background with Ctrl-C ignored; trainings of these tests are sent it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -30,6 +30,7 @@ LAYERS = [
     {"launching", "prediction_record", "run_record", "store", "synthetic", "synthetic_dicom", "datasets"},
     {"preprocessing", "status"},
     {"slabs"},
+    {"kernels"},
     {"networks", "losses", "sampling"},
     {"planning", "inference", "evaluation"},
     {"training"},

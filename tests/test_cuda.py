@@ -15,6 +15,7 @@ from pipeline.inference.case_context import CaseContext, case_context
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.window_batch import MOST_WINDOWS_ON_GPU, set_window_batch
 from pipeline.io.volume import Volume
+from pipeline.kernels import availability
 from pipeline.losses.dice_ce import DiceCELoss
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.norms import GroupNorm
@@ -79,6 +80,34 @@ def test_norms_of_a_network_leave_no_float32_activation_under_autocast() -> None
     with torch.autocast("cuda", torch.bfloat16):
         network(torch.randn(1, 1, *SHAPE, device="cuda"))
     assert seen <= {torch.bfloat16, None}
+
+
+def test_activations_of_a_network_are_channels_last_from_the_first_convolution_on() -> None:
+    network, found = UNet(1, 3, NETWORK).cuda(), []
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d) and module.out_channels > 3:
+            module.register_forward_hook(lambda _module, _inputs, output: found.append(output.stride(1) == 1))
+    with torch.autocast("cuda", torch.bfloat16):
+        network(torch.randn(2, 1, *SHAPE, device="cuda"))
+    assert found
+    assert all(found)
+
+
+@pytest.mark.parametrize("num_classes", [3, 60])
+def test_a_network_in_torch_s_own_kernels_has_the_same_loss_and_gradients(
+    num_classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    image, target = torch.randn(2, 1, *SHAPE).cuda(), torch.randint(-1, num_classes, (2, *SHAPE)).cuda()
+    network = UNet(1, num_classes, NETWORK, fused_head=True).cuda()
+    assert availability.serves(image)
+    in_triton = gradients(network, image, target, bf16=False)
+    network.zero_grad()
+    monkeypatch.setattr(availability, "_works", lambda _device: False)
+    expected = gradients(network, image, target, bf16=False)
+    for name, gradient in in_triton.items():
+        tolerance = 1e-3 * float(expected[name].abs().max()) + 1e-12
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance)
 
 
 # ---- loss
@@ -228,20 +257,30 @@ def test_recomputed_gradients_are_the_plain_ones(bf16: bool, monkeypatch: pytest
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("offload_stages", [0, 1, 2])
-def test_gradients_of_a_step_in_slabs_are_the_plain_ones(
+def test_gradients_of_a_step_in_slabs_are_as_exact_as_the_plain_ones(
     bf16: bool, offload_stages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Both round differently, and bf16 leaves few digits of the first weights' gradient, a sum that nearly cancels."""
     monkeypatch.setattr(slab_store, "SLAB_BYTES", 1)
     monkeypatch.setattr(slab_store, "SMALLEST_SLAB_ROWS", 2)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     image, target = torch.randn(2, 1, *SHAPE).cuda(), torch.randint(0, 3, (2, *SHAPE)).cuda()
-    plain = UNet(1, 3, NETWORK).cuda()
+    exact, plain = UNet(1, 3, NETWORK).cuda().double(), UNet(1, 3, NETWORK, fused_head=True).cuda()
     slabs = UNet(1, 3, NETWORK, slab_stages=2, offload_stages=offload_stages, fused_head=True).cuda()
-    slabs.load_state_dict(plain.state_dict())
-    expected, found = (gradients(network, image, target, bf16=bf16) for network in (plain, slabs))
-    for name, gradient in found.items():
-        tolerance = (0.05 if bf16 else 1e-4) * float(expected[name].abs().max()) + 1e-12
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance)
+    for network in (exact, slabs):
+        network.load_state_dict(plain.state_dict())
+    expected = gradients(exact, image.double(), target, bf16=False)
+    of_plain, of_slabs = (
+        relative_error(gradients(network, image, target, bf16=bf16), expected) for network in (plain, slabs)
+    )
+    assert of_slabs < 1.25 * of_plain + 1e-4
+    assert of_plain < (0.3 if bf16 else 1e-4)
+
+
+def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of all gradients together."""
+    distance = sum(float((found[name].double() - value).square().sum()) for name, value in expected.items())
+    return (distance / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
 
 
 def peak_bytes(shape: tuple[int, ...], **rung: int) -> int:

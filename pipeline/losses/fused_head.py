@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.losses.chunks import split_voxels, without_repeats
+from pipeline.losses.gpu_head import gpu_head, gpu_head_loss
 from pipeline.losses.terms import Slopes, Sums, Terms, finish, loss_dtype
 from pipeline.slabs.backward import first_derivative_only, take_once
 from pipeline.slabs.dtypes import compute_dtype, without_autocast
@@ -34,6 +35,9 @@ def fused_head_loss(pending: PendingLogits, target: Tensor, terms: Terms) -> Ten
         target: (B, I, J, K') class indices of any integer dtype.
         terms: What voxels add to the loss.
     """
+    on_gpu = gpu_head(pending, terms)
+    if on_gpu is not None:
+        return gpu_head_loss(pending, target, on_gpu, terms)
     features = pending.features
     return _FusedHead.apply(features.handle, pending.weight, pending.bias, target, features, terms)
 
@@ -148,7 +152,7 @@ class _Backward:
 
     def _through_rows(self, block: Tensor, target: Tensor, *, of_head: bool) -> Tensor:
         """The gradient of a block of features (B, C, n, J, K') with target (B, n, J, K')."""
-        gradient = torch.empty_like(block, memory_format=torch.contiguous_format)
+        gradient = torch.empty_like(block, memory_format=_memory_format(block))
         flat, flat_gradient, flat_target = block.flatten(2), gradient.view(*block.shape[:2], -1), target.flatten(1)
         for voxels in self.head.split(flat):
             chunk = flat[:, :, voxels].to(self.head.weight.dtype)
@@ -167,6 +171,11 @@ class _Backward:
     def _add_head(self, features: Tensor, by_logits: Tensor) -> None:
         self.by_weight += torch.bmm(by_logits, features.mT).sum(0, dtype=self.by_weight.dtype)
         self.by_bias += by_logits.sum(2, dtype=self.by_bias.dtype).sum(0)
+
+
+def _memory_format(block: Tensor) -> torch.memory_format:
+    """Of a block (B, C, n, J, K') of either format, whose voxels can be taken as one axis in both."""
+    return torch.channels_last_3d if block.stride(1) == 1 < block.shape[1] else torch.contiguous_format
 
 
 def _split_rows(features: Rows) -> list[slice]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.kernels.availability import serves
+from pipeline.kernels.group_norm import channels_last
 from pipeline.networks.blocks import DecoderStage, Head, make_encoder_stage
 from pipeline.networks.recompute import recompute
 from pipeline.networks.slab_stages import run_in_slabs
@@ -127,6 +129,8 @@ class UNet(nn.Module):
         Returns:
             The activation of decoder stage `first`, and the outputs of the heads from there on down.
         """
+        if serves(x):
+            x = channels_last(x)
         skips = []
         for index, stage in enumerate(self.encoder[first:], start=first):
             # What comes from stages in slabs is convolved already.

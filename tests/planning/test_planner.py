@@ -282,7 +282,7 @@ def test_cases_without_voxels_to_train_on_are_one_clear_error(
 
 def test_nothing_fits_is_an_error_that_lists_the_smallest_patches(fingerprint_of: FingerprintOf) -> None:
     with pytest.raises(
-        InputError, match=r"vram: no patch fits into 0\.6 GiB.*16 x 16 x 16 \(.*needs 0\.60[1-9] GiB"
+        InputError, match=r"vram: no patch fits into 0\.85 GiB.*16 x 16 x 16 \(.*needs 0\.85[1-9] GiB"
     ) as caught:
         make_plan(fingerprint_of((20, 24, 16)), tiny_config(), budget_bytes=CONTEXT_BYTES + 1024)
     assert "\n" not in str(caught.value)
