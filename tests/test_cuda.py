@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import AugmentationConfig
+from pipeline.doctor.gpu import find_devices
 from pipeline.inference.case_context import CaseContext, case_context
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.window_batch import MOST_WINDOWS_ON_GPU, set_window_batch
@@ -108,6 +109,11 @@ def test_a_network_in_torch_s_own_kernels_has_the_same_loss_and_gradients(
     for name, gradient in in_triton.items():
         tolerance = 1e-3 * float(expected[name].abs().max()) + 1e-12
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance)
+
+
+def test_the_doctor_finds_triton_or_says_why_not() -> None:
+    *_, fact = find_devices()
+    assert (fact.name, fact.value, fact.advice) == ("Triton", True, "")
 
 
 # ---- loss

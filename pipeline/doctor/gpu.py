@@ -95,6 +95,19 @@ def find_devices() -> Iterator[Fact]:
         facts = {"name": device.name, "total_bytes": total, "free_bytes": free, "compute_capability": capability}
         text = f"{device.name}, {format_bytes(free)} free of {format_bytes(total)}, compute capability {capability}"
         yield Fact(name=f"GPU {number}", text=text, value=facts, advice=advice)
+    yield find_triton()
+
+
+def find_triton() -> Fact:
+    """Whether the first GPU runs the kernels of this project."""
+    import torch
+
+    from pipeline.kernels.availability import reason_against
+
+    reason = reason_against(torch.device("cuda", 0))
+    fix = "it comes with torch's CUDA build on Linux and needs a C compiler (gcc) and a home folder to write to"
+    advice = f"training and prediction are slower: {reason}; {fix}" if reason else ""
+    return Fact(name="Triton", text="does not work" if reason else "works", value=not reason, advice=advice)
 
 
 def answer_facts(answers: TextIO) -> None:

@@ -24,7 +24,15 @@ def serves(x: Tensor) -> bool:
 
 @cache
 def _works(device: torch.device) -> bool:
-    """Whether a first norm comes out right there; torch's own kernels serve otherwise, and the log says why."""
+    """Whether the kernels run there; torch's own serve otherwise, and the log says why."""
+    reason = reason_against(device)
+    if reason:
+        log.warning("this GPU runs torch's own, slower kernels: %s", reason)
+    return not reason
+
+
+def reason_against(device: torch.device) -> str:
+    """Why the kernels do not run on a GPU, after a first norm there; "" where it comes out right."""
     from pipeline.kernels.group_norm import group_norm
 
     x = torch.linspace(-3, 3, 2 * 6 * 5 * 3 * 7, device=device).view(2, 6, 5, 3, 7).sin()
@@ -33,10 +41,6 @@ def _works(device: torch.device) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        log.warning("this GPU runs torch's own, slower kernels, as Triton does not work here: %s", in_words(error))
-        return False
-    expected = F.leaky_relu(F.group_norm(x, 3), 0.01)
-    if not torch.allclose(found, expected, atol=1e-4):
-        log.warning("this GPU runs torch's own, slower kernels, as what Triton makes is wrong here")
-        return False
-    return True
+        return f"Triton does not work here ({in_words(error)})"
+    is_right = torch.allclose(found, F.leaky_relu(F.group_norm(x, 3), 0.01), atol=1e-4)
+    return "" if is_right else "what Triton computes here is wrong"

@@ -161,7 +161,10 @@ def _slopes(slopes, label, num_classes):
 
 @triton.jit
 def _targets(target, head, voxel, stop, size):
-    """Class of each voxel, 1 where it counts and else 0, and the weight of its cross entropy; (voxels,) each."""
+    """Class of each voxel, 1 where it counts and else 0, and the weight of its cross entropy; (voxels,) each.
+
+    The weight of what is no class is not a number, so that neither is the loss.
+    """
     pointer, by_sample, by_voxel = target
     inside = voxel < stop
     found = tl.load(pointer + tl.program_id(1).to(tl.int64) * by_sample + voxel * by_voxel, mask=inside, other=0)
@@ -169,7 +172,8 @@ def _targets(target, head, voxel, stop, size):
     is_counted = inside & (found != size[4])
     own = tl.where(is_counted, found, 0)
     counts = is_counted.to(tl.float32)
-    return own, counts, counts * tl.load(head[2] + own).to(tl.float32)
+    weight = tl.load(head[2] + own, mask=(own >= 0) & (own < size[2]), other=float("nan"))
+    return own, counts, counts * weight.to(tl.float32)
 
 
 @triton.jit

@@ -107,10 +107,11 @@ def run_on_gpu(configuration: Configuration, num_steps: int = 3) -> dict[str, An
     seconds = 0.0
     try:
         step = make_step(Variant(configuration.kind.name, bf16=True, kind=configuration.kind), make_plan(), args)
-        for _ in range(num_steps):
+        for number in range(1, num_steps + 1):
             start = time.perf_counter()
             step()
             seconds = time.perf_counter() - start
+            print(f"{configuration.kind.name}: step {number} took {seconds:.2f} s", file=sys.stderr, flush=True)
         fits = True
     except torch.OutOfMemoryError:
         fits = False
@@ -172,6 +173,7 @@ def choose_headline(budget_bytes: int) -> tuple[Configuration, int]:
     for execution in HEADLINE_EXECUTIONS:
         configuration = Configuration(HEADLINE_PATCH, HEADLINE_CLASSES, _kind(execution))
         tried.append((configuration, predict(configuration)))
+        print(f"{configuration.kind.name}: {tried[-1][1] / GIB:.2f} GiB of tensors", file=sys.stderr, flush=True)
         if tried[-1][1] + estimate_overhead_bytes(tried[-1][1]) <= budget_bytes:
             return tried[-1]
     return min(tried, key=lambda pair: pair[1])

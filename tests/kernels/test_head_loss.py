@@ -80,6 +80,13 @@ def test_a_patch_without_a_voxel_that_counts_has_a_finite_loss_and_no_gradient(d
     assert all(torch.count_nonzero(gradient) == 0 for gradient in gradients)
 
 
+@pytest.mark.parametrize("label", [3, -2])
+def test_a_label_that_is_no_class_makes_the_loss_not_a_number(device, label):
+    inputs, target = make_inputs(device, 8, 3)
+    target[1, 2, 3, 4] = label
+    assert torch.isnan(loss_and_gradients(DiceCELoss().to(device), inputs, target)[0])
+
+
 def test_regions_and_heads_that_fit_no_program_take_the_other_way(device, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object) -> None:
         raise AssertionError
