@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pipeline.kernels.programs import block_of_program
+
 
 @triton.jit
 def add_up(
@@ -37,7 +39,7 @@ def add_up(
     Of each class overlap, probability and number of voxels, then the cross entropy and the weights it is divided by.
     """
     num_voxels, num_channels, num_classes, rows, _ = size
-    start, stop = _block(num_voxels, rows)
+    start, stop = block_of_program(num_voxels, rows)
     label = tl.arange(0, classes_a_tile)
     weight, bias = _weight_and_bias(head, size, x, channels_a_tile, classes_a_tile)
     overlap = tl.zeros((classes_a_tile,), tl.float32)
@@ -84,7 +86,7 @@ def differentiate(
     num_voxels, num_channels, num_classes, rows, _ = size
     head, slopes = head_and_slopes
     dx, by_weight, by_bias = results
-    start, stop = _block(num_voxels, rows)
+    start, stop = block_of_program(num_voxels, rows)
     label, channel = tl.arange(0, classes_a_tile), tl.arange(0, channels_a_tile)
     weight, bias = _weight_and_bias(head, size, x, channels_a_tile, classes_a_tile)
     own_slope, every_slope, entropy_slope = _slopes(slopes, label, num_classes)
@@ -113,13 +115,6 @@ def differentiate(
     tl.store(by_bias + program * num_classes + label, bias_sum, mask=is_class)
     by_weight += (program * num_classes + label[:, None]) * num_channels + channel[None, :]
     tl.store(by_weight, weight_sum, mask=is_class[:, None] & (channel < num_channels)[None, :])
-
-
-@triton.jit
-def _block(num_voxels, rows):
-    """First voxel of this program's block, and the one behind its last."""
-    start = tl.program_id(0).to(tl.int64) * rows
-    return start, tl.minimum(start + rows, num_voxels)
 
 
 @triton.jit

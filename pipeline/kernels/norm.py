@@ -17,12 +17,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pipeline.kernels.programs import block_of_program
+
 
 @triton.jit
 def sum_moments(x, moments, size, voxels_a_tile: tl.constexpr, channels_a_tile: tl.constexpr):
     """Mean of every block and its sum of squares around it, (N, blocks, 2, C) float32."""
     num_voxels, num_channels, _, rows, _ = size
-    start, stop = _block(num_voxels, rows)
+    start, stop = block_of_program(num_voxels, rows)
     channel = _channels(channels_a_tile)
     values, by_voxel = _columns(x, channel)
     is_channel = (channel < num_channels)[None, :]
@@ -96,7 +98,7 @@ def sum_gradients(x, dy, sums, norm, size, voxels_a_tile: tl.constexpr, channels
     (N, blocks, 2, C) float32.
     """
     num_voxels, num_channels, _, rows, _ = size
-    start, stop = _block(num_voxels, rows)
+    start, stop = block_of_program(num_voxels, rows)
     channel = _channels(channels_a_tile)
     values, by_voxel = _columns(x, channel)
     gradients, gradients_by_voxel = _columns(dy, channel)
@@ -159,13 +161,6 @@ def differentiate(x, dy, dx, norm, by_group, size, voxels_a_tile: tl.constexpr, 
     dz = tl.where(normal * factor + summand > 0, dz, dz * norm[3])
     gradient = rstd * (dz * factor - of_plain - normal * of_weighted)
     tl.store(results + voxel * results_by_voxel, gradient.to(dx[0].dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _block(num_voxels, rows):
-    """First voxel of this program's block, and the one behind its last."""
-    start = tl.program_id(0).to(tl.int64) * rows
-    return start, tl.minimum(start + rows, num_voxels)
 
 
 @triton.jit
