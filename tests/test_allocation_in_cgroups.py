@@ -238,7 +238,7 @@ def test_a_training_that_the_kernel_ends_for_its_memory_is_reported_by_the_docto
     voxfit = [sys.executable, "-m", "pipeline"]
     data = ["--dataset", str(ROOT / "data_samples" / "msd_blobs"), "--num_workers", "1"]
     plan = ["--plan", "plan.json", "--store", "store"]
-    small = ["--vram", "1GiB", "--base_features", "32", "--patch_size", "32", "32", "32", "--batch_size", "8"]
+    small = ["--vram", "1.25GiB", "--base_features", "32", "--patch_size", "32", "32", "32", "--batch_size", "8"]
     for command in (["plan", *data, *small, "--out", "plan.json"], ["preprocess", *data, *plan]):
         subprocess.run([*voxfit, *command], cwd=tmp_path, env=environment, check=True)
     set_memory(folder, 600 * MIB)

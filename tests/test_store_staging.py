@@ -109,8 +109,12 @@ def test_a_copy_that_is_killed_again_and_again_holds_whole_cases_only_and_gets_d
     monkeypatch.setattr(staging, "BLOCK_BYTES", 1 << 10)
     torn = 0
     for _ in range(200):
+        left = set(disk.rglob("*.partial.*"))
         process = in_process(lambda: stage_cases(store.folder, CASES, disk) and None)
-        sleep(moments.uniform(0, 0.02))
+        # A slow machine takes its time to start a process.
+        while process.is_alive() and not set(disk.rglob("*.partial.*")) - left:
+            sleep(0.001)
+        sleep(moments.uniform(0, 0.003))
         process.kill()
         process.join()
         kills += process.exitcode != 0

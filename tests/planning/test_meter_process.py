@@ -86,8 +86,14 @@ def test_a_leaner_step_above_one_gibibyte_takes_the_metered_bytes_of_its_process
     compare_with_process(precision, float32_size if precision == "32-true" else half_size, **options)
 
 
+def skip_bf16_without_hardware(precision: str) -> None:
+    if precision == "bf16-mixed" and not cpu_has_bfloat16():
+        pytest.skip("this CPU has no bfloat16, which takes other algorithms that no training is run in")
+
+
 def compare_with_process(precision: Any, size: Shape3, **options: int) -> None:
     """Sizes should be such that the process takes a little over 1 GiB."""
+    skip_bf16_without_hardware(precision)
     loss = DeepSupervisionLoss(DiceCELoss())
     memory = meter_step(
         UNet(1, 3, PLAN, **options), loss, patch_size=size, in_channels=1, precision=precision, device_type="cpu"
@@ -114,8 +120,7 @@ CONVOLUTIONS = [
 @needs_proc
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_convolutions_allocate_inside_is_what_a_process_takes_for_them(precision: str) -> None:
-    if precision == "bf16-mixed" and not cpu_has_bfloat16():
-        pytest.skip("this CPU has no bfloat16, which takes other algorithms that no training is run in")
+    skip_bf16_without_hardware(precision)
     # torch's own algorithms, which float32 takes for few channels and kernels of one voxel, copy channels last.
     last = [case for case in CONVOLUTIONS if case[2] > 1 and case[0] > 1]
     convolutions = [
