@@ -27,14 +27,6 @@ TILE_VALUES, MOST_CHANNELS = 4096, 64
 NUM_PROGRAMS = 1024
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """X (N, C, I, J, K) channels last, by its strides too where one channel makes both formats the same."""
-    if x.shape[1] == 1 and x.is_contiguous():
-        count = math.prod(x.shape[2:])
-        return x.as_strided(x.shape, (count, 1, *x.stride()[2:]))
-    return x.contiguous(memory_format=torch.channels_last_3d)
-
-
 def group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, *, eps: float, negative_slope: float = 1.0
 ) -> Tensor:

@@ -21,6 +21,12 @@ TILE_VALUES, MOST_VOXELS, LEAST = 4096, 128, 16
 NUM_PROGRAMS = 512
 
 
+def serves_head(features: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels take features (B, C, I, J, K') with a head of these weights (K, C)."""
+    num_classes, num_channels = weight.shape
+    return _padded(num_channels) * _padded(num_classes) <= MOST_WEIGHTS and serves(features)
+
+
 class Head(NamedTuple):
     """What the kernels need beside features and target.
 
@@ -35,11 +41,6 @@ class Head(NamedTuple):
     bias: Tensor
     class_weights: Tensor
     ignore_index: int
-
-    def serves(self, features: Tensor) -> bool:
-        """Whether the kernels take features (B, C, V) with this head."""
-        num_classes, num_channels = self.weight.shape
-        return _padded(num_channels) * _padded(num_classes) <= MOST_WEIGHTS and serves(features)
 
     def add_up(self, features: Tensor, target: Tensor) -> Tensor:
         """Sums over the voxels as (B, 3 K + 2) float64: overlap, predicted and reference, cross entropy, its weights.

@@ -1,7 +1,8 @@
-"""How kernels are given tensors: as a pointer and strides, with all voxels as one axis."""
+"""How kernels are given tensors: channels last, or as a pointer and strides with all voxels as one axis."""
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """The tensor's GPU as the one that kernels are started on; nothing for a CPU, where tests interpret them."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """X (N, C, I, J, K) channels last, by its strides too where one channel makes both formats the same."""
+    if x.shape[1] == 1 and x.is_contiguous():
+        count = math.prod(x.shape[2:])
+        return x.as_strided(x.shape, (count, 1, *x.stride()[2:]))
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def flat_voxels(x: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class _Backward:
 
     def _through_rows(self, block: Tensor, target: Tensor, *, of_head: bool) -> Tensor:
         """The gradient of a block of features (B, C, n, J, K') with target (B, n, J, K')."""
-        gradient = torch.empty_like(block, memory_format=_memory_format(block))
+        gradient = torch.empty_like(block, memory_format=torch.contiguous_format)
         flat, flat_gradient, flat_target = block.flatten(2), gradient.view(*block.shape[:2], -1), target.flatten(1)
         for voxels in self.head.split(flat):
             chunk = flat[:, :, voxels].to(self.head.weight.dtype)
@@ -171,11 +171,6 @@ class _Backward:
     def _add_head(self, features: Tensor, by_logits: Tensor) -> None:
         self.by_weight += torch.bmm(by_logits, features.mT).sum(0, dtype=self.by_weight.dtype)
         self.by_bias += by_logits.sum(2, dtype=self.by_bias.dtype).sum(0)
-
-
-def _memory_format(block: Tensor) -> torch.memory_format:
-    """Of a block (B, C, n, J, K') of either format, whose voxels can be taken as one axis in both."""
-    return torch.channels_last_3d if block.stride(1) == 1 < block.shape[1] else torch.contiguous_format
 
 
 def _split_rows(features: Rows) -> list[slice]:

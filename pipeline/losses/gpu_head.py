@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.kernels.head_loss import Head
+from pipeline.kernels.head_loss import Head, serves_head
 from pipeline.kernels.tensors import flat_voxels
 from pipeline.losses.softmax_terms import SoftmaxTerms
 from pipeline.losses.terms import Sums, Terms, finish
@@ -30,10 +30,10 @@ def gpu_head(pending: PendingLogits, terms: Terms) -> Head | None:
     """
     if not (isinstance(pending.features, WholeRows) and isinstance(terms, SoftmaxTerms)):
         return None
-    weights = terms.class_weights
-    weight, bias = pending.weight.detach().flatten(1), pending.bias.detach()
-    head = Head(weight, bias, torch.ones_like(bias) if weights is None else weights, terms.options.ignore_index)
-    return head if head.serves(pending.features.handle) else None
+    weight, bias, weights = pending.weight.detach().flatten(1), pending.bias.detach(), terms.class_weights
+    if not serves_head(pending.features.handle, weight):
+        return None
+    return Head(weight, bias, torch.ones_like(bias) if weights is None else weights, terms.options.ignore_index)
 
 
 def gpu_head_loss(pending: PendingLogits, target: Tensor, head: Head, terms: Terms) -> Tensor:

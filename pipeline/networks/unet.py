@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.kernels.availability import serves
-from pipeline.kernels.group_norm import channels_last
+from pipeline.kernels.tensors import channels_last
 from pipeline.networks.blocks import DecoderStage, Head, make_encoder_stage
 from pipeline.networks.recompute import recompute
 from pipeline.networks.slab_stages import run_in_slabs

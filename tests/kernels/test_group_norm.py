@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.kernels import group_norm as module
-from pipeline.kernels.group_norm import channels_last, group_norm
+from pipeline.kernels.group_norm import group_norm
+from pipeline.kernels.tensors import channels_last
 
 # Channels, groups, voxels: tiles that are full, that are cut off, and of a single voxel.
 SIZES = [
