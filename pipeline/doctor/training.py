@@ -73,11 +73,8 @@ def _sample(plan: Plan, fold: Fold, config: TrainConfig, settings: Settings) -> 
     try:
         num, seconds, first, batch_bytes = _time_batches(data, settings.processes.num_workers)
         peak = peak_ram_bytes()
-    except BaseException:
+    finally:
         data.end_workers()
-        raise
-    # With the last reference to them its workers are let go; those that are killed would be missed by torch.
-    del data
     patches, workers = num * settings.batch_size, settings.processes.num_workers
     left = ", augmentation on the GPU not included" if settings.augment_on_gpu else ""
     return Part(

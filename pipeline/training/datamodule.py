@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from pipeline.errors import VoxfitError
 from pipeline.sampling.augmentation import Augmentation
@@ -109,10 +110,9 @@ class PatchDataModule(pl.LightningDataModule):
         return loader
 
     def end_workers(self) -> None:
-        """End data workers that are still busy when a training is over: they ignore what torch ends them with."""
-        for worker in self._loader.workers if self._loader is not None else ():
-            if worker.is_alive():
-                worker.kill()
+        """End the data workers, however busy, when the training is over; they ignore what torch ends them with."""
+        if self._loader is not None:
+            self._loader.end_workers()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Raise the error of a data worker as it was."""
@@ -173,19 +173,33 @@ class _TimedLoader(DataLoader[Any]):
 
     Attributes:
         request: What a wait may be left for.
-        workers: Its processes.
     """
 
     # No arguments of its own: Lightning looks into the constructors of loaders.
     clock = WaitClock()
     request = StopRequest()
-    workers: Sequence[Any] = ()
+    _batches: Any = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with self.clock.running():
-            batches = super().__iter__()
-        self.workers = getattr(batches, "_workers", ())
-        return self._timed(batches)
+            self._batches = super().__iter__()
+        return self._timed(self._batches)
+
+    def end_workers(self) -> None:
+        """Kill the processes without torch taking that for an error of theirs, or waiting for locks that they held."""
+        batches, self._batches = self._batches, None
+        workers = getattr(batches, "_workers", ())
+        if not workers or batches._shutdown:
+            return
+        batches._shutdown = True
+        if hasattr(batches, "_pin_memory_thread_done_event"):
+            batches._pin_memory_thread_done_event.set()
+        # What torch's handler of SIGCHLD looks at: it would raise here, in place of what the training ends with.
+        _remove_worker_pids(id(batches))
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:

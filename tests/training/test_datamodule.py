@@ -3,8 +3,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -122,6 +126,37 @@ def test_a_data_worker_killed_while_it_hands_over_a_batch_is_said_in_one_line(er
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(InputError, match="a data worker was killed"), stops_as_errors(trainer, StopRequest()):
         raise error
+
+
+class FailsOnce(Dataset):
+    """An error for users in the first sample, and work without end in those after it."""
+
+    def __getitem__(self, index: int) -> dict:
+        if index == 0:
+            raise InputError("case_1 is damaged")
+        time.sleep(600)
+        return {}
+
+
+@contextmanager
+def closing_workers(data: PatchDataModule) -> Iterator[None]:
+    """End them on the way out, as a training does."""
+    try:
+        yield
+    finally:
+        data.end_workers()
+
+
+def test_workers_that_are_ended_while_they_work_do_not_hide_the_error_that_ends_a_training():
+    data = PatchDataModule(FailsOnce(), batch_size=1, iterations_per_epoch=8, num_workers=2)
+    before = set(psutil.Process().children())
+    batch = next(iter(data.train_dataloader()))
+    workers = set(psutil.Process().children()) - before
+    with pytest.raises(InputError, match="case_1 is damaged"), closing_workers(data):
+        data.on_before_batch_transfer(batch, 0)
+    assert len(workers) == 2
+    assert not any(worker.is_running() for worker in workers)
+    data.end_workers()
 
 
 class Fails(Dataset):
