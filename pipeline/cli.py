@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from pipeline import __version__
 from pipeline import config as options
 from pipeline.config.checks import Checked
 from pipeline.errors import CasesFailedError, InputError, StoppedError, VoxfitError
@@ -102,7 +102,7 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and its subparsers by command, made from the config dataclasses."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[Checked])
     parser = Parser(prog=PROGRAM, description=sys.modules["pipeline"].__doc__)
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version(PROGRAM)}")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subcommands = parser.add_subcommands()
     subparsers = {}
     for name, command in COMMANDS.items():

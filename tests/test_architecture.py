@@ -82,7 +82,7 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, "relative import"
             yield node.module or ""
             if node.module == "pipeline":
-                yield from (f"pipeline.{alias.name}" for alias in node.names)
+                yield from (f"pipeline.{alias.name}" for alias in node.names if alias.name != "__version__")
 
 
 def imports_when_loaded(tree: ast.Module) -> Iterator[str]:

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import site
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import __version__
 from pipeline.cli import main, parse
 from pipeline.config import DoctorConfig
 from pipeline.doctor import folders, gpu, machine, slurm_job
@@ -110,6 +112,23 @@ def test_as_json_every_figure_is_one_a_program_can_use(tmp_path: Path) -> None:
     assert facts["folders"]["file locks"] is True
     assert facts["folders"]["work folder writing"] > 0
     assert (facts["GPU"]["CUDA of torch"], facts["SLURM"]["job"]) == (torch.version.cuda, None)
+
+
+def test_in_a_checkout_that_is_not_installed_commands_work_and_the_doctor_says_so(tmp_path: Path) -> None:
+    for path in (path for folder in site.getsitepackages() for path in Path(folder).iterdir()):
+        if "voxfit" not in path.name and not (tmp_path / path.name).exists():
+            (tmp_path / path.name).symlink_to(path)
+    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; "
+    script += "from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-S", "-c", script, *arguments]
+        return subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True).stdout
+
+    assert run("--version") == f"voxfit {__version__}\n"
+    said = run("doctor")
+    assert f"voxfit {__version__}" in said
+    assert "voxfit is not installed" in said
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from pipeline import __version__
 from pipeline.doctor.facts import Fact
 
 DISTRIBUTION = "voxfit"
@@ -26,15 +27,24 @@ def find_versions() -> Iterator[Fact]:
     """Python, this package, and the packages that it requires; each that is missing or too old on its own."""
     python = f"{platform.python_version()} on {platform.platform()}"
     yield Fact(name="Python", text=python, value=platform.python_version())
-    required = {_name_of(line): line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line}
-    versions = {name: _version(name) for name in (DISTRIBUTION, *required)}
+    required = {_name_of(line): line for line in _requirements()}
+    versions = {DISTRIBUTION: __version__, **{name: _version(name) for name in required}}
     shown = ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items())
-    yield Fact(name="packages", text=shown, value=versions)
+    advice = "" if required else f"{DISTRIBUTION} is not installed, and what it requires is not known; pip install -e ."
+    yield Fact(name="packages", text=shown, value=versions, advice=advice)
     for name, requirement in required.items():
         if not _satisfies(versions[name], requirement):
             there = f"{name} {versions[name]} is installed" if versions[name] else f"{name} is not installed"
             advice = f'{there}, and {requirement} is required; pip install "{requirement}"'
             yield Fact(name=name, text=versions[name] or "not installed", value=versions[name], advice=advice)
+
+
+def _requirements() -> list[str]:
+    """Those that are not for an extra; none where the package runs from a folder and is not installed."""
+    try:
+        return [line for line in requires(DISTRIBUTION) or [] if "extra ==" not in line]
+    except PackageNotFoundError:
+        return []
 
 
 def _name_of(requirement: str) -> str:

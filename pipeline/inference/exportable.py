@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
@@ -152,8 +151,3 @@ def check_same_outputs(
             )
         worst = max(worst, relative)
     return worst
-
-
-def voxfit_version() -> str:
-    """The installed version of this package."""
-    return version("voxfit")

@@ -13,10 +13,11 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
 
+from pipeline import __version__
 from pipeline.artifacts import atomic_folder, atomic_path
 from pipeline.errors import InputError, first_line
 from pipeline.inference.export_target import BUNDLE_KEY
-from pipeline.inference.exportable import ExportableRun, check_same_outputs, voxfit_version
+from pipeline.inference.exportable import ExportableRun, check_same_outputs
 from pipeline.inference.monai_config import DIFFERENCES, inference_config
 from pipeline.log import get_logger
 from pipeline.plan import Plan
@@ -95,7 +96,7 @@ def bundle_metadata(run: ExportableRun) -> dict[str, Any]:
     import monai
     import numpy as np
 
-    plan, made = run.plan, voxfit_version()
+    plan, made = run.plan, __version__
     return {
         "schema": SCHEMA,
         "version": BUNDLE_VERSION,
@@ -171,7 +172,7 @@ def _readme(run: ExportableRun, *, name: str) -> str:
         is_renamed=list(run.plan.label_values) != list(range(run.plan.num_classes)),
         stride=run.stride,
         differences=DIFFERENCES,
-        version=voxfit_version(),
+        version=__version__,
         packages=PACKAGES,
     )
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pipeline import __version__
 from pipeline.artifacts import atomic_path
 from pipeline.errors import InputError, first_line
-from pipeline.inference.exportable import ExportableRun, check_same_outputs, voxfit_version
+from pipeline.inference.exportable import ExportableRun, check_same_outputs
 from pipeline.log import get_logger
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def model_properties(run: ExportableRun, *, is_dynamic: bool) -> dict[str, str]:
     plan = run.plan
     size = f"multiples of {list(run.stride)}" if is_dynamic and run.stride else "the patch size"
     return {
-        "voxfit_version": voxfit_version(),
+        "voxfit_version": __version__,
         "torch_version": torch.__version__,
         "opset": str(OPSET),
         "checkpoint": run.checkpoint,

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from pipeline import __version__
 from pipeline.datasets.splits import Splits
 from pipeline.log import get_logger
 from pipeline.networks.weights import read_weights
@@ -24,7 +25,7 @@ from pipeline.training.run_folder import hash_of
 from pipeline.training.settings import Settings
 from pipeline.training.validation import ValidationResult, Validator
 
-PACKAGES = ("voxfit", "torch", "pytorch-lightning", "monai", "numpy", "blosc2")
+PACKAGES = ("torch", "pytorch-lightning", "monai", "numpy", "blosc2")
 
 
 def started_record(
@@ -43,7 +44,11 @@ def started_record(
         fold=fold,
         max_epochs=max_epochs,
         splits_hash=hash_of(splits),
-        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions={
+            "python": platform.python_version(),
+            "voxfit": __version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
         device=settings.device_name,
         precision=settings.precision.precision,
         precision_reason=settings.precision.reason,

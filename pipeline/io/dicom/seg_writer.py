@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import __version__
 from pipeline.artifacts import atomic_path
 from pipeline.errors import InputError
 from pipeline.io.dicom.frames import Stack
@@ -124,7 +124,7 @@ def _segmentation(source: SegmentationSource, frames: NDArray[Any], descriptions
         instance_number=1,
         manufacturer=PRODUCT,
         manufacturer_model_name=PRODUCT,
-        software_versions=version(PRODUCT),
+        software_versions=__version__,
         # Required, and software has none.
         device_serial_number="none",
         content_label="SEGMENTATION",
@@ -163,7 +163,7 @@ def _description(number: int, name: str, code: SegmentCode) -> Any:
         segmented_property_type=_concept(code.type),
         algorithm_type="AUTOMATIC",
         algorithm_identification=AlgorithmIdentificationSequence(
-            name=PRODUCT, family=dictionary.CID7162.ArtificialIntelligence, version=version(PRODUCT)
+            name=PRODUCT, family=dictionary.CID7162.ArtificialIntelligence, version=__version__
         ),
         display_color=_color(number),
     )
