@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pipeline.geometry import Shape3
 from pipeline.networks.norms import make_norm
+from pipeline.networks.small_convolution import Convolution
 from pipeline.plan import NetworkPlan
 from pipeline.slabs.dtypes import compute_dtype
 
@@ -24,7 +25,7 @@ NEGATIVE_SLOPE = 0.01
 
 def make_convolution(
     in_channels: int, out_channels: int, kernel_size: Shape3, *, stride: Shape3 = (1, 1, 1), num_summed: int = 1
-) -> nn.Conv3d:
+) -> Convolution:
     """A convolution that keeps the size up to the stride; it has no bias because the norm behind it has one.
 
     Args:
@@ -35,7 +36,7 @@ def make_convolution(
         num_summed: How many such convolutions add up to one output; each starts smaller for it.
     """
     padding = tuple(size // 2 for size in kernel_size)
-    layer = nn.Conv3d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    layer = Convolution(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     _start_as_he(layer.weight, in_channels * num_summed * math.prod(kernel_size))
     return layer
 
