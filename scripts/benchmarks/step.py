@@ -8,7 +8,7 @@
 The variants take turns in every round and ratios are taken within a round, so that a machine that is shared slows all
 of them alike. Groups of variants:
     basic    ours and "plain", the textbook composition of the same U-Net: skip and up-sampled tensor concatenated,
-             torch's group norm, a convolution as head, MONAI's DiceCELoss
+             torch's group norm and convolutions, MONAI's DiceCELoss
     rungs    every way of running the stages that a plan may choose, under bf16 autocast, the plain one first
     peers    MONAI's DynUNet; with --peers (see peers_environment.sh) also nnU-Net, in its own process and environment.
              "nnU-Net" is its trainer's own step: float32 on a CPU, float16 and compiled on a GPU
@@ -94,9 +94,17 @@ def make_plain(network: UNet) -> UNet:
     network.decoder = nn.ModuleList(PlainDecoderStage(stage) for stage in network.decoder)
     network.heads = nn.ModuleList(nn.Conv3d(head.in_channels, head.out_channels, 1) for head in network.heads)
     for block in [module for module in network.modules() if isinstance(module, ConvBlock | PlainDecoderStage)]:
+        block.conv = _torch_convolution(block.conv)
         if isinstance(block.norm, GroupNorm):
             block.norm = PlainNorm(block.norm.num_groups, block.norm.num_channels)
     return network
+
+
+def _torch_convolution(own: nn.Conv3d) -> nn.Conv3d:
+    """Torch's own, which chooses its algorithm itself."""
+    layer = nn.Conv3d(own.in_channels, own.out_channels, own.kernel_size, own.stride, own.padding, bias=False)
+    layer.weight = own.weight
+    return layer
 
 
 class PlainLoss(nn.Module):
