@@ -1,4 +1,4 @@
-"""Convolutions of one small sample in float32 on a CPU, which torch leaves to its slowest code. (B, C, I, J, K).
+"""Convolutions of one small sample in float32 on a CPU, which torch leaves to its slowest code.
 
 Of a batch of one, torch gives oneDNN only what has more than 20,480 values along C, I and J, and computes the rest,
 which is all of a small patch and the deep stages of any, as a matrix product of a copy with 27 times the values
@@ -25,7 +25,7 @@ class Convolution(nn.Conv3d):
     """`nn.Conv3d` without groups and with zeros around, fast for small samples too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, I, J, K) -> (B, out, I, J, K divided by the stride)."""
+        """X (B, in, I, J, K) -> (B, out, I, J, K divided by the stride)."""
         if self._is_left_to_slow_code(x):
             return _DirectConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[no-any-return, no-untyped-call]
         return super().forward(x)
