@@ -8,6 +8,7 @@ which is all of a small patch and the deep stages of any, as a matrix product of
 from __future__ import annotations
 
 import math
+import platform
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 MOST_VALUES = 20480
 # Products of input and output channels and voxels from which on oneDNN's own preparations pay (measured on AVX-512).
 LEAST_WORK = 2**15
+# On other processors oneDNN may have no fast code of its own; nothing was measured there.
+IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
 
 
 class Convolution(nn.Conv3d):
@@ -51,7 +54,7 @@ def _is_plain_torch() -> bool:
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return IS_X86 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 class _DirectConvolution(torch.autograd.Function):

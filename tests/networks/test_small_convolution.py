@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.networks.small_convolution import MOST_VALUES, Convolution
+from pipeline.networks.small_convolution import IS_X86, MOST_VALUES, Convolution
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not (IS_X86 and torch.backends.mkldnn.is_available()), reason="oneDNN is asked for on x86 only"
+)
 
 
 def small(batch: int = 1, shape: tuple[int, int, int] = (12, 9, 7), **options) -> tuple[Convolution, Tensor]:
