@@ -107,3 +107,22 @@ def test_an_export_and_a_traced_network_have_torch_s_own_operator_only() -> None
     traced = torch.jit.trace(layer, x.detach())
     assert "_convolution" in str(traced.inlined_graph)
     assert "mkldnn" not in str(traced.inlined_graph)
+
+
+@needs_onednn
+@pytest.mark.parametrize("view", ["channels last", "a slice", "transposed"])
+def test_the_layout_of_the_input_changes_nothing(view) -> None:
+    layer, x = small()
+    x = x.detach()
+    views = {
+        "channels last": x.contiguous(memory_format=torch.channels_last_3d),
+        "a slice": nn.functional.pad(x, (1, 2, 3, 1, 2, 0))[:, :, 2:, 3:-1, 1:-2],
+        "transposed": x.transpose(2, 4).contiguous().transpose(2, 4),
+    }
+    found = views[view].requires_grad_()
+    expected = x.clone().requires_grad_()
+    out, same = layer(found), layer(expected)
+    torch.testing.assert_close(out, same)
+    out.square().sum().backward()
+    same.square().sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
