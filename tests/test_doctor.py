@@ -118,12 +118,15 @@ def test_in_a_checkout_that_is_not_installed_commands_work_and_the_doctor_says_s
     for path in (path for folder in site.getsitepackages() for path in Path(folder).iterdir()):
         if "voxfit" not in path.name and not (tmp_path / path.name).exists():
             (tmp_path / path.name).symlink_to(path)
-    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; "
+    # The checkout itself may hold what an editable installation leaves behind.
+    (tmp_path / "pipeline").symlink_to(ROOT / "pipeline")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
     script += "from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-S", "-c", script, *arguments]
-        return subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True).stdout
+        known = {**environment(), "PYTHONPATH": ""}
+        return subprocess.run(command, env=known, cwd=tmp_path, capture_output=True, text=True).stdout
 
     assert run("--version") == f"voxfit {__version__}\n"
     said = run("doctor")
