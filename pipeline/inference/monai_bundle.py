@@ -96,11 +96,11 @@ def bundle_metadata(run: ExportableRun) -> dict[str, Any]:
     import monai
     import numpy as np
 
-    plan, made = run.plan, __version__
+    plan = run.plan
     return {
         "schema": SCHEMA,
         "version": BUNDLE_VERSION,
-        "changelog": {BUNDLE_VERSION: f"exported by voxfit {made}"},
+        "changelog": {BUNDLE_VERSION: f"exported by voxfit {__version__}"},
         "monai_version": monai.__version__.split("+")[0],
         "pytorch_version": torch.__version__.split("+")[0],
         "numpy_version": np.__version__,
@@ -108,7 +108,7 @@ def bundle_metadata(run: ExportableRun) -> dict[str, Any]:
         "name": plan.dataset_name,
         "task": f"3D segmentation, trained on {plan.dataset_name}",
         "description": f"Segments {', '.join(plan.class_names[1:])} in {_channel_names(plan)}; a 3D network trained and"
-        f" exported by voxfit {made}",
+        f" exported by voxfit {__version__}",
         "authors": "not stated",
         "copyright": "not stated",
         "data_source": plan.dataset_name,
@@ -118,7 +118,7 @@ def bundle_metadata(run: ExportableRun) -> dict[str, Any]:
         "label_classes": ", ".join(f"{value} is {name}" for name, value in plan.labels.items()),
         "intended_use": "not a medical device, not for diagnosis",
         "network_data_format": {"inputs": {"image": _input_format(run)}, "outputs": {"pred": _output_format(run)}},
-        BUNDLE_KEY: {"version": made, "checkpoint": run.checkpoint, "plan": json.loads(run.plan_json)},
+        BUNDLE_KEY: {"version": __version__, "checkpoint": run.checkpoint, "plan": json.loads(run.plan_json)},
     }
 
 
