@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.networks.small_convolution import Convolution
+
 aten = torch.ops.aten
 # glibc takes freed blocks up to this size back into its heap, which does not shrink as long as anything lies behind
 # them; larger ones go back to the system. DEFAULT_MMAP_THRESHOLD_MAX on 64 bits, less a page for a block's header.
@@ -67,6 +69,8 @@ def estimate_layer_workspace(
     transposed = isinstance(layer, nn.ConvTranspose3d)
     geometry = (layer.stride, layer.padding, layer.dilation, transposed, layer.output_padding, layer.groups)
     conv = _convolution((x, weight, None, *geometry), y)
+    if isinstance(layer, Convolution) and layer.asks_onednn(shape):
+        conv = conv._replace(is_onednn=True)
     return Workspace(max(0, _forward_bytes(conv)), _largest_block(conv))
 
 

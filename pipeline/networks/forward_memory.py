@@ -1,9 +1,9 @@
 """What a forward pass of the U-Net without gradients takes of a process on a CPU, without running it.
 
 The stages are gone through with sizes in place of tensors, in the order of `UNet.run_stages`, which is what lets go of
-tensors and when. Beside them stands what convolutions allocate inside themselves. In narrow networks that is most of
-all: torch takes its own algorithm where an input has B * C * I * J up to 20480 (`use_mkldnn` of its Convolution.cpp),
-and its columns are 27 copies of the input. Shapes: (B, C, I, J, K).
+tensors and when. Beside them stands what convolutions allocate inside themselves. In narrow networks that can be most
+of all: torch takes its own algorithm for small samples, whose columns are 27 copies of the input, unless
+`pipeline.networks.small_convolution` asks oneDNN. Shapes: (B, C, I, J, K).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,28 +34,30 @@ class Convolution(nn.Conv3d):
             return _DirectConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[no-any-return, no-untyped-call]
         return super().forward(x)
 
+    def asks_onednn(self, shape: Sequence[int]) -> bool:
+        """Whether oneDNN is asked for directly for a float32 input (B, in, I, J, K) on a CPU, outside autocast."""
+        if shape[0] != 1 or self.weight.dtype != torch.float32 or self.kernel_size == (1, 1, 1):
+            return False
+        is_small = math.prod(shape[:4]) <= MOST_VALUES
+        is_work = self.in_channels * self.out_channels * math.prod(shape[2:]) >= LEAST_WORK
+        return (
+            is_small and is_work and IS_X86 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        )
+
     def _is_left_to_slow_code(self, x: Tensor) -> bool:
         if type(x) is not Tensor or not _is_plain_torch():
             return False
-        if len(x) != 1 or x.device.type != "cpu" or x.dtype != torch.float32:
-            return False
-        if self.weight.dtype != torch.float32 or self.kernel_size == (1, 1, 1):
-            return False
-        is_small = math.prod(x.shape[:4]) <= MOST_VALUES
-        is_work = self.in_channels * self.out_channels * math.prod(x.shape[2:]) >= LEAST_WORK
-        return is_small and is_work
+        return x.device.type == "cpu" and x.dtype == torch.float32 and self.asks_onednn(x.shape)
 
 
 def _is_plain_torch() -> bool:
-    """Whether torch computes right now, with oneDNN, in the dtype of the tensors.
+    """Whether torch computes right now, in the dtype of the tensors.
 
     What records, meters or counts operators is shown torch's own.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return IS_X86 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return not torch.is_autocast_enabled("cpu")
 
 
 class _DirectConvolution(torch.autograd.Function):

@@ -129,6 +129,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "allowed_bytes": allowed,
         "planned_bytes": memory.num_bytes,
         "planned": memory.describe(),
+        "planned_parts": dict(memory.parts),
         "num_windows": memory.num_windows,
         "fewest_windows": memory.fewest_windows,
         "seconds": round(seconds, 1),

@@ -88,9 +88,10 @@ def test_windows_of_a_u_net_take_no_more_than_was_planned(measure: Measure) -> N
 
 
 def test_windows_of_a_narrow_u_net_take_no_more_than_was_planned(measure: Measure) -> None:
-    # 8 features at 48^3 are few enough for torch's own convolution, whose columns are 27 copies of its input.
+    # 8 features at 48^3 are few enough for torch's own convolution, whose columns are 27 copies of its input, if oneDNN
+    # is not asked for.
     measured = measure(72, 60, 56, patch=48, network="unet", num_classes=40, max_extra=0)
     image_bytes = 4 * 72 * 60 * 56
     assert measured["extra_bytes"] < 1.05 * measured["planned_bytes"] + 3 * image_bytes
-    # What freed blocks leave behind differs by half from run to run.
-    assert measured["planned_bytes"] < 2.5 * measured["extra_bytes"]
+    # What freed blocks leave behind differs by half from run to run, and this process has its libraries already.
+    assert measured["planned_bytes"] - measured["planned_parts"]["libraries"] < 2.5 * measured["extra_bytes"]
