@@ -29,6 +29,15 @@ def allotted_cpus() -> int:
     return max(1, int(_tightest(cpu_limits()).amount) // _sharers())
 
 
+def network_threads() -> int:
+    """Threads for a network on a CPU: one for each allotted CPU, fewer where OMP_NUM_THREADS asks for fewer.
+
+    As libraries take it: two threads of which one shares its CPU with other work take several times as long as one.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(allotted_cpus(), int(asked)) if asked.isdecimal() and int(asked) else allotted_cpus()
+
+
 def allotted_memory_bytes() -> int:
     """Memory this process may use: the least of the machine's, SLURM's and the cgroup limits, or its share of it."""
     return int(_tightest(memory_limits()).amount) // _sharers()

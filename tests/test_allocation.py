@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import allocation
-from pipeline.allocation import allotted_cpus, allotted_memory_bytes, describe_allocation, resolve_num_workers
+from pipeline.allocation import (
+    allotted_cpus,
+    allotted_memory_bytes,
+    describe_allocation,
+    network_threads,
+    resolve_num_workers,
+)
 
 GIB = 2**30
 MACHINE_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -73,6 +79,19 @@ def test_slurm_lowers_but_never_raises_the_count(
 ):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", value)
     assert allotted_cpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, 64), ("", 64), ("0", 64), ("many", 64), ("3", 3), ("3,2", 3), (" 3 ", 3), ("640", 64)],
+)
+def test_a_network_takes_no_more_threads_than_openmp_is_allowed(
+    node: Node, monkeypatch: pytest.MonkeyPatch, value: str | None, expected: int
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert (network_threads(), allotted_cpus()) == (expected, 64)
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("400000 100000", 4), ("50000 100000", 1), ("250000 100000", 2)])

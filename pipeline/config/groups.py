@@ -99,7 +99,7 @@ class HardwareConfig(Checked):
     num_workers: int | Auto = "auto"
     """Data workers; auto follows the CPUs this job was allotted."""
     num_threads: int | Auto = "auto"
-    """Threads of the network on a CPU; auto takes the allotted CPUs."""
+    """Threads of the network on a CPU; auto takes the allotted CPUs, or as many as OMP_NUM_THREADS allows."""
     recompute_stages: int | Auto = "auto"
     """Stages, from the highest resolution, whose activations are recomputed; auto is the plan's."""
     slab_stages: int | Auto = "auto"

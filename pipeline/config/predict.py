@@ -27,7 +27,7 @@ class PredictOptions(Checked):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the network runs."""
     num_threads: int | Auto = "auto"
-    """Threads of the network on a CPU; auto takes the allotted CPUs."""
+    """Threads of the network on a CPU; auto takes the allotted CPUs, or as many as OMP_NUM_THREADS allows."""
     window_batch: int | Auto = "auto"
     """Windows that are computed at once: on a GPU in one batch, on a CPU each on cores of its own; auto takes what the
     memory is enough for. The result does not depend on it on a CPU, on a GPU to rounding."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.allocation import allotted_cpus
+from pipeline.allocation import network_threads
 from pipeline.config import PredictOptions
 from pipeline.errors import InputError
 from pipeline.inference.ensemble import Member
@@ -80,7 +80,7 @@ def load_runs(run_dirs: Sequence[Path], options: PredictOptions, *, network: nn.
         members.append(Member(own.eval().to(device_type), plan.patch_size, axes[run_dir]))
     choice = _choose_precision(plans, device_type)
     if device_type == "cpu":
-        torch.set_num_threads(allotted_cpus() if options.num_threads == "auto" else options.num_threads)
+        torch.set_num_threads(network_threads() if options.num_threads == "auto" else options.num_threads)
     _say_what_is_loaded(members, device_type, choice)
     return LoadedRuns(plans[run_dirs[0]], tuple(members), device_type, choice.precision, steps)
 

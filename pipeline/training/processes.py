@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.allocation import allotted_cpus, resolve_num_workers
+from pipeline.allocation import allotted_cpus, network_threads, resolve_num_workers
 from pipeline.sizes import MIB
 from pipeline.stop_signals import STOP_SIGNALS, end_with
 
@@ -38,7 +38,8 @@ def share_cpus(*, num_threads: int | str, num_workers: int | str, on_gpu: bool, 
 
     On a GPU every CPU but one makes patches, 16 at most. On a CPU the network takes all of them and is far slower than
     a worker, so one worker is added for every four threads (one at least); threads that are given by hand leave the
-    remaining CPUs to workers. Workers are fewer where their patches would not fit into memory.
+    remaining CPUs to workers, those that OMP_NUM_THREADS forbids leave them idle. Workers are fewer where their patches
+    would not fit into memory.
 
     Args:
         num_threads: Option `hardware.num_threads`.
@@ -47,10 +48,11 @@ def share_cpus(*, num_threads: int | str, num_workers: int | str, on_gpu: bool, 
         batch_bytes: Bytes of one batch of images and labels.
     """
     cpus = allotted_cpus()
-    threads = int(num_threads) if num_threads != "auto" else cpus
+    taken = int(num_threads) if num_threads != "auto" else cpus
+    threads = taken if num_threads != "auto" else network_threads()
     if num_workers != "auto":
         return Processes(threads, int(num_workers))
-    wanted = cpus - 1 if on_gpu else max(cpus - threads, threads // CPUS_PER_WORKER)
+    wanted = cpus - 1 if on_gpu else max(cpus - taken, taken // CPUS_PER_WORKER)
     bytes_per_worker = WORKER_BYTES + (PREFETCH_FACTOR + COPIES_PER_PATCH) * batch_bytes
     affordable = resolve_num_workers("auto", bytes_per_worker=bytes_per_worker)
     return Processes(threads, max(1, min(wanted, affordable, MAX_WORKERS)))

@@ -80,13 +80,17 @@ def test_a_new_run_drops_the_rows_of_one_that_saved_nothing(tmp_path):
     assert MetricsTable(tmp_path / "metrics.csv", class_names=()).rows == []
 
 
-def test_the_allotted_cpus_are_shared_by_threads_and_workers():
+def test_the_allotted_cpus_are_shared_by_threads_and_workers(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cpus = allotted_cpus()
     on_cpu = share_cpus(num_threads="auto", num_workers="auto", on_gpu=False, batch_bytes=1000)
     assert on_cpu == (cpus, max(1, min(16, cpus // 4)))
     on_gpu = share_cpus(num_threads="auto", num_workers="auto", on_gpu=True, batch_bytes=1000)
     assert on_gpu.num_workers == max(1, min(16, cpus - 1))
     assert share_cpus(num_threads=1, num_workers=0, on_gpu=False, batch_bytes=1000) == (1, 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    limited = share_cpus(num_threads="auto", num_workers="auto", on_gpu=False, batch_bytes=1000)
+    assert limited == (1, on_cpu.num_workers)
 
 
 def test_workers_whose_patches_do_not_fit_into_memory_are_not_started():
