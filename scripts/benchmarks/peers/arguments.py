@@ -22,11 +22,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     """What all sides work on, and voxfit's recipe."""
     parser.add_argument("--dataset", type=Path, required=True, help="any dataset that voxfit reads")
     parser.add_argument("--config", type=Path, required=True, help="YAML of `voxfit run` for voxfit's side")
-    parser.add_argument("--tag", default="", help="of results on a second dataset: NAME-TAG-DATE.json")
+    parser.add_argument("--tag", default="", help="of a second dataset or machine: NAME-TAG-DATE.json")
 
 
 def results_name(name: str, options: argparse.Namespace) -> str:
-    """Of the results of a command, with the tag of the dataset where there is one."""
+    """Of the results of a command, with the tag where there is one."""
     return f"{name}-{options.tag}" if options.tag else name
 
 

@@ -17,8 +17,8 @@ from peers.sides import LONGER, NAMES, UNMIRRORED
 from peers.training_step import NNUNET, OURS
 
 DATE = "????-??-??"
-# Results on a second dataset by the tag in their names.
-TAGGED = {"sts": "Sarcoma CT"}
+# Results on a second dataset or kind of machine by the tag in their names.
+TAGGED = {"sts": "Sarcoma CT", "no-bf16": "CPU without bf16"}
 NOT_MEASURED = "not measured"
 Row = tuple[str, ...]
 Cells = list[dict[str, Any]]
