@@ -34,8 +34,13 @@ def network_threads() -> int:
 
     As libraries take it: two threads of which one shares its CPU with other work take several times as long as one.
     """
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return min(allotted_cpus(), int(asked)) if asked.isdecimal() and int(asked) else allotted_cpus()
+    return min(allotted_cpus(), asked_threads("OMP_NUM_THREADS") or allotted_cpus())
+
+
+def asked_threads(name: str) -> int | None:
+    """Threads that a variable of the environment asks for, of a list by level the first; None where it is no number."""
+    first = os.environ.get(name, "").split(",")[0].strip()
+    return int(first) if first.isdecimal() else None
 
 
 def allotted_memory_bytes() -> int:

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.allocation import Limit, allotted_cpus, allotted_memory_bytes, cpu_limits, memory_limits
+from pipeline.allocation import (
+    Limit,
+    allotted_cpus,
+    allotted_memory_bytes,
+    asked_threads,
+    cpu_limits,
+    memory_limits,
+)
 from pipeline.doctor.facts import Fact
 from pipeline.sizes import GIB, MIB, format_bytes
 
@@ -66,9 +73,7 @@ def find_threads() -> Iterator[Fact]:
         text = os.environ.get(name, "")
         if not text:
             continue
-        first = text.split(",")[0].strip()
-        number = int(first) if first.isdecimal() else None
-        advice = ""
+        number, advice = asked_threads(name), ""
         if number is not None and number > cpus:
             advice = f"{name} asks for {number} threads on {cpus} CPU(s), which then wait for each other; unset it"
         yield Fact(name=name, text=text, value=number, advice=advice)

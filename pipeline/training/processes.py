@@ -48,8 +48,7 @@ def share_cpus(*, num_threads: int | str, num_workers: int | str, on_gpu: bool, 
         batch_bytes: Bytes of one batch of images and labels.
     """
     cpus = allotted_cpus()
-    taken = int(num_threads) if num_threads != "auto" else cpus
-    threads = taken if num_threads != "auto" else network_threads()
+    threads, taken = (network_threads(), cpus) if num_threads == "auto" else (int(num_threads), int(num_threads))
     if num_workers != "auto":
         return Processes(threads, int(num_workers))
     wanted = cpus - 1 if on_gpu else max(cpus - taken, taken // CPUS_PER_WORKER)
