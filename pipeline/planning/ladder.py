@@ -108,12 +108,27 @@ def _below(meter: RungMeter, network: NetworkPlan, rungs: Sequence[Rung]) -> Ite
     """What may come next, below the last of the rungs that were taken so far: the list grows meanwhile."""
     # Batch norm in a smaller batch would be another training.
     yield from _smaller_batches(rungs[0]) if network.norm != "batch" else ()
-    yield from _slower_ways(meter, rungs[-1])
+    ways = _slower_ways(meter, rungs[-1])
+    yield from (way for way in ways if not way.offload_stages)
+    # Where the leanest of several saves too little, none of the others need be metered: memory falls with the stages
+    # in host memory, and grows with the patch.
+    with_host = [way for way in ways if way.offload_stages]
+    if with_host and _saves_enough(rungs[-1], meter.weighed(with_host[-1], network=network)):
+        yield from with_host
     top = rungs[-1]
     patches = [replace(top, patch_size=patch) for patch in fallback_patches(top.patch_size, network.total_stride)]
-    # Memory grows with the patch: where the smallest saves too little, none of the others need be metered.
-    if patches and _saves_enough(top, meter.weighed(patches[-1], network=network)):
-        yield from patches
+    if patches and _saves_enough(top, smallest := meter.weighed(patches[-1], network=network)):
+        yield from (patch for patch in patches if _may_save_enough(rungs[-1], patch, smallest))
+
+
+def _may_save_enough(before: Rung, patch: Rung, smallest: Rung) -> bool:
+    """Whether a patch between two that were metered is worth metering: memory is nearly a straight line in the voxels.
+
+    A fifth is allowed for the "nearly".
+    """
+    share = (before.voxels - patch.voxels) / (before.voxels - smallest.voxels)
+    saved = share * (before.required_bytes - smallest.required_bytes)
+    return saved >= 0.8 * _least_saving(before)
 
 
 def _least_bytes(memory: StepMemory) -> int:
@@ -141,6 +156,9 @@ def _smaller_batches(rung: Rung) -> Iterator[Rung]:
 
 
 def _saves_enough(before: Rung, after: Rung) -> bool:
-    """Of what the step itself takes, the device's constant share left out, and in bytes."""
-    saved, step = before.required_bytes - after.required_bytes, before.required_bytes - estimate_overhead_bytes(0)
-    return saved >= max(LEAST_SAVING * step, LEAST_SAVED_BYTES)
+    return before.required_bytes - after.required_bytes >= _least_saving(before)
+
+
+def _least_saving(before: Rung) -> float:
+    """A share of what the step itself takes, the device's constant share left out, and a number of bytes."""
+    return max(LEAST_SAVING * (before.required_bytes - estimate_overhead_bytes(0)), LEAST_SAVED_BYTES)

@@ -19,7 +19,7 @@ from pipeline.plan import Execution, Plan
 from pipeline.planning.budget import CONTEXT_BYTES, estimate_overhead_bytes
 from pipeline.planning.candidates import fallback_patches, patch_candidates
 from pipeline.planning.explain import describe_plan
-from pipeline.planning.ladder import list_fallbacks
+from pipeline.planning.ladder import LEAST_SAVED_BYTES, list_fallbacks
 from pipeline.planning.planner import make_plan, normalization_scheme
 from pipeline.planning.rung_meter import RungMeter
 from pipeline.planning.topology import round_up_patch
@@ -133,8 +133,8 @@ def test_fallbacks_train_the_same_network_with_ever_less(
         assert (prod(after.patch_size), after.batch_size) <= (prod(before.patch_size), before.batch_size)
         assert after.batch_size == before.batch_size or after.execution == before.execution
     meter = RungMeter(config=config, in_channels=1, num_classes=3, spacing=(1.0, 1.0, 1.0))
-    for rung in rungs:
-        assert not rung.problems(plan.network)
+    assert not any(rung.problems(plan.network) for rung in rungs)
+    for rung in (rungs[1], rungs[-1]):
         assert rung == meter.weighed(rung, network=plan.network)
     assert [rung.batch_size for rung in rungs[:2]] == [options.get("batch_size", 1), 1]
     assert prod(rungs[-1].patch_size) < 0.4 * prod(plan.patch_size)
@@ -163,6 +163,25 @@ def test_of_fallback_patches_that_save_too_little_only_the_smallest_is_metered(f
     known = {step[1] for step in meter._known}
     assert leanest.patch_size == chosen.patch_size
     assert known == {chosen.patch_size, patches[-1]} != {chosen.patch_size, *patches}
+
+
+def test_fallback_patches_that_are_not_metered_would_save_too_little(fingerprint_of: FingerprintOf) -> None:
+    config = tiny_config(base_features=16, max_features=64)
+    meter = RungMeter(config=config, in_channels=1, num_classes=3, spacing=(1.0, 1.0, 1.0))
+    chosen = meter.families((40, 56, 40), 1)[0][0]
+    network = meter.network_plan(chosen.patch_size)
+    fallbacks = list_fallbacks(meter, chosen)
+    metered = {step[1] for step in meter._known}
+    smaller = [rung for rung in fallbacks if rung.patch_size != chosen.patch_size]
+    before = fallbacks[-len(smaller) - 1]
+    patches = list(fallback_patches(chosen.patch_size, network.total_stride))
+    skipped = [patch for patch in patches if patch not in metered]
+    assert smaller
+    assert skipped
+    for patch in skipped:
+        assert prod(patch) > prod(smaller[0].patch_size)
+        weighed = meter.weighed(replace(before, patch_size=patch), network=network)
+        assert before.required_bytes - weighed.required_bytes < LEAST_SAVED_BYTES
 
 
 def test_offload_is_named_with_the_host_memory_that_it_takes(fingerprint_of: FingerprintOf) -> None:
