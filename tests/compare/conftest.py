@@ -13,11 +13,13 @@ from pipeline import api
 from pipeline.artifacts import write_artifact
 from pipeline.config import CompareConfig, TrainConfig
 from pipeline.datasets.splits import Fold, Splits
+from pipeline.evaluation.compare import compare_runs
 from pipeline.evaluation.comparison import Comparison
 from pipeline.evaluation.metrics import ClassScores
 from pipeline.evaluation.summary import CaseScores, make_metrics, write_metrics
 from pipeline.plan import MemoryPlan, Plan
 from pipeline.run_record import RunRecord
+from pipeline.training.compared_folders import read_compared_runs
 from pipeline.training.metrics_table import MetricsTable
 from pipeline.training.run_folder import RunFolder
 
@@ -133,11 +135,22 @@ def write_final_scores() -> Callable[..., Any]:
 
 
 def _compare(*runs: Path, **options: Any) -> Comparison:
-    out = runs[0].parent / "page" / "compare.html"
-    return api.compare(CompareConfig(runs=tuple(map(str, runs)), out=str(out), **options))
+    return compare_runs(read_compared_runs(tuple(map(str, runs))), **options)
 
 
 @pytest.fixture
 def compare() -> Callable[..., Any]:
-    """Compare runs, in the order given."""
+    """Compare runs, in the order given, without a page, whose pictures take most of the time."""
     return _compare
+
+
+def _compare_to_page(*runs: Path, **options: Any) -> tuple[Comparison, str]:
+    out = runs[0].parent / "page" / "compare.html"
+    found = api.compare(CompareConfig(runs=tuple(map(str, runs)), out=str(out), **options))
+    return found, out.read_text()
+
+
+@pytest.fixture
+def compare_to_page() -> Callable[..., Any]:
+    """Compare runs as the command does; gives the comparison and the page's text."""
+    return _compare_to_page

@@ -91,15 +91,16 @@ def test_cases_too_few_to_decide_are_said_to_be_on_the_page_and_on_the_terminal(
         assert shown.count("too narrow") == (1 if 1 < num_cases < 6 or text.startswith("<") else 0)
 
 
-def test_cases_without_a_difference_count_nothing_towards_a_decision(write_run, make_dice, compare):
+def test_cases_without_a_difference_count_nothing_towards_a_decision(write_run, make_dice, compare, compare_to_page):
     first = make_dice()
     second = {case: dict(each) for case, each in first.items()}
     for case in CASES[:5]:
         second[case]["outer"] += 0.1
     runs = [write_run("a", dice=first), write_run("b", dice=second)]
     few = "too few of the 12 cases differ to decide anything: p cannot fall below 0.062"
-    assert compare(*runs).pairs[0].doubt == few
-    assert few in (runs[0].parent / "page" / "compare.html").read_text()
+    found, page = compare_to_page(*runs)
+    assert found.pairs[0].doubt == few
+    assert few in page
     second[CASES[5]]["outer"] += 0.1
     assert compare(runs[0], write_run("c", dice=second)).pairs[0].doubt == ""
 
@@ -145,17 +146,16 @@ def test_what_is_to_be_minded_of_a_pairing_is_said_on_the_terminal_as_well(
     assert "Mind: their plans were made from different measurements" in " ".join(capsys.readouterr().out.split())
 
 
-def test_runs_without_validation_and_unfinished_ones_are_shown_as_what_they_are(write_run, make_dice, compare):
+def test_runs_without_validation_and_unfinished_ones_are_shown_as_what_they_are(write_run, make_dice, compare_to_page):
     whole = write_run("whole", fold="all")
     begun = write_run("begun", is_finished=False, epochs=0)
     midway = write_run("midway", is_finished=False, epochs=2)
-    found = compare(write_run("a", dice=make_dice()), whole, begun, midway)
+    found, page = compare_to_page(write_run("a", dice=make_dice()), whole, begun, midway)
     assert [run.state for run in found.runs] == ["finished", "finished", "not started", "not started"]
     assert [run.epoch for run in found.runs] == [3, 3, 0, 2]
     assert [pair.not_paired for pair in found.pairs] == [
         f"no scored cases in {n}" for n in ("whole", "begun", "midway")
     ]
-    page = (midway.parent / "page" / "compare.html").read_text()
     assert "2 runs are not finished" in page
     assert re.search(r"<b>midway</b>: not started, 2 of 3\s+epochs done", page)
 
@@ -229,10 +229,10 @@ def test_samples_count_the_first_batch_and_all_processes_and_hours_the_validatio
     assert (found.best_epoch, found.best_dice) == (3, pytest.approx(0.6))
 
 
-def test_wall_time_is_the_record_s_and_is_said_to_be_unknown_where_it_was_not_counted(write_run, compare):
+def test_wall_time_is_the_record_s_and_is_said_to_be_unknown_where_it_was_not_counted(write_run, compare_to_page):
     runs = [write_run("a", record={"wall_seconds": 7384.0}), write_run("b")]
-    assert [run.wall_seconds for run in compare(*runs).runs] == [7384.0, None]
-    page = (runs[0].parent / "page" / "compare.html").read_text()
+    found, page = compare_to_page(*runs)
+    assert [run.wall_seconds for run in found.runs] == [7384.0, None]
     assert f'<td data-value="7384.0">{format_duration(7384.0)}</td>' in page
 
 
@@ -303,7 +303,9 @@ def test_a_run_given_twice_and_a_page_among_the_files_of_a_run_are_refused(
     assert "out: must end in .html" in capsys.readouterr().err
 
 
-def test_values_that_are_no_numbers_leave_gaps_and_never_break_the_json(write_run, make_dice, compare, tmp_path):
+def test_values_that_are_no_numbers_leave_gaps_and_never_break_the_json(
+    write_run, make_dice, compare_to_page, tmp_path
+):
     run = write_run("a", dice=make_dice())
     with (run / "metrics.csv").open() as stream:
         rows = list(csv.DictReader(stream))
@@ -312,7 +314,7 @@ def test_values_that_are_no_numbers_leave_gaps_and_never_break_the_json(write_ru
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    compare(run, json=True)
+    compare_to_page(run, json=True)
     (found,) = read_artifact(tmp_path / "page" / "compare.json", Comparison).runs
     assert np.isnan([found.curves[key][1] for key in ("train_loss", "lr", "peak_ram_bytes")]).all()
     assert found.peak_ram_bytes == 2**30 + 3

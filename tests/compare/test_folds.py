@@ -81,11 +81,12 @@ def test_times_add_up_peaks_are_the_largest_and_curves_are_means(write_folds, co
     assert [text.split(",")[0] for text in run.step_downs] == ["in fold 1"]
 
 
-def test_a_cross_validation_on_its_way_says_how_far_it_is(write_folds, write_run, compare, tmp_path):
-    (run,) = compare(write_folds("a", by_fold=({}, {"is_finished": False, "epochs": 2}))).runs
+def test_a_cross_validation_on_its_way_says_how_far_it_is(write_folds, compare, compare_to_page):
+    found, page = compare_to_page(write_folds("a", by_fold=({}, {"is_finished": False, "epochs": 2})))
+    (run,) = found.runs
     assert (run.state, run.epoch) == ("1 of 2 folds finished (fold_1 not started)", 2)
     assert len(run.curves["epoch"]) == 2
-    assert "it has scores of some folds" in (tmp_path / "page" / "compare.html").read_text()
+    assert "it has scores of some folds" in page
     (begun,) = compare(write_folds("b", by_fold=({}, {"is_finished": False, "epochs": 0, "dice": {}}))).runs
     assert len(begun.curves["epoch"]) == 3
     assert set(begun.scores["training"]["dice"]) == set(HALVES[0])

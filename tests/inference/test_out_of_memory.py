@@ -74,7 +74,7 @@ def make_predictor(plan: Plan, *, num_networks: int, tta_axes: tuple[int, ...], 
     return made
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_networks=st.integers(1, 2),
     tta_axes=st.sampled_from([(), (1,)]),

@@ -14,9 +14,9 @@ from pipeline.kernels.tensors import channels_last
 # Channels, groups, voxels: tiles that are full, that are cut off, and of a single voxel.
 SIZES = [
     (6, 3, (5, 3, 7)),
-    (32, 8, (9, 16, 8)),
+    (32, 8, (8, 4, 8)),
     (96, 32, (2, 1, 1)),
-    (48, 48, (3, 11, 10)),
+    (48, 48, (3, 5, 7)),
     (1, 1, (4, 5, 6)),
     (8, 2, (1, 1, 1)),
 ]
