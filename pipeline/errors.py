@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Of what another library says: some put a page into a line.
 LONGEST_REASON = 500
+# Of many names in a message.
+MOST_NAMED = 10
 
 
 class VoxfitError(Exception):
@@ -93,3 +95,9 @@ def in_words(error: BaseException) -> str:
         return first_line(error)
     name = "memory ran out" if isinstance(error, MemoryError) else type(error).__name__
     return f"{name}: {first_line(error)}" if str(error).strip() else name
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first few names and how many more there are, for messages."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more

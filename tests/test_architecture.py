@@ -41,7 +41,8 @@ LAYERS = [
     {"__main__"},
 ]
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
-TORCH_FREE = {unit for units in LAYERS[:4] for unit in units} | {"evaluation", "api", "chain", "job_scripts", "cli"}
+ABOVE_AND_TORCH_FREE = {"evaluation", "assessment", "api", "chain", "job_scripts", "cli"}
+TORCH_FREE = {unit for units in LAYERS[:4] for unit in units} | ABOVE_AND_TORCH_FREE
 # L0 is pure data; a unit of it may use these, in this order, because each stands on the one before.
 SAME_LAYER_ALLOWED = {
     ("geometry", "errors"),

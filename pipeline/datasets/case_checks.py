@@ -10,8 +10,7 @@ import numpy as np
 
 from pipeline.datasets.case import Case
 from pipeline.datasets.case_reader import grid_mismatch, stack_channels
-from pipeline.datasets.listing import name_some
-from pipeline.errors import InputError
+from pipeline.errors import InputError, name_some
 from pipeline.io.image_file import read_label, read_volume
 from pipeline.io.volume import Volume
 from pipeline.plan import Record

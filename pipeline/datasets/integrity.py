@@ -11,7 +11,8 @@ from pipeline.artifacts import file_hash
 from pipeline.datasets.case import Case, Dataset
 from pipeline.datasets.case_checks import Problem
 from pipeline.datasets.examination import Examined, examine_cases
-from pipeline.datasets.listing import name_some, stem_of
+from pipeline.datasets.listing import stem_of
+from pipeline.errors import name_some
 from pipeline.io.image_file import source_files
 
 __all__ = ["Problem", "find_problems"]

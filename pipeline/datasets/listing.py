@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.datasets.case import Case
-from pipeline.errors import InputError
+from pipeline.errors import InputError, name_some
 from pipeline.io.image_file import is_image_path, read_layout, strip_suffix
 from pipeline.io.nifti import is_nifti_name
 
 MAX_ID_LENGTH = 128
-MOST_NAMED = 10
 _UNSAFE = re.compile(r'[\x00-\x1f/\\:*?"<>|]')
 _CHANNEL_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
@@ -79,12 +78,6 @@ def check_cases(cases: Sequence[Case], where: Path) -> tuple[Case, ...]:
 def _is_safe_id(case_id: str) -> bool:
     edges_fine = case_id == case_id.strip() and not case_id.startswith((".", "-")) and not case_id.endswith(".")
     return 0 < len(case_id) <= MAX_ID_LENGTH and edges_fine and not _UNSAFE.search(case_id)
-
-
-def name_some(names: Sequence[str]) -> str:
-    """The first few names and how many more there are, for messages."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def declared_channels(declared: Mapping[str, str] | Sequence[str] | str, where: Path) -> tuple[str, ...]:

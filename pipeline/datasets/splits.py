@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipeline.datasets.listing import name_some
-from pipeline.errors import InputError
+from pipeline.errors import InputError, name_some
 from pipeline.plan import Record
 
 

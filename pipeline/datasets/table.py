@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline.datasets.case import Case, Dataset
 from pipeline.datasets.class_names import classes_beside
-from pipeline.datasets.listing import check_cases, check_names, counted_channels, name_some
-from pipeline.errors import InputError
+from pipeline.datasets.listing import check_cases, check_names, counted_channels
+from pipeline.errors import InputError, name_some
 
 Row = dict[str, str]
 IMAGE = "image"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
-from torch import Tensor, nn
 
 from pipeline.artifacts import read_artifact
 from pipeline.config import AugmentationConfig
@@ -17,6 +16,9 @@ from pipeline.errors import InputError
 from pipeline.plan import Plan, Precision
 from pipeline.run_files import RunFiles
 from pipeline.run_record import known_record
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 PLAN_FIX = "Put back the plan.json that the run was trained with, or pass the network it was trained with"
 

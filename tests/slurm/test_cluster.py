@@ -146,7 +146,7 @@ def test_sbatch_takes_every_script_with_a_gpu_and_with_paths_that_need_quotes(
 
 def start_training(cluster: Cluster, folder: Path) -> dict[str, str]:
     """Submit the chain; returns its jobs once the training of fold 0 has made an optimiser step."""
-    (folder / "train.yaml").write_text("iterations_per_epoch: 150\n")
+    (folder / "train.yaml").write_text("iterations_per_epoch: 50\n")
     options = "--num_folds 2 --max_epochs 4 --train_config train.yaml --stage_to '$TMPDIR/a disk'"
     write_scripts(cluster, folder, f"--gpus 0 --cpus 1 {options}")
     jobs = submitted(cluster.run("bash jobs/submit.sh", folder))
@@ -186,7 +186,7 @@ def test_a_training_in_several_tasks_is_queued_again_and_ends_as_one_that_was_no
     cluster: Cluster, planned: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(planned, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "train.yaml").write_text("iterations_per_epoch: 150\nnum_folds: 2\n")
+    (tmp_path / "train.yaml").write_text("iterations_per_epoch: 50\nnum_folds: 2\n")
     store = "voxfit preprocess --dataset data --plan work/plan.json --store work/store --num_workers 1"
     cluster.run(store, tmp_path)
     write_scripts(cluster, tmp_path, "--gpus 2 --cpus 1 --max_epochs 3 --train_config train.yaml --memory 8G")
