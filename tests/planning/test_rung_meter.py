@@ -3,13 +3,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from pipeline.config import PlanConfig
+from pipeline.config import OptimConfig, PlanConfig
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.unet import UNet
 from pipeline.plan import Rung
-from pipeline.planning.meter import StepMemory, meter_step
+from pipeline.planning.meter import StepMemory, count_step, meter_step
 from pipeline.planning.rung_meter import AVERAGED_WEIGHTS, RungMeter
+from pipeline.training.optim import make_optimizer
 
 
 def meter_for(**options: Any) -> RungMeter:
@@ -49,6 +51,19 @@ def test_adamw_is_metered_and_takes_more_than_sgd() -> None:
     sgd, adamw = (meter_for(optimizer=name) for name in ("sgd", "adamw"))
     assert adamw.memory(rung) == expected_memory(adamw, rung, optimizer="adamw")
     assert adamw.memory(rung).peak_bytes > sgd.memory(rung).peak_bytes
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_optimizer_is_the_one_that_a_training_makes(name: Any) -> None:
+    # So wide for so few voxels that another optimiser's step would take more than any pass.
+    meter, shape = meter_for(base_features=32, max_features=256, optimizer=name), (8, 16, 8)
+    rung = Rung(patch_size=shape, accumulate_grad_batches=2)
+    network = UNet(2, 9, meter.network_plan(shape), fused_head=True)
+    optimizer = make_optimizer(network, OptimConfig(name=name))
+    batch = torch.randn(1, 2, *shape), torch.randint(0, 9, (1, *shape))
+    counted = count_step(network, make_loss(), *batch, optimizer=lambda _: optimizer, accumulate_grad_batches=2)
+    assert meter.memory(rung).peak_bytes == counted.peak_bytes
+    assert counted.peak_bytes < expected_memory(meter, rung, optimizer=name).peak_bytes
 
 
 def test_averaged_weights_are_a_copy_of_the_network_beside_the_step() -> None:
