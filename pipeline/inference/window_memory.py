@@ -10,7 +10,7 @@ from math import prod
 from pipeline.inference.sliding_window import WINDOWS_AHEAD
 from pipeline.inference.window_outputs import Network, num_features
 from pipeline.inference.windows import SlidingWindow
-from pipeline.networks.convolution_workspace import LARGEST_KEPT_BYTES
+from pipeline.networks.convolution_workspace import CHANNELS_PER_BLOCK, LARGEST_KEPT_BYTES
 from pipeline.networks.forward_memory import FLOAT_BYTES, estimate_forward_memory
 from pipeline.networks.unet import UNet
 
@@ -38,7 +38,8 @@ def network_bytes(sliding: SlidingWindow, num_channels: int, network: Network | 
         sliding: The windows, in threads of their own or in one batch.
         num_channels: C.
         network: Of another than our U-Net what it does inside is not known, and the estimate is a low one: twice what
-            goes in and what comes out. None is one that gives scores.
+            goes in, and twice what comes out as oneDNN holds it, with channels filled up to whole blocks. None is one
+            that gives scores.
     """
     if sliding.threads:
         return sliding.window_batch * _batch_bytes(sliding, num_channels, network, 1)
@@ -54,8 +55,10 @@ def _batch_bytes(sliding: SlidingWindow, num_channels: int, network: Network | N
             network, sliding.window, in_channels=num_channels, batch_size=batch_size
         )
     else:
-        given = voxels * _given_channels(sliding, network)
-        inside, kept = 2 * given, KEPT_BLOCKS * given if given < LARGEST_KEPT_BYTES else 0
+        num_given = _given_channels(sliding, network)
+        given, num_blocks = voxels * num_given, -(-num_given // CHANNELS_PER_BLOCK)
+        inside = 2 * voxels * CHANNELS_PER_BLOCK * num_blocks
+        kept = KEPT_BLOCKS * given if given < LARGEST_KEPT_BYTES else 0
     return 2 * num_channels * voxels + inside + kept
 
 

@@ -19,7 +19,7 @@ from pipeline.inference.case_context import CaseContext, case_context
 from pipeline.inference.case_files import predict_files
 from pipeline.inference.inputs import find_inputs
 from pipeline.inference.predictor import Predictor
-from pipeline.inference.window_memory import library_bytes
+from pipeline.inference.window_memory import library_bytes, window_bytes
 from pipeline.inference.window_threads import WindowThreads
 from pipeline.inference.windows import Box, window_starts
 from pipeline.io.volume import Volume
@@ -110,8 +110,9 @@ def test_blocks_count_each_voxel_once(make_plan: Callable[..., Plan], monkeypatc
     volume = Volume.from_array(np.random.default_rng(0).normal(size=SHAPE).astype(np.float32), np.eye(4))
     monkeypatch.setattr("pipeline.inference.attempts.held_bytes", lambda: 0)
     found, blocks = [], []
-    libraries = library_bytes(Predictor(OfPlace(), plan).sliding(1))
-    for max_ram in (None, libraries + 220_000):
+    sliding = Predictor(OfPlace(), plan).sliding(1)
+    fixed = library_bytes(sliding) + window_bytes(sliding, 1, OfPlace())
+    for max_ram in (None, fixed + 120_000):
         predictor = Predictor(OfPlace(), plan, max_ram=max_ram)
         predictor.count_seams = True
         prepared, context = predictor.prepare(volume), CaseContext(expect=lambda _: None)
