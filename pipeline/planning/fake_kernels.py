@@ -99,7 +99,7 @@ def _norm_dtypes(args: Sequence[Any]) -> tuple[torch.dtype | None, ...]:
     return None, statistics, statistics
 
 
-# Torch's fake group norms are sums of a dozen operators, which took a tenth of a plan's time.
+# Torch's fake group norms are sums of a dozen operators, which took 8 % of a plan's time (1.35 of 17 s).
 def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *sizes: Any) -> tuple[Tensor, ...]:
     batch_size, _, _, num_groups, _ = sizes
     dtype = next((part.dtype for part in (weight, bias) if part is not None), x.dtype)

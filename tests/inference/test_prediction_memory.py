@@ -70,13 +70,12 @@ def test_a_bound_is_kept_by_several_networks_together(measure: Measure) -> None:
 
 
 @pytest.mark.slow
-def test_a_ct_of_118_classes_is_predicted_in_blocks_where_little_is_allowed(measure: Measure) -> None:
-    # What is gathered of the narrow U-Net, whose windows the last test has; the first one has longer volumes.
-    measured = measure(512, 512, 160, patch=128, network="thin", num_classes=118, max_extra="640MiB")
-    assert measured["planned_bytes"] <= 640 * MIB
-    # Of a network that is no U-Net of ours the windows are a low estimate.
-    assert measured["extra_bytes"] <= 1.1 * 640 * MIB
-    assert measured["num_windows"] > measured["fewest_windows"]
+@pytest.mark.timeout(900)
+def test_a_whole_ct_of_118_classes_is_predicted_in_two_gib(measure: Measure) -> None:
+    # What is gathered of the narrow U-Net, whose windows the next test has.
+    measured = measure(512, 512, 400, patch=128, network="thin", num_classes=118, max_extra="2GiB")
+    assert measured["planned_bytes"] <= 2048 * MIB
+    assert measured["extra_bytes"] <= 2048 * MIB
 
 
 @pytest.mark.slow
