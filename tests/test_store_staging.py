@@ -21,7 +21,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.geometry import Grid
 from pipeline.plan import ChannelPlan
-from pipeline.store import CaseSource, CaseStore, StoreInfo, stage_cases, staging
+from pipeline.store import CaseSource, CaseStore, StoreInfo, WritableStore, stage_cases, staging
 from pipeline.store.case_store import DATA_KINDS
 
 SHAPE = (40, 24, 52)
@@ -37,15 +37,15 @@ INFO = StoreInfo(
 CASES = tuple(f"case_{index}" for index in range(6))
 
 
-def write_case(store: CaseStore, case_id: str, *, seed: int, key: str = "a" * 16) -> None:
+def write_case(store: WritableStore, case_id: str, *, seed: int, key: str = "a" * 16) -> None:
     rng = np.random.default_rng(seed)
     image, label = rng.normal(size=(1, *SHAPE)).astype(np.float32), rng.integers(0, 2, SHAPE, dtype=np.int16)
     store.write_case(case_id, image, label, native_grid=Grid(SHAPE, OBLIQUE), source=CaseSource(key=key))
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> CaseStore:
-    store = CaseStore.create(tmp_path / "store", INFO)
+def store(tmp_path: Path) -> WritableStore:
+    store = WritableStore.create(tmp_path / "store", INFO)
     for index, case_id in enumerate(CASES):
         write_case(store, case_id, seed=index)
     return store
@@ -163,7 +163,7 @@ def test_trainings_that_copy_at_the_same_time_share_one_whole_copy(
     assert copied == len(CASES) if has_locks else copied >= len(CASES)
 
 
-def test_a_case_that_was_made_anew_at_its_source_is_copied_again(store: CaseStore, disk: Path) -> None:
+def test_a_case_that_was_made_anew_at_its_source_is_copied_again(store: WritableStore, disk: Path) -> None:
     copy = stage_cases(store.folder, CASES, disk)
     before, old = state_of(copy), CaseStore(copy).data_file(CASES[1], "image")
     write_case(store, CASES[1], seed=77, key="b" * 16)
@@ -175,7 +175,7 @@ def test_a_case_that_was_made_anew_at_its_source_is_copied_again(store: CaseStor
     assert old.is_file()
 
 
-def test_a_data_file_that_was_put_right_under_its_old_name_is_copied_again(store: CaseStore, disk: Path) -> None:
+def test_a_data_file_that_was_put_right_under_its_old_name_is_copied_again(store: WritableStore, disk: Path) -> None:
     path = store.data_file(CASES[0], "image")
     times = path.stat().st_mtime_ns - 5 * 10**9
     os.utime(path, ns=(times, times))
@@ -250,7 +250,7 @@ def test_a_case_of_an_earlier_version_has_no_checksum_and_is_copied_all_the_same
 
 
 def test_other_stores_have_folders_of_their_own(store: CaseStore, disk: Path, tmp_path: Path) -> None:
-    other = CaseStore.create(tmp_path / "other", INFO)
+    other = WritableStore.create(tmp_path / "other", INFO)
     write_case(other, CASES[0], seed=50)
     copies = [stage_cases(each.folder, CASES[:1], disk) for each in (store, other)]
     assert copies[0] != copies[1]

@@ -25,7 +25,7 @@ from pipeline.preprocessing.normalize import normalize
 from pipeline.preprocessing.resample import resample_image, resample_label
 from pipeline.preprocessing.sources import is_unchanged, read_case_source
 from pipeline.preprocessing.workers import fitting_num_workers
-from pipeline.store import CaseStore, PatchLocation, StoreInfo, StoreWriteError, fill_store
+from pipeline.store import CaseStore, PatchLocation, StoreInfo, StoreWriteError, WritableStore, fill_store
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,7 @@ def preprocess_dataset(
         return preprocess_cases(todo, plan, store, num_workers=num_workers)
 
 
-def preprocess_case(case: Case, *, plan: Plan, store: CaseStore) -> None:
+def preprocess_case(case: Case, *, plan: Plan, store: WritableStore) -> None:
     """Make one case and store it, or only note the files' new state when their content is what it was.
 
     Raises:
@@ -162,7 +162,9 @@ def preprocess_case(case: Case, *, plan: Plan, store: CaseStore) -> None:
     )
 
 
-def preprocess_cases(cases: Sequence[Case], plan: Plan, store: CaseStore, *, num_workers: int | str) -> dict[str, str]:
+def preprocess_cases(
+    cases: Sequence[Case], plan: Plan, store: WritableStore, *, num_workers: int | str
+) -> dict[str, str]:
     """Make cases in parallel; those that fail are not in the store afterwards.
 
     Returns:
@@ -186,7 +188,7 @@ def preprocess_cases(cases: Sequence[Case], plan: Plan, store: CaseStore, *, num
     return dict(sorted(failures.items()))
 
 
-def remove_others(store: CaseStore, wanted: Collection[str]) -> None:
+def remove_others(store: WritableStore, wanted: Collection[str]) -> None:
     """Take cases other than the wanted ones out of the store, and say so."""
     others = [case_id for case_id in store.case_ids if case_id not in wanted]
     for case_id in others:

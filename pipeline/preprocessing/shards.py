@@ -16,7 +16,7 @@ from pipeline.log import get_logger
 from pipeline.plan import Plan
 from pipeline.preprocessing.preprocess import find_outdated, preprocess_cases, remove_others
 from pipeline.preprocessing.sources import is_unchanged, read_case_source
-from pipeline.store import CaseStore, StoreInfo, fill_store, lock_store
+from pipeline.store import CaseStore, StoreInfo, WritableStore, fill_store, lock_store
 
 # Younger files without a record may belong to a case that is being written where locks do not reach.
 LEFTOVER_SECONDS = 3600.0
@@ -74,7 +74,7 @@ def verify_store(
     Raises:
         InputError: The folder is no store, or another plan's or dataset's.
     """
-    store = CaseStore(Path(store_folder), mode="a")
+    store = CaseStore(Path(store_folder))
     store.check_plan(plan)
     wanted = [case for case in dataset.cases if case.case_id not in leave_out]
     held = set(store.case_ids)
@@ -84,7 +84,7 @@ def verify_store(
     present = [case for case in wanted if case.case_id in held]
     problems |= {case.case_id: reason for case in present if (reason := _find_problem(case, store))}
     get_logger().info("preprocess: %d of %d cases are there and whole", len(wanted) - len(problems), len(wanted))
-    _tidy(store, {case.case_id for case in wanted})
+    _tidy(WritableStore(store.folder), {case.case_id for case in wanted})
     return dict(sorted(problems.items()))
 
 
@@ -100,7 +100,7 @@ def _find_problem(case: Case, store: CaseStore) -> str:
     return "was made from other files"
 
 
-def _tidy(store: CaseStore, wanted: Collection[str]) -> None:
+def _tidy(store: WritableStore, wanted: Collection[str]) -> None:
     try:
         with lock_store(store.folder):
             remove_others(store, wanted)

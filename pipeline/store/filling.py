@@ -8,14 +8,15 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 from pipeline.log import get_logger
-from pipeline.store.case_store import CaseStore, info_path, refuse_foreign_folder
+from pipeline.store.case_store import CaseStore, info_path
 from pipeline.store.records import StoreInfo
+from pipeline.store.writable_store import WritableStore, refuse_foreign_folder
 
 
 @contextmanager
 def fill_store(
     folder: Path, info: StoreInfo, *, known_ids: Collection[str] | None = None, shared: bool = False
-) -> Iterator[CaseStore]:
+) -> Iterator[WritableStore]:
     """The store in `folder`, made or brought to `info`, while the block runs.
 
     Alone, it is swept and kept from other processes. The lock ends with this process, however that ends.
@@ -38,7 +39,7 @@ def fill_store(
     with lock_store(folder, shared=shared):
         if known_ids is not None:
             _refuse_other_dataset(folder, known_ids)
-        store = CaseStore.create(folder, info, mode="shared" if shared else "a")
+        store = WritableStore.create(folder, info, shared=shared)
         if not shared:
             store.sweep()
         yield store

@@ -30,7 +30,7 @@ from pipeline.geometry import Grid, Shape3
 from pipeline.plan import ChannelPlan
 from pipeline.sampling.augmentation import Augmentation
 from pipeline.sampling.patch_dataset import PatchDataset
-from pipeline.store import CaseStore, StoreInfo
+from pipeline.store import CaseStore, StoreInfo, WritableStore
 
 PATCH: Shape3 = (40, 56, 40)
 Step = Callable[[int], Any]
@@ -46,7 +46,7 @@ def make_store(folder: Path, num_cases: int, shape: Shape3) -> None:
         anisotropic_axis=None,
         patch_size=PATCH,
     )
-    store, rng = CaseStore.create(folder, info), np.random.default_rng(0)
+    store, rng = WritableStore.create(folder, info), np.random.default_rng(0)
     places = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
     for number in range(num_cases):
         radius = np.linalg.norm(places - rng.uniform(-0.3, 0.3, (3, 1, 1, 1)), axis=0)

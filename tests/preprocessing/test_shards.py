@@ -24,7 +24,7 @@ from pipeline.errors import InputError
 from pipeline.plan import Plan
 from pipeline.preprocessing.preprocess import preprocess_dataset
 from pipeline.preprocessing.shards import LEFTOVER_SECONDS, preprocess_share, share_of, verify_store
-from pipeline.store import CaseStore, fill_store
+from pipeline.store import CaseStore, WritableStore, fill_store
 
 MakeDataset = Callable[..., Dataset]
 SHARE = """
@@ -222,13 +222,13 @@ def test_a_case_whose_data_were_swept_while_it_was_made_does_not_exist(
     make_dataset: MakeDataset, plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = make_dataset(1)
-    write = CaseStore.write_record
+    write = WritableStore.write_record
 
-    def swept_first(store: CaseStore, record: object) -> None:
-        CaseStore(store.folder, mode="a").sweep()
+    def swept_first(store: WritableStore, record: object) -> None:
+        WritableStore(store.folder).sweep()
         write(store, record)
 
-    monkeypatch.setattr(CaseStore, "write_record", swept_first)
+    monkeypatch.setattr(WritableStore, "write_record", swept_first)
     with pytest.raises(InputError, match=r"were removed while it was made.*Run the same command again"):
         preprocess_share(dataset, plan, folder, (1, 1), num_workers=1)
     assert CaseStore(folder).case_ids == ()

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.geometry import Grid, Shape3
 from pipeline.plan import ChannelPlan
-from pipeline.store import IGNORE_INDEX, CaseRecord, CaseStore, StoreInfo
+from pipeline.store import IGNORE_INDEX, CaseRecord, StoreInfo, WritableStore
 
 PATCH: Shape3 = (12, 16, 10)
 SHAPES: dict[str, Shape3] = {
@@ -51,7 +51,7 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         anisotropic_axis=None,
         patch_size=PATCH,
     )
-    store = CaseStore.create(folder, info)
+    store = WritableStore.create(folder, info)
     for case_id, shape in SHAPES.items():
         image, label = make_case(case_id)
         store.write_case(case_id, image, label, native_grid=Grid(shape, np.eye(4)))

@@ -22,7 +22,7 @@ from pipeline.datasets.splits import Splits, make_splits
 from pipeline.geometry import Grid
 from pipeline.plan import ChannelPlan, NetworkPlan, Plan
 from pipeline.rank_place import TORCHRUN_NAMES
-from pipeline.store import IGNORE_INDEX, CaseStore, StoreInfo
+from pipeline.store import IGNORE_INDEX, CaseStore, StoreInfo, WritableStore
 
 PATCH = (16, 8, 12)
 TIMES_AND_MEMORY = {"seconds", "data_wait_share", "peak_ram_bytes", "validation_seconds"}
@@ -48,7 +48,7 @@ def plan(plan_of: Callable[..., Plan], two_stages: Callable[..., NetworkPlan]) -
 @pytest.fixture(scope="session")
 def store(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    store = CaseStore.create(folder, StoreInfo.of(plan))
+    store = WritableStore.create(folder, StoreInfo.of(plan))
     for index in range(6):
         rng = np.random.default_rng(index)
         shape = (20 - index, 14 + index, 12 + 2 * index)

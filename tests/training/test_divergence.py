@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.datasets.splits import Fold, Splits
 from pipeline.errors import TrainingDivergedError
 from pipeline.geometry import Grid
-from pipeline.store import CaseStore, StoreInfo
+from pipeline.store import StoreInfo, WritableStore
 from pipeline.training.divergence import DivergenceGuard, weights_are_finite
 from pipeline.training.loop_state import Pace
 from pipeline.training.trainer import fit_fold
@@ -18,7 +18,7 @@ from pipeline.training.trainer import fit_fold
 
 def test_a_case_that_makes_the_loss_nan_is_named_and_the_last_good_checkpoint_kept(plan, splits, make_config, tmp_path):
     """Passes go over all six cases; the bad one comes in the second epoch at the earliest."""
-    store = CaseStore.create(tmp_path / "bad_store", StoreInfo.of(plan))
+    store = WritableStore.create(tmp_path / "bad_store", StoreInfo.of(plan))
     names = [f"case_{index}" for index in range(12)]
     for name in names:
         image = np.full((1, 16, 8, 12), np.nan if name == "case_7" else 1.0, np.float32)

@@ -23,7 +23,7 @@ from pipeline.geometry import Grid
 from pipeline.networks.unet import UNet
 from pipeline.plan import NetworkPlan, Plan
 from pipeline.run_record import RunRecord
-from pipeline.store import CaseStore, StoreInfo
+from pipeline.store import StoreInfo, WritableStore
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.trainer import fit_fold
 from tests.training.conftest import assert_equal, read_rows
@@ -237,7 +237,7 @@ def thick_plan(plan) -> Plan:
 @pytest.fixture
 def thick_store(thick_plan, tmp_path) -> Path:
     """Cases whose classes are the signs of the two channels, plus noise."""
-    store = CaseStore.create(tmp_path / "thick_store", StoreInfo.of(thick_plan))
+    store = WritableStore.create(tmp_path / "thick_store", StoreInfo.of(thick_plan))
     for index in range(6):
         rng, shape = np.random.default_rng(index), (22 - index, 25 + index, 7 + index)
         i, j, _ = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")

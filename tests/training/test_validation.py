@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.geometry import Grid
-from pipeline.store import IGNORE_INDEX, CaseStore, StoreInfo
+from pipeline.store import IGNORE_INDEX, StoreInfo, WritableStore
 from pipeline.training.validation import ValidationResult, Validator, dice_by_class
 
 SHAPES = {"a": (21, 10, 14), "b": (9, 17, 12)}
@@ -26,7 +26,7 @@ class Nearest(nn.Module):
 @pytest.fixture
 def label_store(plan, tmp_path) -> Path:
     """Cases whose image is their label."""
-    store = CaseStore.create(tmp_path / "store", StoreInfo.of(plan))
+    store = WritableStore.create(tmp_path / "store", StoreInfo.of(plan))
     for case_id, shape in SHAPES.items():
         label = np.random.default_rng(0).integers(0, 3 if case_id == "a" else 2, shape).astype(np.int16)
         store.write_case(case_id, label[None].astype(np.float32), label, native_grid=Grid(shape, np.eye(4)))
