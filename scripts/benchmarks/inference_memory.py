@@ -36,6 +36,7 @@ from pipeline.inference.export_formats import OutputFormat, output_files
 from pipeline.inference.predictor import Predictor
 from pipeline.io.volume import Volume
 from pipeline.networks.blocks import Head
+from pipeline.networks.small_convolution import Convolution
 from pipeline.networks.unet import UNet
 from pipeline.plan import ChannelPlan, MemoryPlan, NetworkPlan, Plan
 from pipeline.sizes import parse_bytes
@@ -57,7 +58,7 @@ class WideNetwork(nn.Module):
     def __init__(self, num_classes: int, num_features: int = 32) -> None:
         super().__init__()
         self.num_features = num_features
-        self.conv, self.head = nn.Conv3d(1, num_features, 3, padding=1), Head(num_features, num_classes)
+        self.conv, self.head = Convolution(1, num_features, 3, padding=1), Head(num_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, i, j, k) -> logits."""

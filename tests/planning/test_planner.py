@@ -122,8 +122,8 @@ def test_candidates_hold_the_choice_its_alternatives_and_its_neighbours(fingerpr
 def test_fallbacks_train_the_same_network_with_ever_less(
     fingerprint_of: FingerprintOf, options: dict[str, Any]
 ) -> None:
-    config = tiny_config(**options)
-    plan = make_plan(fingerprint_of((128, 192, 160)), config, budget_bytes=8 * GIB)
+    config = tiny_config(base_features=16, max_features=32, **options)
+    plan = make_plan(fingerprint_of((64, 96, 160)), config, budget_bytes=8 * GIB)
     rungs = [plan.rung, *plan.fallbacks]
     assert len(rungs) > 3
     for before, after in pairwise(rungs):
@@ -185,17 +185,17 @@ def test_fallback_patches_that_are_not_metered_would_save_too_little(fingerprint
 
 
 def test_offload_is_named_with_the_host_memory_that_it_takes(fingerprint_of: FingerprintOf) -> None:
-    shape = (128, 192, 96)
-    fingerprint, config = fingerprint_of(shape), tiny_config(patch_size=shape)
-    without = make_plan(fingerprint, tiny_config(patch_size=shape, offload="off"), budget_bytes=8 * GIB)
+    shape = (64, 96, 96)
+    fingerprint, config = fingerprint_of(shape), tiny_config(patch_size=shape, base_features=16, max_features=32)
+    without = make_plan(fingerprint, replace(config, offload="off"), budget_bytes=8 * GIB)
     least = min(rung.required_bytes for rung in [without.rung, *without.fallbacks] if rung.patch_size == shape)
     plan = make_plan(fingerprint, config, budget_bytes=least - 24 * MIB)
     assert plan.offload_stages > 0
     assert plan.memory.host_bytes == plan.rung.host_bytes > 0
     assert "pinned host memory" in " ".join(plan.notes)
     assert ") (" not in " ".join(plan.notes)
-    with pytest.raises(InputError, match=r"patch_size 128 x 192 x 96 does not fit .* Give a smaller patch_size or"):
-        make_plan(fingerprint, tiny_config(patch_size=shape, offload="off"), budget_bytes=least - 24 * MIB)
+    with pytest.raises(InputError, match=r"patch_size 64 x 96 x 96 does not fit .* Give a smaller patch_size or"):
+        make_plan(fingerprint, replace(config, offload="off"), budget_bytes=least - 24 * MIB)
 
 
 def test_the_optimizer_and_averaged_weights_are_counted_and_written_down(fingerprint_of: FingerprintOf) -> None:
