@@ -184,12 +184,15 @@ def test_a_store_that_was_used_can_be_sent_to_another_process_and_carries_no_rec
     assert float(done.stdout) == total
 
 
-def test_reading_writes_nothing(store: WritableStore) -> None:
+def test_reading_writes_nothing_and_a_reader_cannot_write(store: WritableStore) -> None:
     before = files_of(store.folder)
     reader = CaseStore(store.folder)
     reader.read_case(reader.case_ids[0])
     reader.foreground_voxels("case_a", 1)
     assert reader.is_whole("case_a")
+    assert files_of(store.folder) == before
+    with pytest.raises(AttributeError):
+        reader.remove_case("case_a")  # type: ignore[attr-defined]
     assert files_of(store.folder) == before
 
 

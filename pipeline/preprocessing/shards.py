@@ -74,7 +74,7 @@ def verify_store(
     Raises:
         InputError: The folder is no store, or another plan's or dataset's.
     """
-    store = CaseStore(Path(store_folder))
+    store = WritableStore(Path(store_folder))
     store.check_plan(plan)
     wanted = [case for case in dataset.cases if case.case_id not in leave_out]
     held = set(store.case_ids)
@@ -84,7 +84,7 @@ def verify_store(
     present = [case for case in wanted if case.case_id in held]
     problems |= {case.case_id: reason for case in present if (reason := _find_problem(case, store))}
     get_logger().info("preprocess: %d of %d cases are there and whole", len(wanted) - len(problems), len(wanted))
-    _tidy(WritableStore(store.folder), {case.case_id for case in wanted})
+    _tidy(store, {case.case_id for case in wanted})
     return dict(sorted(problems.items()))
 
 

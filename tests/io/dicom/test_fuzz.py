@@ -300,7 +300,7 @@ def test_damaged_series_end_in_the_right_volume_or_one_line(name: str, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_many_damaged_series_end_in_the_right_volume_or_one_line(name: str, tmp_path: Path):
-    check_batch(name, 1, 150, tmp_path)
+    check_batch(name, 1, 200, tmp_path)
 
 
 if __name__ == "__main__":
