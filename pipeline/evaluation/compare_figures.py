@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from pipeline.evaluation.comparison import MEAN_ROW, ComparedRun, Difference
 from pipeline.evaluation.figures import INK, STYLE, plain, to_svg
@@ -34,22 +35,42 @@ NUM_COLUMNS = 3
 MOST_FOREST_ROWS = 40
 
 
-def draw_run_curves(runs: Sequence[ComparedRun], axis: str, colors: Mapping[str, str]) -> str:
-    """Every panel that some run has values for, over one of `AXES`, as a data URI; "" where no epoch is done."""
+# Where panels lie in a figure that was drawn, by the titles of the panels.
+Places = dict[tuple[str, ...], list[Bbox]]
+
+
+def draw_run_curves(
+    runs: Sequence[ComparedRun], axis: str, colors: Mapping[str, str], *, places: Places | None = None
+) -> str:
+    """Every panel that some run has values for, over one of `AXES`, as a data URI; "" where no epoch is done.
+
+    Args:
+        runs: Compared.
+        axis: A column.
+        colors: By name of a run.
+        places: Of the same panels over other axes, which lie as well here: finding the places takes half of the time
+            of a figure. Those of this figure are added.
+    """
     label = next(text for column, _, text in AXES if column == axis)
     panels = [panel for panel in _panels(runs) if any(_points(run, axis, panel[0]) is not None for run in runs)]
     if not panels:
         return ""
-    num_rows = -(-len(panels) // NUM_COLUMNS)
+    num_rows, titles = -(-len(panels) // NUM_COLUMNS), tuple(title for _, title, *_ in panels)
+    places = {} if places is None else places
     with rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 0.4 + 2.7 * num_rows), layout="constrained")
+        layout = None if titles in places else "constrained"
+        figure = Figure(figsize=(10.5, 0.4 + 2.7 * num_rows), layout=layout)
         grid = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False).ravel()
         for axes, panel in zip(grid, panels, strict=False):
             _draw_panel(axes, runs, axis, panel, colors)
             axes.set_xlabel(label)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        return to_svg(figure)
+        for axes, place in zip(grid, places.get(titles, ()), strict=False):
+            axes.set_position(place)
+        drawn = to_svg(figure)
+        places[titles] = [axes.get_position() for axes in grid]
+        return drawn
 
 
 def _panels(runs: Sequence[ComparedRun]) -> list[tuple[str, str, float, bool]]:
