@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -11,10 +11,10 @@ from pipeline.config import PlanConfig
 from pipeline.geometry import Shape3, Spacing
 from pipeline.losses.segmentation_loss import make_loss
 from pipeline.networks.unet import UNet
-from pipeline.plan import Execution, MemoryPlan, NetworkPlan, Plan, Rung
+from pipeline.plan import Execution, MemoryPlan, NetworkPlan, Plan, Precision, Rung
 from pipeline.planning.budget import estimate_overhead_bytes
 from pipeline.planning.executions import execution_families, relative_time
-from pipeline.planning.meter import MakeOptimizer, StepMemory, meter_step
+from pipeline.planning.meter import MakeOptimizer, OptimizerName, StepMemory, meter_step
 from pipeline.planning.topology import make_topology
 
 # Patches per optimiser step where neither the person nor a larger batch decides.
@@ -118,8 +118,12 @@ class RungMeter:
         network = network or self.network_plan(rung.patch_size)
         step = _step(rung, network)
         if step not in self._known:
-            self._known[step] = self._meter(rung, network)
+            self._known[step] = self._metered(step)
         return self._known[step]
+
+    def _metered(self, step: _Step) -> StepMemory:
+        precision = "bf16-mixed" if self.config.precision == "auto" else self.config.precision
+        return _meter(step, self.in_channels, self.num_classes, precision, self.config.optimizer, self.config.ema)
 
     def memory_plan(self, rung: Rung, *, budget_bytes: int, network: NetworkPlan | None = None) -> MemoryPlan:
         """What a plan says of the memory of its rung."""
@@ -132,30 +136,30 @@ class RungMeter:
             host_bytes=memory.pinned_bytes,
         )
 
-    def _meter(self, rung: Rung, network_plan: NetworkPlan) -> StepMemory:
-        with torch.device("meta"):
-            network = UNet(
-                self.in_channels,
-                self.num_classes,
-                network_plan,
-                **rung.execution._asdict(),
-                fused_head=True,
-            )
-        memory = meter_step(
-            network,
-            make_loss(),
-            patch_size=rung.patch_size,
-            in_channels=self.in_channels,
-            batch_size=rung.batch_size,
-            precision="bf16-mixed" if self.config.precision == "auto" else self.config.precision,
-            optimizer=_FUSED[self.config.optimizer],
-            accumulate_grad_batches=rung.accumulate_grad_batches,
-        )
-        return _with_average(memory, network) if self.config.ema else memory
-
 
 def _step(rung: Rung, network: NetworkPlan) -> _Step:
     return network, rung.patch_size, rung.batch_size, rung.accumulate_grad_batches > 1, rung.execution
+
+
+# Plans of one dataset under several budgets, and whoever steps down from a plan, ask for the same steps.
+@cache
+def _meter(
+    step: _Step, in_channels: int, num_classes: int, precision: Precision, optimizer: OptimizerName, ema: bool
+) -> StepMemory:
+    network_plan, patch_size, batch_size, accumulates, execution = step
+    with torch.device("meta"):
+        network = UNet(in_channels, num_classes, network_plan, **execution._asdict(), fused_head=True)
+    memory = meter_step(
+        network,
+        make_loss(),
+        patch_size=patch_size,
+        in_channels=in_channels,
+        batch_size=batch_size,
+        precision=precision,
+        optimizer=_FUSED[optimizer],
+        accumulate_grad_batches=2 if accumulates else 1,
+    )
+    return _with_average(memory, network) if ema else memory
 
 
 def _required_bytes(memory: StepMemory) -> int:
