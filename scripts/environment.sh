@@ -24,9 +24,11 @@ if [ ! -e "$stamp" ]; then
             echo "Install PyTorch's CPU build first (its web page tells how), or export PYTHON of an environment that has it." >&2
             exit 2
         fi
-        .venv/bin/pip install --quiet --constraint "$constraints" torch
+        .venv/bin/pip install --quiet --no-compile --constraint "$constraints" torch
     fi
-    .venv/bin/pip install --quiet --constraint "$constraints" --editable '.[dev]'
+    .venv/bin/pip install --quiet --no-compile --constraint "$constraints" --editable '.[dev]'
+    # On all cores, where pip takes one. Some packages bring templates that are no Python: not an error.
+    .venv/bin/python -m compileall -qq --workers 0 .venv/lib || true
     rm -f "$constraints" .venv/installed-*
     touch "$stamp"
 fi

@@ -14,6 +14,12 @@ fi
 
 ruff check .
 ruff format --check .
-mypy
+# Beside the tests: it takes one core for a minute where it has no cache, as in CI.
+mypy &
+types=$!
+trap 'kill "$types" 2> /dev/null || true' EXIT
+failed=0
 # One thread a test process: two processes fill two cores, and results do not depend on the number of threads.
-OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile -m "$selection" --durations 15 -r s "$@"
+OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile -m "$selection" --durations 15 -r s "$@" || failed=$?
+wait "$types" || failed=$?
+exit "$failed"
