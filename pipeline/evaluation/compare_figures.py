@@ -58,8 +58,7 @@ def draw_run_curves(
     num_rows, titles = -(-len(panels) // NUM_COLUMNS), tuple(title for _, title, *_ in panels)
     places = {} if places is None else places
     with rc_context(STYLE):
-        layout = None if titles in places else "constrained"
-        figure = Figure(figsize=(10.5, 0.4 + 2.7 * num_rows), layout=layout)
+        figure = Figure(figsize=(10.5, 0.4 + 2.7 * num_rows), layout=None if titles in places else "constrained")
         grid = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False).ravel()
         for axes, panel in zip(grid, panels, strict=False):
             _draw_panel(axes, runs, axis, panel, colors)
