@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -82,6 +83,8 @@ def _measured_bytes(trainer: pl.Trainer, table: MetricsTable) -> int:
     return max(int(row["peak_ram_bytes"] or 0) for row in table.rows)
 
 
+# Looking one up takes 3 ms, and every start of a fold asks for all.
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)
