@@ -32,7 +32,6 @@ from pipeline.config import (
 from pipeline.errors import CasesFailedError, InputError
 from pipeline.log import get_logger, log_to_file
 from pipeline.plan import Plan
-from pipeline.quick_imports import quick_imports
 from pipeline.rank_place import find_place
 from pipeline.run_files import RunFiles
 
@@ -82,13 +81,12 @@ def plan(config: PlanConfig) -> Plan:
             when it was run on the GPU that is present.
         CasesFailedError: The plan was made without bad cases.
     """
-    with quick_imports():
-        from pipeline.datasets.dataset import read_dataset
-        from pipeline.datasets.examination import examine_cases
-        from pipeline.datasets.fingerprint import fingerprint_path, make_fingerprint
-        from pipeline.datasets.inspection import find_bad_cases
-        from pipeline.planning.budget import find_budget
-        from pipeline.planning.planner import make_plan
+    from pipeline.datasets.dataset import read_dataset
+    from pipeline.datasets.examination import examine_cases
+    from pipeline.datasets.fingerprint import fingerprint_path, make_fingerprint
+    from pipeline.datasets.inspection import find_bad_cases
+    from pipeline.planning.budget import find_budget
+    from pipeline.planning.planner import make_plan
 
     budget = find_budget(config.vram)
     dataset = read_dataset(config.dataset)
@@ -159,8 +157,7 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
     """
     if find_place().num_ranks == 1:
         return _train(config, network)
-    with quick_imports():
-        from pipeline.training.ranks import open_ranks
+    from pipeline.training.ranks import open_ranks
 
     with open_ranks() as ranks:
         # In here, so that what one of them cannot read is told to all.
@@ -168,10 +165,9 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
 
 
 def _train(config: TrainConfig, network: nn.Module | None, ranks: Ranks | None = None) -> FitResult:
-    with quick_imports():
-        from pipeline.store import CaseStore
-        from pipeline.training.run_splits import splits_of_run
-        from pipeline.training.trainer import fit_fold, fit_in_processes
+    from pipeline.store import CaseStore
+    from pipeline.training.run_splits import splits_of_run
+    from pipeline.training.trainer import fit_fold, fit_in_processes
 
     made = read_artifact(Path(config.plan), Plan)
     store = CaseStore(Path(config.store))
@@ -235,12 +231,11 @@ def predict(
     Raises:
         CasesFailedError: Some cases failed; the rest is written.
     """
-    with quick_imports():
-        from pipeline.inference.case_files import predict_files
-        from pipeline.inference.dicom_inputs import find_cases
-        from pipeline.inference.export_formats import output_formats
-        from pipeline.inference.loading import read_held_out_by_all
-        from pipeline.inference.window_batch import set_window_batch
+    from pipeline.inference.case_files import predict_files
+    from pipeline.inference.dicom_inputs import find_cases
+    from pipeline.inference.export_formats import output_formats
+    from pipeline.inference.loading import read_held_out_by_all
+    from pipeline.inference.window_batch import set_window_batch
 
     run_dirs = [Path(folder) for folder in config.run_dirs]
     if config.cases == "held_out":

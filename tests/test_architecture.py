@@ -25,7 +25,6 @@ LAYERS = [
         "plan",
         "allocation",
         "rank_place",
-        "quick_imports",
     },
     {"artifacts", "saved_config", "parallel", "io", "stop_signals", "requeue"},
     {"launching", "prediction_record", "run_record", "store", "synthetic", "synthetic_dicom", "datasets"},
