@@ -19,6 +19,9 @@ SEAM_BYTES = 5
 # small volumes it is this share of what is gathered.
 SLAB_BYTES = 64 << 20
 CHUNK_BYTES = 16 << 20
+# Where planes are not interpolated, so that a piece needs no planes beside its own: features that stay in a CPU's cache
+# while all classes are made from them take 0.57 (8 features) to 0.9 (32) of the time of larger pieces.
+CACHED_SLAB_BYTES = 8 << 20
 SLAB_SHARE = 1 / 4
 
 
@@ -119,7 +122,8 @@ class Need:
         """Planes of the result at a time, and classes at a time."""
         source, native = self._planes(way)
         slab = min(SLAB_BYTES, SLAB_SHARE * self._gathered_bytes(source))
-        rows = max(1, int(slab / (FLOAT_BYTES * self.gathered * source * self._zoom)))
+        taken = min(CACHED_SLAB_BYTES, slab) if self.resampling.is_identity(self.axis) else slab
+        rows = max(1, int(taken / (FLOAT_BYTES * self.gathered * source * self._zoom)))
         rows = min(rows, self.resampling.shape[self.axis])
         voxels = rows * max(native, source * self._zoom)
         chunk = max(1, int(min(CHUNK_BYTES, SLAB_SHARE * slab) / (FLOAT_BYTES * voxels)))
