@@ -12,6 +12,9 @@ if [ "${1:-}" = "--slow" ]; then
     shift
 fi
 
+# Images of containers set it, and then every process that the tests start would compile the project anew.
+unset PYTHONDONTWRITEBYTECODE
+
 ruff check .
 ruff format --check .
 # Beside the tests: it takes one core for a minute where it has no cache, as in CI.
