@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from pipeline.io.volume import Volume
     from pipeline.status import WorkStatus
     from pipeline.store import CaseStore
+    from pipeline.training.fit_result import FitResult
     from pipeline.training.ranks import Ranks
-    from pipeline.training.trainer import FitResult
 
 Result = TypeVar("Result")
 
@@ -167,7 +167,6 @@ def train(config: TrainConfig, *, network: nn.Module | None = None) -> FitResult
 def _train(config: TrainConfig, network: nn.Module | None, ranks: Ranks | None = None) -> FitResult:
     from pipeline.store import CaseStore
     from pipeline.training.run_splits import splits_of_run
-    from pipeline.training.trainer import fit_fold, fit_in_processes
 
     made = read_artifact(Path(config.plan), Plan)
     store = CaseStore(Path(config.store))
@@ -175,7 +174,11 @@ def _train(config: TrainConfig, network: nn.Module | None, ranks: Ranks | None =
     splits = splits_of_run(store, config)
     place, devices = find_place(), config.hardware.devices
     if devices not in ("auto", 1) and not place.launcher:
+        from pipeline.training.device_processes import fit_in_processes
+
         return fit_in_processes(config, int(devices), network)
+    from pipeline.training.trainer import fit_fold
+
     # The first of several processes speaks for all.
     with log_to_file(RunFiles(Path(config.run_dir)).log) if place.is_first else nullcontext():
         get_logger("train").info("%s", describe_allocation())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.evaluation.summary import Metrics
-    from pipeline.training.trainer import FitResult
+    from pipeline.training.fit_result import FitResult
 
 Result = TypeVar("Result")
 # What may change between two calls of `run` in one folder: another fold is a run of its own, and the rest decides how

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 
 from torch import nn
@@ -15,14 +14,13 @@ from pipeline.config import TrainConfig
 from pipeline.datasets.splits import Fold, Splits, select_fold
 from pipeline.durations import parse_duration
 from pipeline.errors import InputError
-from pipeline.launching import run_in_processes
 from pipeline.log import get_logger
 from pipeline.plan import Plan
-from pipeline.run_record import Counts, RunRecord
-from pipeline.saved_config import write_config
+from pipeline.run_record import RunRecord
 from pipeline.stop_signals import StopRequest, stop_signals_noted
 from pipeline.store import CaseStore
 from pipeline.training.attempt import Job, train_once
+from pipeline.training.fit_result import FitResult
 from pipeline.training.initial_weights import check_beginning
 from pipeline.training.local_store import local_store
 from pipeline.training.metrics_table import finished_epochs
@@ -39,57 +37,6 @@ from pipeline.training.tracking import track_finished
 from pipeline.training.wall_clock import WallClock, read_wall_seconds
 
 logger = get_logger("train")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """What a training came to.
-
-    Attributes:
-        run_dir: The run folder.
-        best_checkpoint, last_checkpoint: Weights; the same ones when nothing was validated.
-        best_dice: Mean Dice of the best weights over classes and validation cases; None without validation.
-        counts: Epochs, iterations and optimiser steps done.
-    """
-
-    run_dir: Path
-    best_checkpoint: Path
-    last_checkpoint: Path
-    best_dice: float | None
-    counts: Counts
-
-    @classmethod
-    def of(cls, folder: RunFolder, record: RunRecord) -> FitResult:
-        """The result that a finished run's record tells."""
-        return cls(
-            run_dir=folder.path,
-            best_checkpoint=folder.best_checkpoint,
-            last_checkpoint=folder.last_checkpoint,
-            best_dice=record.best_dice,
-            counts=record.counts,
-        )
-
-
-def fit_in_processes(config: TrainConfig, num: int, network: nn.Module | None = None) -> FitResult:
-    """Train in processes of this machine, one for each device, as `voxfit train` with the same options would in each.
-
-    Raises:
-        InputError: There is a network of one's own.
-        StoppedError, ProcessesFailedError: As of `pipeline.launching.run_in_processes`.
-    """
-    if network is not None:
-        what = "a network of one's own cannot be handed to other processes"
-        fix = "Start your program with torchrun, which runs it once for each device"
-        raise InputError(what, where="hardware.devices", fix=fix)
-    with TemporaryDirectory() as options:
-        path = Path(options) / "train.yaml"
-        write_config(path, config)
-        run_in_processes(["train", "--config", str(path)], num)
-    folder = RunFolder(Path(config.run_dir))
-    record = folder.read_record()
-    if record is None:
-        raise InputError("holds no training", where=folder.path)
-    return FitResult.of(folder, record)
 
 
 def fit_fold(

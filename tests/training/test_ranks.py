@@ -450,6 +450,8 @@ def test_a_command_for_two_devices_hands_signals_on_and_tells_of_a_killed_proces
         (run_dir / sign).unlink(missing_ok=True)
         process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
         wait_for((run_dir / sign).is_file)
+        # What only waits takes neither the time nor the memory of PyTorch.
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
         end(psutil.Process(process.pid))
         _, output = process.communicate(timeout=100)
         assert process.returncode == code, output
