@@ -48,8 +48,8 @@ def draw_run_curves(
         runs: Compared.
         axis: A column.
         colors: By name of a run.
-        places: Of the same panels over other axes, which lie as well here: finding the places takes half of the time
-            of a figure. Those of this figure are added.
+        places: Of the same panels over other axes, which lie as well here: finding the places takes nearly half of
+            the time of a figure. Those of this figure are added.
     """
     label = next(text for column, _, text in AXES if column == axis)
     panels = [panel for panel in _panels(runs) if any(_points(run, axis, panel[0]) is not None for run in runs)]

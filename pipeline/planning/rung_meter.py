@@ -35,7 +35,7 @@ _Step = tuple[NetworkPlan, Shape3, int, bool, Execution]
 
 @dataclass(frozen=True, kw_only=True)
 class RungMeter:
-    """Answers what a rung takes; each is metered once.
+    """Answers what a rung takes, and knows which it was asked about.
 
     Attributes:
         config: Shape of the network, precision, optimiser and effective batch.
@@ -47,7 +47,7 @@ class RungMeter:
     in_channels: int
     num_classes: int
     spacing: Spacing
-    _known: dict[_Step, StepMemory] = field(default_factory=dict, repr=False)
+    _known: set[_Step] = field(default_factory=set, repr=False)
 
     @classmethod
     def of_plan(cls, plan: Plan) -> RungMeter:
@@ -96,7 +96,7 @@ class RungMeter:
         )
 
     def is_known(self, rung: Rung) -> bool:
-        """Whether the rung, with the network of its patch, was metered already."""
+        """Whether this meter was asked about the rung, with the network of its patch, already."""
         return _step(rung, self.network_plan(rung.patch_size)) in self._known
 
     def weighed(self, rung: Rung, *, network: NetworkPlan | None = None) -> Rung:
@@ -116,14 +116,11 @@ class RungMeter:
             network: Trained; None takes that of the patch.
         """
         network = network or self.network_plan(rung.patch_size)
-        step = _step(rung, network)
-        if step not in self._known:
-            self._known[step] = self._metered(step)
-        return self._known[step]
-
-    def _metered(self, step: _Step) -> StepMemory:
-        precision = "bf16-mixed" if self.config.precision == "auto" else self.config.precision
-        return _meter(step, self.in_channels, self.num_classes, precision, self.config.optimizer, self.config.ema)
+        step, config = _step(rung, network), self.config
+        precision = "bf16-mixed" if config.precision == "auto" else config.precision
+        memory = _meter(step, self.in_channels, self.num_classes, precision, config.optimizer, config.ema)
+        self._known.add(step)
+        return memory
 
     def memory_plan(self, rung: Rung, *, budget_bytes: int, network: NetworkPlan | None = None) -> MemoryPlan:
         """What a plan says of the memory of its rung."""
@@ -141,7 +138,8 @@ def _step(rung: Rung, network: NetworkPlan) -> _Step:
     return network, rung.patch_size, rung.batch_size, rung.accumulate_grad_batches > 1, rung.execution
 
 
-# Plans of one dataset under several budgets, and whoever steps down from a plan, ask for the same steps.
+# A step is metered once in a process: plans of one dataset under several budgets, and whoever steps down from a plan,
+# ask for the same ones.
 @cache
 def _meter(
     step: _Step, in_channels: int, num_classes: int, precision: Precision, optimizer: OptimizerName, ema: bool

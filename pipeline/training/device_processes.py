@@ -1,6 +1,6 @@
 """A training in processes of this machine, started and waited for by one that needs no PyTorch itself.
 
-Importing it would take seconds before they begin, and half a gibibyte of the job's memory as long as they train.
+Importing it would let them begin 4 s later, and take 270 MiB of the job's memory as long as they train.
 """
 
 from __future__ import annotations
