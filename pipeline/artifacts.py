@@ -24,10 +24,15 @@ Artifact = TypeVar("Artifact")
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, sync_folder: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path` that takes its place, fsynced, when the block ends well.
 
     When the block raises, the temporary file is removed and what stood at `path` is untouched.
+
+    Args:
+        path: Of the file.
+        sync_folder: Make the name safe from a power cut as well; not needed where another file of the folder follows
+            that does, and without which this one counts nothing.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,9 +49,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-    # Some network file systems cannot sync a folder; the file itself is safe by then.
-    with suppress(OSError):
-        _fsync(path.parent)
+    if sync_folder:
+        # Some network file systems cannot sync a folder; the file itself is safe by then.
+        with suppress(OSError):
+            _fsync(path.parent)
 
 
 @contextmanager

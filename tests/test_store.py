@@ -257,6 +257,26 @@ def test_a_write_that_fails_for_want_of_space_leaves_the_old_case_as_it_was(stor
     np.testing.assert_array_equal(CaseStore(store.folder).read_case("case_a")[0], make_arrays()[0])
 
 
+def test_data_are_safe_from_a_power_cut_before_their_record_is_in_place_and_names_with_it(
+    store: WritableStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, fsync, replace_file = [], os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name.split(".")[-2:]))
+        fsync(descriptor)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        done.append(("name", target.name.split(".")[-2:]))
+        return replace_file(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    store.write_case("case_b", *make_arrays(), native_grid=Grid(SHAPE, OBLIQUE))
+    files = [["image", "b2nd"], ["label", "b2nd"], ["voxels", "b2nd"], ["case_b", "json"]]
+    assert done == [*((what, file) for file in files for what in ("sync", "name")), ("sync", ["cases"])]
+
+
 def test_a_case_id_that_is_no_file_name_is_refused(store: WritableStore) -> None:
     before = files_of(store.folder.parent)
     for case_id in ("../x", "a/b", ".hidden", ""):

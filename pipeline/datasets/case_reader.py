@@ -14,8 +14,6 @@ from pipeline.io.resample import resample_volume
 from pipeline.io.volume import Volume
 from pipeline.log import get_logger
 
-# Headers written from quaternions, or rounded to a few digits, differ by less; a shift that matters is far larger.
-
 
 def read_case_image(case: Case) -> Volume:
     """Read every channel of a case onto the grid of its first one.
@@ -35,8 +33,13 @@ def read_case_image(case: Case) -> Volume:
     return image
 
 
-def read_case_label(case: Case) -> Volume:
+def read_case_label(case: Case, *, grid: Grid | None = None) -> Volume:
     """Read the label of a case, checked to lie on its image's grid.
+
+    Args:
+        case: The case.
+        grid: Its image's, in RAS order, where that was read; None reads the headers of its first channel for it, which
+            for a DICOM series are those of all its files.
 
     Returns:
         (1, I, J, K) integers in RAS order: the values of the file, not class indices.
@@ -47,10 +50,10 @@ def read_case_label(case: Case) -> Volume:
     if case.label is None:
         raise InputError("has no label", where=case.case_id)
     label = read_label(case.label)
-    if case.images:
-        mismatch = grid_mismatch(read_layout(case.images[0]).grid, label.grid)
-        if mismatch:
-            raise InputError(mismatch, where=case.case_id, fix="Resample the label onto its image")
+    if grid is None and case.images:
+        grid = read_layout(case.images[0]).grid
+    if grid is not None and (mismatch := grid_mismatch(grid, label.grid)):
+        raise InputError(mismatch, where=case.case_id, fix="Resample the label onto its image")
     return label
 
 

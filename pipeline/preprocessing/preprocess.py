@@ -153,7 +153,7 @@ def preprocess_case(case: Case, *, plan: Plan, store: WritableStore) -> None:
         return
     image = read_case_image(case)
     prepared = prepare_image(image, plan)
-    label = prepare_label(read_case_label(case), prepared, plan)
+    label = prepare_label(read_case_label(case, grid=image.grid), prepared, plan)
     # In a shared store another process may have made it meanwhile; writing it again would take it away for a moment.
     if store.refresh(case.case_id, source):
         return

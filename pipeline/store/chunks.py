@@ -56,7 +56,7 @@ def _even_part(length: int, longest: int) -> int:
 def write_array(
     path: Path, array: NDArray[Any], *, chunks: tuple[int, ...] | None = None, blocks: tuple[int, ...] | None = None
 ) -> WrittenFile:
-    """Write an array atomically as a blosc2 NDArray (`.b2nd`).
+    """Write an array atomically as a blosc2 NDArray (`.b2nd`); a record in the same folder is to follow.
 
     Raises:
         InputError: The file cannot be written.
@@ -67,7 +67,8 @@ def write_array(
         np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=cparams, contiguous=True
     )
     frame: bytes = compressed.to_cframe()
-    with atomic_path(path) as temporary:
+    # Syncing the folder takes about as long as syncing a small file, and the record's does it for all of the case.
+    with atomic_path(path, sync_folder=False) as temporary:
         temporary.write_bytes(frame)
     return WrittenFile(len(frame), zlib.crc32(frame))
 

@@ -71,19 +71,29 @@ def test_a_label_keeps_the_values_of_its_file(tmp_path: Path, save: Save) -> Non
     assert volume.array.dtype.kind in "iu"
 
 
+@pytest.mark.parametrize("is_read", [False, True])
 @pytest.mark.parametrize(("shift_mm", "is_close"), [(0.07, True), (0.5, False)])
 def test_a_label_may_lie_off_its_image_by_less_than_a_tenth_of_a_voxel(
-    tmp_path: Path, save: Save, oblique: NDArray[np.float64], shift_mm: float, is_close: bool
+    tmp_path: Path, save: Save, oblique: NDArray[np.float64], shift_mm: float, is_close: bool, is_read: bool
 ) -> None:
     shifted = oblique.copy()
     shifted[1, 3] += shift_mm
     image = save(tmp_path / "i.nii.gz", np.ones(SHAPE))
     case = _case([image], save(tmp_path / "l.nii.gz", np.ones(SHAPE, np.uint8), shifted))
+    grid = read_case_image(case).grid if is_read else None
     if is_close:
-        assert read_case_label(case).array.all()
+        assert read_case_label(case, grid=grid).array.all()
     else:
         with pytest.raises(InputError, match=r"c: the label lies up to 0\.5 mm away from the image"):
-            read_case_label(case)
+            read_case_label(case, grid=grid)
+
+
+def test_an_image_that_was_read_is_not_opened_again_for_its_label(tmp_path: Path, save: Save) -> None:
+    image = save(tmp_path / "i.nii.gz", np.ones(SHAPE))
+    case = _case([image], save(tmp_path / "l.nii.gz", np.ones(SHAPE, np.uint8)))
+    grid = read_case_image(case).grid
+    image.unlink()
+    assert read_case_label(case, grid=grid).array.all()
 
 
 def test_a_label_of_another_shape_is_refused_with_both_shapes(tmp_path: Path, save: Save) -> None:
