@@ -76,10 +76,8 @@ def verify_store(
     """
     store = WritableStore(Path(store_folder))
     store.check_plan(plan)
-    wanted = [case for case in dataset.cases if case.case_id not in leave_out]
-    held = set(store.case_ids)
-    if held and not held & {case.case_id for case in dataset.cases}:
-        raise InputError("is the store of another dataset", where=store_folder, fix="Give this dataset's store")
+    store.check_dataset([case.case_id for case in dataset.cases])
+    wanted, held = [case for case in dataset.cases if case.case_id not in leave_out], set(store.case_ids)
     problems = {case.case_id: "is missing" for case in wanted if case.case_id not in held}
     present = [case for case in wanted if case.case_id in held]
     problems |= {case.case_id: reason for case in present if (reason := _find_problem(case, store))}

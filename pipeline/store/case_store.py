@@ -6,6 +6,7 @@ Layout: `store.json` (`StoreInfo`) and, in `cases/`, for each case its record `<
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ class CaseStore:
         for difference in self.info.name_differences(StoreInfo.of(plan)):
             line = "%s: %s; the same by another name, or is it the store of another dataset?"
             get_logger("store").warning(line, self.folder, difference)
+
+    def check_dataset(self, known_ids: Collection[str]) -> None:
+        """Raise `InputError` when the store holds cases, but none of those that a dataset has."""
+        held = self.case_ids
+        if held and not set(held) & set(known_ids):
+            shown = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
+            raise InputError(
+                f"is the store of another dataset: none of its {len(held)} case(s) ({shown}) is in this one",
+                where=self.folder,
+                fix="Give another folder, or delete this one if nobody needs it",
+            )
 
     @property
     def case_ids(self) -> tuple[str, ...]:

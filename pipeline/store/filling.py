@@ -37,8 +37,8 @@ def fill_store(
     """
     refuse_foreign_folder(folder)
     with lock_store(folder, shared=shared):
-        if known_ids is not None:
-            _refuse_other_dataset(folder, known_ids)
+        if known_ids is not None and info_path(folder).is_file():
+            CaseStore(folder).check_dataset(known_ids)
         store = WritableStore.create(folder, info, shared=shared)
         if not shared:
             store.sweep()
@@ -66,17 +66,6 @@ def lock_store(folder: Path, *, shared: bool = False) -> Iterator[None]:
     with stream:
         _lock(stream.fileno(), folder, shared=shared)
         yield
-
-
-def _refuse_other_dataset(folder: Path, known_ids: Collection[str]) -> None:
-    held = CaseStore(folder).case_ids if info_path(folder).is_file() else ()
-    if held and not set(held) & set(known_ids):
-        shown = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
-        raise InputError(
-            f"is the store of another dataset: none of its {len(held)} case(s) ({shown}) is in this one",
-            where=folder,
-            fix="Give another folder, or delete this one",
-        )
 
 
 def _lock(descriptor: int, folder: Path, *, shared: bool) -> None:

@@ -218,6 +218,21 @@ def test_a_share_of_another_plan_is_refused_and_takes_nothing_away(
     assert data_bytes(folder) == before
 
 
+def test_the_store_of_another_dataset_is_neither_shared_nor_verified_and_left_as_it_is(
+    make_dataset: MakeDataset, plan: Plan, folder: Path
+) -> None:
+    dataset = make_dataset(4)
+    first, second = (replace(dataset, cases=cases) for cases in (dataset.cases[:2], dataset.cases[2:]))
+    preprocess_share(first, plan, folder, (1, 1), num_workers=1)
+    before = data_bytes(folder)
+    told = r"store of another dataset: none of its 2 case\(s\) \(case_00, case_01\).*Give another folder"
+    with pytest.raises(InputError, match=told):
+        preprocess_share(second, plan, folder, (1, 2), num_workers=1)
+    with pytest.raises(InputError, match=told):
+        verify_store(second, plan, folder)
+    assert data_bytes(folder) == before
+
+
 def test_a_case_whose_data_were_swept_while_it_was_made_does_not_exist(
     make_dataset: MakeDataset, plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
