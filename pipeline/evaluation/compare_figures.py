@@ -35,28 +35,32 @@ NUM_COLUMNS = 3
 MOST_FOREST_ROWS = 40
 
 
-# Where panels lie in a figure that was drawn, by the titles of the panels.
-Places = dict[tuple[str, ...], list[Bbox]]
+# Where panels lie in figures that were drawn, by the titles of the panels.
+_Places = dict[tuple[str, ...], list[Bbox]]
 
 
-def draw_run_curves(
-    runs: Sequence[ComparedRun], axis: str, colors: Mapping[str, str], *, places: Places | None = None
-) -> str:
-    """Every panel that some run has values for, over one of `AXES`, as a data URI; "" where no epoch is done.
+def draw_run_curves(runs: Sequence[ComparedRun], colors: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Every panel that some run has values for, over each of `AXES` along which an epoch is done.
 
     Args:
         runs: Compared.
-        axis: A column.
         colors: By name of a run.
-        places: Of the same panels over other axes, which lie as well here: finding the places takes nearly half of
-            the time of a figure. Those of this figure are added.
+
+    Returns:
+        Column, name on the button, and the figure as a data URI.
     """
-    label = next(text for column, _, text in AXES if column == axis)
+    # Finding where panels lie takes nearly half of the time of a figure, and they lie alike over every axis.
+    places: _Places = {}
+    drawn = [(column, text, _draw_over(column, label, runs, colors, places)) for column, text, label in AXES]
+    return [each for each in drawn if each[2]]
+
+
+def _draw_over(axis: str, label: str, runs: Sequence[ComparedRun], colors: Mapping[str, str], places: _Places) -> str:
+    """The figure over one axis, or ""; its panels lie where those of `places` do, or are added to them."""
     panels = [panel for panel in _panels(runs) if any(_points(run, axis, panel[0]) is not None for run in runs)]
     if not panels:
         return ""
     num_rows, titles = -(-len(panels) // NUM_COLUMNS), tuple(title for _, title, *_ in panels)
-    places = {} if places is None else places
     with rc_context(STYLE):
         figure = Figure(figsize=(10.5, 0.4 + 2.7 * num_rows), layout=None if titles in places else "constrained")
         grid = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False).ravel()
@@ -68,7 +72,7 @@ def draw_run_curves(
         for axes, place in zip(grid, places.get(titles, ()), strict=False):
             axes.set_position(place)
         drawn = to_svg(figure)
-        places[titles] = [axes.get_position() for axes in grid]
+        places.setdefault(titles, [axes.get_position() for axes in grid])
         return drawn
 
 

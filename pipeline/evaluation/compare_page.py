@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.artifacts import write_text
 from pipeline.durations import format_duration
 from pipeline.evaluation.bootstrap import FEW_UNITS
-from pipeline.evaluation.compare_figures import AXES, MOST_FOREST_ROWS, Places, draw_differences, draw_run_curves
+from pipeline.evaluation.compare_figures import MOST_FOREST_ROWS, draw_differences, draw_run_curves
 from pipeline.evaluation.comparison import MEAN_ROW, ComparedRun, Comparison, Difference, RunMeans, RunPair, mean_known
 from pipeline.evaluation.figures import class_colors
 from pipeline.evaluation.metrics import NAN
@@ -28,15 +28,13 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write the page as one self-contained HTML file, atomically."""
     runs = comparison.runs
     colors = class_colors([run.name for run in runs])
-    places: Places = {}
-    curves = [(column, text, draw_run_curves(runs, column, colors, places=places)) for column, text, _ in AXES]
     html = render_page(
         "compare.html.j2",
         comparison=comparison,
         colors=colors,
         run_rows=[_run_row(run) for run in runs],
         unfinished=[run for run in runs if run.state != "finished"],
-        curves=[each for each in curves if each[2]],
+        curves=draw_run_curves(runs, colors),
         metrics=METRICS,
         scores=_score_tables(comparison),
         pairs=[_pair_view(pair, comparison, colors) for pair in comparison.pairs],
