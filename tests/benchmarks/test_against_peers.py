@@ -114,6 +114,13 @@ def test_a_process_is_measured_with_its_children_and_bound_to_its_cpus(load, tmp
     assert 0 < usage.cpu_seconds <= usage.wall_seconds
 
 
+def test_a_limit_on_threads_of_the_shell_reaches_no_side(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runner = load("peers.processes").Runner(num_cpus=1, logs=tmp_path)
+    runner.run("program", [sys.executable, "-c", "import os; print(os.environ.get('OMP_NUM_THREADS'))"])
+    assert (tmp_path / "program.log").read_text().split() == ["None"]
+
+
 def test_a_process_that_fails_is_told_with_the_end_of_its_log(load, tmp_path):
     runner = load("peers.processes").Runner(num_cpus=1, logs=tmp_path)
     with pytest.raises(SystemExit, match=r"(?s)failed with code 3.*the reason"):

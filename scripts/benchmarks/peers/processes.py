@@ -18,6 +18,8 @@ from places import PROJECT
 # Reading the memory of a large process takes milliseconds of CPU, which long trainings need not pay often.
 SAMPLE_SECONDS = 0.2
 TRAINING_SAMPLE_SECONDS = 2.0
+# A limit of the shell that binds one side and not another, which sets its threads itself, would be no comparison.
+THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Runner:
         with log.open("w") as stream, (stdin or Path(os.devnull)).open() as source:
             process = subprocess.Popen(
                 words,
-                env=os.environ | {"PYTHONPATH": str(PROJECT)} | dict(variables or {}),
+                env=_environment() | dict(variables or {}),
                 stdin=source,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -87,6 +89,11 @@ class Runner:
     def _bind(self) -> Callable[[], None]:
         cpus = sorted(os.sched_getaffinity(0))[: self.num_cpus]
         return lambda: os.sched_setaffinity(0, cpus)
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in THREAD_LIMITS}
+    return kept | {"PYTHONPATH": str(PROJECT)}
 
 
 def _watch(process: subprocess.Popen[bytes], sample_seconds: float) -> int:
