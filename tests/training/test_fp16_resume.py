@@ -130,7 +130,8 @@ def test_a_training_that_is_killed_again_and_again_gets_to_the_same_end(fp16, tr
         before = heartbeat.stat().st_mtime_ns if heartbeat.exists() else 0
         while process.exitcode is None and (not heartbeat.exists() or heartbeat.stat().st_mtime_ns == before):
             sleep(0.002)
-        sleep(moments.uniform(0, 0.3))
+        # Longer with every kill, so that it comes to its end on a slow machine as well.
+        sleep(moments.uniform(0, 0.3) * (1 + kills / 5))
         process.kill()
         process.join()
         code, kills = process.exitcode, kills + (process.exitcode != 0)
