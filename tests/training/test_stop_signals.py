@@ -119,7 +119,8 @@ def test_a_training_stopped_at_random_moments_again_and_again_gets_to_the_same_e
         before = beat.stat().st_mtime_ns if beat.exists() else 0
         while process.exitcode is None and (not beat.exists() or beat.stat().st_mtime_ns == before):
             sleep(0.005)
-        sleep(moments.uniform(0, 0.25))
+        # Longer with every stop, so that it comes to its end on a slow machine as well.
+        sleep(moments.uniform(0, 0.25) * (1 + len(codes) / 5))
         if process.exitcode is None:
             # To the whole group, as SLURM does.
             os.killpg(process.pid, moments.choice(SIGNALS))
