@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.dataset import Case, Dataset, read_case_image, read_case_label
-from pipeline.errors import InputError, in_words
+from pipeline.errors import InputError, in_words, name_some
 from pipeline.geometry import Grid, Shape3, cropped_grid, respaced_grid
 from pipeline.io.volume import Volume
 from pipeline.log import get_logger, track
@@ -194,8 +194,7 @@ def remove_others(store: WritableStore, wanted: Collection[str]) -> None:
     for case_id in others:
         store.remove_case(case_id)
     if others:
-        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        get_logger().info("preprocess: removed %d case(s) no longer wanted: %s", len(others), shown)
+        get_logger().info("preprocess: removed %d case(s) no longer wanted: %s", len(others), name_some(others))
 
 
 def find_outdated(cases: Sequence[Case], store: CaseStore) -> list[Case]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifacts import read_artifact
-from pipeline.errors import InputError
+from pipeline.errors import InputError, name_some
 from pipeline.log import get_logger
 from pipeline.plan import Plan
 from pipeline.store.chunks import read_array
@@ -74,9 +74,8 @@ class CaseStore:
         """Raise `InputError` when the store holds cases, but none of those that a dataset has."""
         held = self.case_ids
         if held and not set(held) & set(known_ids):
-            shown = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
             raise InputError(
-                f"is the store of another dataset: none of its {len(held)} case(s) ({shown}) is in this one",
+                f"is the store of another dataset: none of its {len(held)} case(s) ({name_some(held)}) is in this one",
                 where=self.folder,
                 fix="Give another folder, or delete this one if nobody needs it",
             )

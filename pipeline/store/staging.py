@@ -189,7 +189,8 @@ def _check_room(target: Path, num_bytes: int) -> None:
 
 def _copy(file: _File) -> None:
     """Copy a file whole or not at all, with its time of change, and check what was read."""
-    with atomic_path(file.target) as temporary:
+    # The record that follows syncs the folder, as in the store itself.
+    with atomic_path(file.target, sync_folder=False) as temporary:
         size = crc32 = 0
         with temporary.open("wb") as stream:
             for block in _blocks(file.source):
